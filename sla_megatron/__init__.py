@@ -1,0 +1,34 @@
+"""Skip-Layer Attention (arXiv 2406.11274) for GPT pretraining with NVIDIA Megatron.
+
+A Megatron script needs two names from here: ``parse_and_validate_args`` and ``gpt_config_from_args`` stand where it calls
+Megatron's functions of the same names.  Without ``--sla`` both do what upstream's do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Loaded on first use: importing Megatron takes seconds, and must not happen before the CPU backend is entered.
+_HOME = {
+    "FlagError": "errors",
+    "SLAConfig": "config",
+    "add_sla_args": "arguments",
+    "cpu_backend": "cpu",
+    "gpt_config_from_args": "model",
+    "megatron_device": "device",
+    "parse_and_validate_args": "arguments",
+    "sla_config_from_args": "validation",
+    "sla_layer_spec": "layer_specs",
+    "sla_transformer_blocks": "block",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,125 @@
+"""The ``--sla`` flags, and Megatron's parsing with them.
+
+A script that calls Megatron's ``parse_and_validate_args`` calls the one here instead; nothing else changes.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron.training import arguments as upstream
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import set_global_variables
+from megatron.training.yaml_arguments import validate_yaml
+
+from .checkpoint_settings import adopt_checkpoint_settings, require_same_settings
+from .config import KV_PROJECTIONS
+from .cpu import cpu_backend_is_active
+from .cpu.flags import fit_to_cpu
+from .errors import FlagError, one_line_errors
+from .seams import require_megatron, require_parameters
+from .validation import resolve_sla_args
+
+ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
+
+
+def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
+    """An ``extra_args_provider`` for Megatron: adds the ``--sla`` flags to ``parser`` and returns it."""
+    group = parser.add_argument_group("skip-layer attention", "arXiv 2406.11274")
+    group.add_argument("--sla", action="store_true", help="Turn skip-layer attention on.")
+    group.add_argument(
+        "--sla-skip-distance",
+        type=_integer("--sla-skip-distance", "one or more integers >= 1"),
+        nargs="*",
+        metavar="N",
+        help="Skip distance in layers: skip heads of layer l read K/V of layer l - N. With several, the j-th skip "
+        "group uses the (j mod count)-th. Default: round(0.75 * layers).",
+    )
+    group.add_argument(
+        "--sla-num-skip-groups",
+        type=_integer("--sla-num-skip-groups", "an integer from 0 to the number of K/V groups"),
+        metavar="K",
+        help="How many K/V groups skip (query heads: K * heads / groups). Default: round(0.75 * groups).",
+    )
+    group.add_argument(
+        "--sla-layers",
+        metavar="RANGES",
+        help="Consumer layers, 1-based, such as 10-12 or 4,6,8-12. Default: every layer beyond the distance.",
+    )
+    group.add_argument(
+        "--sla-kv-projection",
+        type=_choice("--sla-kv-projection", KV_PROJECTIONS),
+        metavar="{full,pruned}",
+        help="Keep K/V projections that nobody reads (full: the dense model's shapes) or leave them out (pruned: "
+        "fewer parameters). Default: full.",
+    )
+    return parser
+
+
+def parse_and_validate_args(
+    extra_args_provider: ArgumentsProvider | None = None,
+    ignore_unknown_args: bool = False,
+    args_defaults: dict[str, Any] | None = None,
+    check: Callable[[Namespace], None] | None = None,
+) -> Namespace:
+    """Megatron's ``parse_and_validate_args`` with the ``--sla`` flags.
+
+    The steps are upstream's (``megatron.training.arguments``).  They are spelled out because the ``--sla`` flags must be
+    settled between upstream's validation, which fills in the model's shape, and ``set_global_variables``, which is the
+    first to write anything.  A bad value ends the run there: one line on stderr, exit status 2.  ``check`` may raise
+    :class:`FlagError` for more.
+    """
+    args_defaults = args_defaults or {}
+    require_megatron()
+    _require_known_upstream()
+
+    def provider(parser: ArgumentParser) -> ArgumentParser:
+        parser = add_sla_args(parser)
+        return extra_args_provider(parser) if extra_args_provider is not None else parser
+
+    with one_line_errors():
+        args = upstream.parse_args(provider, ignore_unknown_args)
+        if cpu_backend_is_active():
+            fit_to_cpu(args)
+        if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
+            if args.load is None and args.pretrained_checkpoint is None:
+                raise FlagError("--use-checkpoint-args", "", "together with --load or --pretrained-checkpoint")
+            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+            load_args_from_checkpoint(args)
+            adopt_checkpoint_settings(args)
+        if args.yaml_cfg is not None:
+            args = validate_yaml(args, args_defaults)
+        else:
+            upstream.validate_args(args, args_defaults)
+        if check is not None:
+            check(args)
+        resolve_sla_args(args)
+        require_same_settings(args)
+    set_global_variables(args)
+    return args
+
+
+def _require_known_upstream() -> None:
+    names = ("extra_args_provider", "ignore_unknown_args", "args_defaults")
+    require_parameters(upstream.parse_and_validate_args, names, "megatron.training.arguments:parse_and_validate_args")
+
+
+def _integer(flag: str, accepted: str) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise FlagError(flag, text, accepted) from None
+
+    return convert
+
+
+def _choice(flag: str, choices: tuple[str, ...]) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in choices:
+            raise FlagError(flag, text, " or ".join(choices))
+        return text
+
+    return convert

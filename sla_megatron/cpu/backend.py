@@ -1,0 +1,85 @@
+"""Enter and leave the CPU backend, and decide whether it is wanted."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import FlagError
+from ..seams import replaced, require_megatron
+from .tensors import CudaMeansCpu
+
+DEVICES = ("auto", "cpu", "cuda")
+
+_active = False
+
+
+def cpu_backend_is_active() -> bool:
+    """Whether the caller runs inside :func:`cpu_backend`."""
+    return _active
+
+
+def choose_device(requested: str) -> str:
+    """``"cpu"`` or ``"cuda"`` for ``--device``'s value; ``auto`` takes a GPU where there is one.
+
+    Raises :class:`FlagError` for an unknown value, or for ``cuda`` on a machine without a GPU.
+    """
+    if requested not in DEVICES:
+        raise FlagError("--device", requested, f"one of {', '.join(DEVICES)}")
+    has_gpu = torch.cuda.is_available() and not _active
+    if requested == "cuda" and not has_gpu:
+        raise FlagError("--device", requested, "cpu or auto on this machine: torch finds no CUDA GPU here")
+    if requested == "auto":
+        return "cuda" if has_gpu else "cpu"
+    return requested
+
+
+@contextmanager
+def cpu_backend() -> Iterator[None]:
+    """Within the block, Megatron runs on the CPU; on leaving, every replaced name is upstream's again.
+
+    Entering it twice is entering it once.  Choose gloo and the local spec too: ``flags.fit_to_cpu``.
+    """
+    global _active
+    if _active:
+        yield
+        return
+    require_megatron()
+    # Imported here: it imports Megatron, which takes seconds and is not needed to choose a device.
+    from .replacements import ENVIRONMENT, SILENCED, replacements
+
+    with _environment(ENVIRONMENT), _silenced(*SILENCED), replaced(replacements()), CudaMeansCpu():
+        _active = True
+        try:
+            yield
+        finally:
+            _active = False
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    ours = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _silenced(logger_name: str, message: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.getMessage() != message
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

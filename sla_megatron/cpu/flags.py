@@ -1,0 +1,55 @@
+"""Megatron's flags on the CPU: what needs CUDA is switched off, what cannot run is refused."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+
+from ..errors import FlagError
+
+# Defaults that need CUDA: attribute, value on the CPU.  Changing one is reported, not refused: these are Megatron's
+# defaults, and none of them changes what is computed.
+_ON_CPU = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "num_workers": 0,
+}
+
+# What was asked for and cannot be done: attribute, values that are fine, what is accepted.
+_OFF = (None, False, 0)
+_NEEDS_GPU = (
+    ("fp8", _OFF, "no fp8 without a GPU"),
+    ("fp4", _OFF, "no fp4 without a GPU"),
+    ("context_parallel_size", (1,), "1 without a GPU: only Transformer Engine's attention splits the context"),
+    ("cuda_graph_impl", (*_OFF, "none"), "none without a GPU"),
+    ("tp_comm_overlap", _OFF, "no --tp-comm-overlap without a GPU"),
+    ("moe_grouped_gemm", _OFF, "no --moe-grouped-gemm without a GPU"),
+    ("cross_entropy_loss_fusion", _OFF, "no --cross-entropy-loss-fusion without a GPU"),
+    ("use_megatron_fsdp", _OFF, "no FSDP without a GPU"),
+    ("use_torch_fsdp2", _OFF, "no FSDP without a GPU"),
+)
+
+
+def fit_to_cpu(args: Namespace) -> None:
+    """Switch off, in place, what needs CUDA, and say so in one line; call between parsing and validation.
+
+    Raises :class:`FlagError` for what was asked for and cannot run without a GPU.
+    """
+    for name, accepted_values, accepted in _NEEDS_GPU:
+        if getattr(args, name, None) not in accepted_values:
+            raise FlagError("--" + name.replace("_", "-"), getattr(args, name), accepted)
+    changed = []
+    for name, value in _ON_CPU.items():
+        if getattr(args, name) != value:
+            changed.append(f"{name.removeprefix('no_')}={'no' if value is False or name == 'no_persist_layer_norm' else value}")
+            setattr(args, name, value)
+    if changed and os.environ.get("RANK", "0") == "0":
+        print(f"sla-megatron: no GPU: {', '.join(changed)}", flush=True)

@@ -1,0 +1,94 @@
+"""The complete list of what the CPU backend replaces.  Leaving the backend undoes all of it.
+
+Beside these names, variables and one warning it enters :class:`~sla_megatron.cpu.tensors.CudaMeansCpu`, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..seams import Seam
+from . import cuda_api
+from .norm import torch_norm
+
+_ONE_DEVICE = "Megatron asks for a CUDA device and initialises model parallelism only where there is one"
+_NO_STREAMS = "no streams on the CPU"
+_GENERATOR = "the CPU's generator stands for the GPU's"
+_MEMORY = "memory figures are logged and reported"
+_NO_EFFECT = "acts on the GPU alone"
+
+#: Environment variables, set unless the user has set them.
+ENVIRONMENT = {
+    # Parts of torch's start-up look at the variable, not at torch._dynamo.config.
+    "TORCHDYNAMO_DISABLE": "1",
+    # Megatron insists on it for tensor parallelism on GPUs of some generations; there are no connections to count here.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
+
+#: Logger and warning that is always true, and harmless, where one generator serves both.
+SILENCED = ("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context")
+
+
+def _cuda(names: str, stand_in: Callable, reason: str) -> list[Seam]:
+    return [Seam(f"torch.cuda:{name}", _distinct(stand_in), reason) for name in names.split()]
+
+
+def _distinct(stand_in: Callable) -> Callable:
+    """A function of its own for each name: torch._dynamo refuses to see one object under two names."""
+    if isinstance(stand_in, type):
+        return stand_in
+    return lambda *args, **kwargs: stand_in(*args, **kwargs)
+
+
+def replacements() -> list[Seam]:
+    """Every replaced name, with the reason."""
+    return [
+        *_cuda("is_available is_initialized", lambda: True, _ONE_DEVICE),
+        *_cuda("device_count", lambda: 1, _ONE_DEVICE),
+        *_cuda("current_device", lambda: cuda_api.DEVICE_INDEX, _ONE_DEVICE),
+        *_cuda("get_device_properties", cuda_api.get_device_properties, _ONE_DEVICE),
+        *_cuda("get_device_capability", cuda_api.get_device_capability, _ONE_DEVICE),
+        *_cuda("get_device_name", lambda device=None: "cpu", _ONE_DEVICE),
+        *_cuda("set_device synchronize empty_cache init ipc_collect", cuda_api.nothing, _NO_EFFECT),
+        *_cuda("reset_peak_memory_stats reset_max_memory_allocated set_stream", cuda_api.nothing, _NO_EFFECT),
+        *_cuda("Stream", cuda_api.Stream, _NO_STREAMS),
+        *_cuda("Event", cuda_api.Event, _NO_STREAMS),
+        *_cuda("current_stream default_stream", cuda_api.current_stream, _NO_STREAMS),
+        *_cuda("stream", cuda_api.stream, _NO_STREAMS),
+        *_cuda("device", cuda_api.device, _NO_STREAMS),
+        *_cuda("is_current_stream_capturing", lambda: False, _NO_STREAMS),
+        *_cuda("memory_allocated memory_reserved device_memory_used", cuda_api.zero, _MEMORY),
+        *_cuda("max_memory_allocated max_memory_reserved", cuda_api.zero, _MEMORY),
+        *_cuda("memory_stats", lambda device=None: {}, _MEMORY),
+        *_cuda("get_rng_state", cuda_api.get_rng_state, _GENERATOR),
+        *_cuda("set_rng_state", cuda_api.set_rng_state, _GENERATOR),
+        Seam("torch.cuda.random:get_rng_state", _distinct(cuda_api.get_rng_state), _GENERATOR),
+        Seam("torch.cuda.random:set_rng_state", _distinct(cuda_api.set_rng_state), _GENERATOR),
+        *_cuda("manual_seed", cuda_api.manual_seed, _GENERATOR),
+        *_cuda("manual_seed_all", cuda_api.nothing, "torch.manual_seed calls it after seeding the CPU's generator"),
+        Seam("torch.accelerator:is_available", lambda: False, "tells torch's own code that there is no accelerator"),
+        Seam("torch._dynamo.config:disable", True, "Megatron compiles small functions; on the CPU that costs minutes"),
+        Seam(
+            "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+            cuda_api.megatron_get_rng_state,
+            _GENERATOR,
+            ("device", "clone", "graph_safe"),
+        ),
+        Seam(
+            "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+            cuda_api.megatron_set_rng_state,
+            _GENERATOR,
+            ("new_state", "device", "graph_safe"),
+        ),
+        Seam(
+            "torch.utils.data:DataLoader",
+            cuda_api.UnpinnedDataLoader,
+            "pinned memory needs a GPU, and a draw on one tensor-parallel rank alone would part their generators",
+        ),
+        Seam(
+            "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+            torch_norm,
+            "torch's norms in the local spec refuse sequence parallelism",
+            ("cls", "config", "hidden_size", "eps", "persist_layer_norm", "zero_centered_gamma", "normalization"),
+        ),
+    ]

@@ -1,0 +1,45 @@
+"""``--device``: a GPU where there is one, else the CPU backend.
+
+Decided before Megatron is imported, since the CPU backend stands in for names that Megatron reads while importing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from .cpu import choose_device, cpu_backend
+from .errors import one_line_errors
+from .seams import replaced
+from .wheel import missing_makefile_seams
+
+
+def add_device_arg(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--device`` to ``parser`` and return it."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="{auto,cpu,cuda}",
+        help="auto: a GPU where there is one, else the CPU backend (gloo). Default: auto.",
+    )
+    return parser
+
+
+@contextmanager
+def megatron_device(argv: Sequence[str] | None = None) -> Iterator[str]:
+    """Within the block, Megatron can be imported and run on the device that ``--device`` in ``argv`` asks for.
+
+    Yields ``"cpu"`` or ``"cuda"``.  On ``cuda`` nothing of torch or Megatron is replaced but a build step that the
+    wheel cannot do (``wheel.py``).  A bad ``--device`` ends the run: one line, exit status 2.
+    """
+    parser = add_device_arg(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    requested, _ = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    with one_line_errors():
+        device = choose_device(requested.device)
+    with ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(cpu_backend())
+        stack.enter_context(replaced(missing_makefile_seams()))
+        yield device

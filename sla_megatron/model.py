@@ -1,0 +1,70 @@
+"""Build a skip-layer GPT with Megatron's own model builder."""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.training.argument_utils import gpt_config_from_args as upstream_gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
+
+from .block import sla_transformer_blocks
+from .config import SLAConfig
+from .layer_specs import sla_layer_spec
+from .validation import sla_config_from_args
+
+
+def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
+    """Stands where a script calls Megatron's ``gpt_config_from_args``: the same, and with ``--sla`` a skip-layer model.
+
+    Without ``--sla`` it returns upstream's own result.  ``kwargs`` go to upstream's function.
+    """
+    sla = sla_config_from_args(args)
+    if sla is None:
+        return upstream_gpt_config_from_args(args, **kwargs)
+    model_config = upstream_gpt_config_from_args(args, model_config_cls=SLAGPTModelConfig, **kwargs)
+    model_config.sla = sla
+    if sla.kv_projection == "pruned":
+        # Layers differ in shape, so that a checkpoint cannot hold them as one tensor stacked over the layers.
+        model_config.transformer.hetereogenous_dist_checkpoint = True
+    return model_config
+
+
+@dataclass(kw_only=True)
+class SLAGPTModelConfig(GPTModelConfig):
+    """Megatron's ``GPTModelConfig`` with ``sla``, what skip-layer attention means in this model."""
+
+    builder: ClassVar[str] = "sla_megatron.model.SLAGPTModelBuilder"
+    sla: SLAConfig | None = None
+
+
+class SLAGPTModelBuilder(GPTModelBuilder):
+    """Megatron's ``GPTModelBuilder`` on the skip-layer version of the layer spec it would have used."""
+
+    def build_model(self, *args: Any, **kwargs: Any) -> GPTModel:
+        """One model chunk; arguments are upstream's (``pg_collection, pre_process, post_process, vp_stage``)."""
+        config = self._model_config
+        upstream_spec = config.transformer_layer_spec
+        config.transformer_layer_spec = lambda config, vp_stage=None: sla_layer_spec(
+            _resolved(upstream_spec, config, vp_stage), config.sla
+        )
+        try:
+            with sla_transformer_blocks():
+                return super().build_model(*args, **kwargs)
+        finally:
+            config.transformer_layer_spec = upstream_spec
+
+
+def _resolved(spec: Any, config: GPTModelConfig, vp_stage: int | None) -> Any:
+    """The layer or block spec behind ``transformer_layer_spec``, as ``GPTModelBuilder.build_model`` resolves it."""
+    if spec is None:
+        return default_layer_spec(config, vp_stage)
+    if callable(spec) and not isinstance(spec, ModuleSpec):
+        if "vp_stage" in inspect.signature(spec).parameters:
+            return spec(config, vp_stage=vp_stage)
+        return spec(config)
+    return spec

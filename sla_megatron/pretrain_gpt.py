@@ -1,0 +1,77 @@
+"""Pretrain a GPT with Megatron's own trainer, with ``--sla`` or without.
+
+One process for each rank, as Megatron's scripts; on a machine without a GPU it runs on gloo by itself:
+
+    torchrun --nproc-per-node 2 -m sla_megatron.pretrain_gpt --sla --tensor-model-parallel-size 2 \\
+        --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 \\
+        --micro-batch-size 2 --train-iters 10 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 255
+
+Flags: Megatron's, ``--sla ...`` (``arguments.py``) and ``--device`` (``device.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from .device import add_device_arg, megatron_device
+from .errors import FlagError
+
+_PROGRAM_START = time.time()
+
+# What upstream's pretrain_gpt.py does beyond pretraining, and this one does not: attribute, what is accepted.
+_NOT_HERE = (
+    ("sft", "no --sft: fine-tuning on conversations is not part of this entry point"),
+    ("fim_data", "no --fim-data: fill-in-the-middle is not part of this entry point"),
+    ("dataloader_inter_document_masking", "no --dataloader-inter-document-masking in this entry point"),
+    ("hybrid_context_parallel", "no --hybrid-context-parallel in this entry point"),
+    ("mtp_num_layers", "no --mtp-num-layers in this entry point"),
+    ("logits_load_dir", "no --logits-load-dir: distillation is not part of this entry point"),
+    ("overlap_moe_expert_parallel_comm", "no --overlap-moe-expert-parallel-comm in this entry point"),
+    ("inprocess_restart", "no --inprocess-restart in this entry point"),
+    ("per_dataset_sequences_path", "no --per-dataset-sequences-path in this entry point"),
+)
+
+
+def main() -> None:
+    """Parse ``sys.argv``, then hand over to ``megatron.training.pretrain``."""
+    with megatron_device():
+        _pretrain()
+
+
+def _pretrain() -> None:
+    # Megatron is imported here, on the device that was chosen.
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from .arguments import parse_and_validate_args
+    from .gpt_data import forward_step, train_valid_test_datasets
+    from .model import gpt_config_from_args
+    from .report import report_model
+
+    set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
+    args = parse_and_validate_args(
+        extra_args_provider=add_device_arg,
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+        check=_require_pretraining,
+    )
+    model_config = gpt_config_from_args(args)
+    report_model(model_config)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+def _require_pretraining(args: argparse.Namespace) -> None:
+    """Refuse what this entry point does not do, rather than ignore it."""
+    for name, accepted in _NOT_HERE:
+        if getattr(args, name, None):
+            raise FlagError("--" + name.replace("_", "-"), getattr(args, name), accepted)
+
+
+if __name__ == "__main__":
+    main()
