@@ -83,6 +83,10 @@ def resolve_sla_args(args: Namespace) -> None:
     _check_layers(args)
     _check_parallelism(args)
     _check_projection(args)
+    if args.recompute_granularity == "selective" and "mlp" in (args.recompute_modules or []) and args.add_bias_linear:
+        # Upstream's checkpoint returns the bias parameter as an output of its autograd function, which makes the
+        # parameter a child of that function; backward then calls itself without end.  So it does without --sla.
+        raise FlagError("--recompute-modules", args.recompute_modules, "no mlp, or --disable-bias-linear beside it")
     if args.recompute_granularity == "full" and (getattr(args, "fp8", None) or getattr(args, "fp4", None)):
         raise FlagError("--recompute-granularity", "full", "selective with --sla and fp8 or fp4")
 

@@ -20,6 +20,10 @@ def nothing(*args: Any, **kwargs: Any) -> None:
     """Stands for calls whose only effect is on a GPU."""
 
 
+def skip_warm_up(tp_size: int) -> None:
+    """Stands for ``set_jit_fusion_options``: nothing is compiled on the CPU."""
+
+
 def zero(*args: Any, **kwargs: Any) -> int:
     """Stands for memory figures: nothing is allocated on a GPU."""
     return 0

@@ -38,6 +38,13 @@ _NEEDS_GPU = (
 )
 
 
+def _refuse_recomputed_layernorm(args: Namespace) -> None:
+    if "layernorm" in (getattr(args, "recompute_modules", None) or []):
+        raise FlagError(
+            "--recompute-modules", args.recompute_modules, "no layernorm without a GPU: upstream needs Transformer Engine"
+        )
+
+
 def fit_to_cpu(args: Namespace) -> None:
     """Switch off, in place, what needs CUDA, and say so in one line; call between parsing and validation.
 
@@ -46,6 +53,7 @@ def fit_to_cpu(args: Namespace) -> None:
     for name, accepted_values, accepted in _NEEDS_GPU:
         if getattr(args, name, None) not in accepted_values:
             raise FlagError("--" + name.replace("_", "-"), getattr(args, name), accepted)
+    _refuse_recomputed_layernorm(args)
     changed = []
     for name, value in _ON_CPU.items():
         if getattr(args, name) != value:

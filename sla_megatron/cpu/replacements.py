@@ -10,6 +10,7 @@ from collections.abc import Callable
 from ..seams import Seam
 from . import cuda_api
 from .norm import torch_norm
+from .tensors import backward_on_cpu
 
 _ONE_DEVICE = "Megatron asks for a CUDA device and initialises model parallelism only where there is one"
 _NO_STREAMS = "no streams on the CPU"
@@ -79,6 +80,19 @@ def replacements() -> list[Seam]:
             cuda_api.megatron_set_rng_state,
             _GENERATOR,
             ("new_state", "device", "graph_safe"),
+        ),
+        Seam(
+            "torch.autograd.function:BackwardCFunction.apply",
+            backward_on_cpu,
+            "torch leaves CudaMeansCpu inside torch.autograd.backward, where Megatron's backward functions allocate",
+            ("self", "args"),
+        ),
+        Seam(
+            "megatron.training.training:set_jit_fusion_options",
+            cuda_api.skip_warm_up,
+            "it warms up kernels on random tensors, drawn here from the generator that initialises the weights, which "
+            "would then depend on the tensor-parallel size",
+            ("tp_size",),
         ),
         Seam(
             "torch.utils.data:DataLoader",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -42,3 +43,18 @@ class CudaMeansCpu(TorchFunctionMode):
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
         return func(*args, **kwargs)
+
+
+_UPSTREAM_APPLY = BackwardCFunction.apply
+
+
+def backward_on_cpu(self: BackwardCFunction, *args: Any) -> Any:
+    """Stands for ``BackwardCFunction.apply``: an autograd function's ``backward``, under :class:`CudaMeansCpu` as well.
+
+    torch leaves a function mode for the length of a call that the mode has seen, and ``torch.autograd.backward``, which
+    reentrant recomputation calls, is such a call.
+    """
+    if torch._C._len_torch_function_stack() > 0:
+        return _UPSTREAM_APPLY(self, *args)
+    with CudaMeansCpu():
+        return _UPSTREAM_APPLY(self, *args)

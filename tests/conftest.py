@@ -1,0 +1,1 @@
+"""Nothing here but what every test needs: the repository on the path, warnings of Megatron's imports silenced."""

@@ -1,0 +1,126 @@
+"""Skip-layer attention in plain PyTorch, to compare Megatron with.  No Megatron, no code of ``sla_megatron``.
+
+A GPT as one function of its weights.  It follows the method's definition to the letter and nothing else: no parallelism,
+no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of ``linear_qkv``: group after
+group, ``q .. q k v``, or ``q .. q`` where the group's K/V are left out.
+
+Shapes: b batch, s sequence, h hidden, d head size.  Layers are numbered 1..L, groups 0..G-1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ReferenceGPT:
+    """The model's shape and its skip-layer attention; ``distances`` empty means the standard Transformer."""
+
+    num_layers: int
+    num_heads: int
+    num_groups: int
+    head_size: int
+    distances: tuple[int, ...] = ()
+    num_skip_groups: int = 0
+    consumer_layers: tuple[int, ...] | None = None
+    pruned: bool = False
+    rope: bool = False
+    rotary_percent: float = 1.0
+    rms_norm: bool = False
+    swiglu: bool = False
+    eps: float = 1e-5
+
+    def source(self, layer: int, group: int) -> int:
+        """The layer whose K/V ``group`` reads in ``layer``."""
+        k, total = self.num_skip_groups, self.num_groups
+        skip_groups = [g for g in range(total) if math.floor((g + 1) * k / total) > math.floor(g * k / total)]
+        if not self.distances or group not in skip_groups:
+            return layer
+        n = self.distances[skip_groups.index(group) % len(self.distances)]
+        is_consumer = self.consumer_layers is None or layer in self.consumer_layers
+        return layer - n if is_consumer and layer > n else layer
+
+    def is_projected(self, layer: int, group: int) -> bool:
+        """Whether ``layer`` has K/V weights for ``group``: in ``pruned`` mode only if anyone reads them."""
+        readers = [m for m in range(layer, self.num_layers + 1) if self.source(m, group) == layer]
+        return bool(readers) or not self.pruned
+
+    def logits(self, w: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        """``[b, s]`` tokens to ``[b, s, vocabulary]`` logits."""
+        x = w["embedding.word_embeddings.weight"][tokens]
+        if not self.rope:
+            x = x + w["embedding.position_embeddings.weight"][: tokens.shape[1]]
+        projected: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for layer in range(1, self.num_layers + 1):
+            p = f"decoder.layers.{layer - 1}."
+            x = x + self._attention(w, p, layer, self._norm(w, p + "input_layernorm", x), projected)
+            x = x + self._mlp(w, p + "mlp.", self._norm(w, p + "pre_mlp_layernorm", x))
+        x = self._norm(w, "decoder.final_layernorm", x)
+        return x @ w.get("output_layer.weight", w["embedding.word_embeddings.weight"]).T
+
+    def loss(self, w: dict[str, Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy."""
+        return F.cross_entropy(self.logits(w, tokens).flatten(0, 1), labels.flatten())
+
+    def _attention(self, w: dict[str, Tensor], p: str, layer: int, x: Tensor, projected: dict) -> Tensor:
+        p = p + "self_attention."
+        d, heads_per_group = self.head_size, self.num_heads // self.num_groups
+        rows = self._linear(w, p + "linear_qkv", x)
+        queries, start = [], 0
+        for group in range(self.num_groups):
+            for _ in range(heads_per_group):
+                queries.append(self._position(self._head_norm(w, p + "q_layernorm", rows[..., start : start + d])))
+                start += d
+            if self.is_projected(layer, group):
+                key = self._position(self._head_norm(w, p + "k_layernorm", rows[..., start : start + d]))
+                projected[layer, group] = (key, rows[..., start + d : start + 2 * d])
+                start += 2 * d
+        assert start == rows.shape[-1], (start, rows.shape)
+
+        outputs = []
+        for head, query in enumerate(queries):
+            group = head // heads_per_group
+            key, value = projected[self.source(layer, group), group]
+            scores = query @ key.transpose(-1, -2) / math.sqrt(d)
+            is_later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            outputs.append(scores.masked_fill(is_later, -math.inf).softmax(-1) @ value)
+        return self._linear(w, p + "linear_proj", torch.cat(outputs, dim=-1))
+
+    def _position(self, x: Tensor) -> Tensor:
+        """Rotary embedding of ``[b, s, d]``, halves rotated against each other, base 10000."""
+        if not self.rope:
+            return x
+        rotated, kept = x.split([round(self.head_size * self.rotary_percent), x.shape[-1] - round(self.head_size * self.rotary_percent)], -1)
+        half = rotated.shape[-1] // 2
+        # Megatron keeps the frequencies in fp32, whatever the model's precision.
+        frequency = 1.0 / 10000 ** (torch.arange(0, half, dtype=torch.float32, device=x.device) / half)
+        angle = torch.outer(torch.arange(x.shape[-2], dtype=torch.float32, device=x.device), frequency).to(x.dtype)
+        first, second = rotated[..., :half], rotated[..., half:]
+        turned = [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()]
+        return torch.cat([*turned, kept], dim=-1)
+
+    def _mlp(self, w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
+        x = self._linear(w, p + "linear_fc1", x)
+        if self.swiglu:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:
+            x = F.gelu(x)
+        return self._linear(w, p + "linear_fc2", x)
+
+    def _linear(self, w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+        x = x @ w[name + ".weight"].T
+        return x + w[name + ".bias"] if name + ".bias" in w else x
+
+    def _head_norm(self, w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+        return self._norm(w, name, x) if name + ".weight" in w else x
+
+    def _norm(self, w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+        if self.rms_norm:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * w[name + ".weight"]
+        return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], self.eps)

@@ -1,0 +1,85 @@
+"""Launch real gloo ranks for a test, one process each, and collect what they found."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank, and the repository on the path."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    return inherited | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def start_ranks(
+    command: Sequence[str], world_size: int, log_folder: Path, cwd: Path | None = None
+) -> list[subprocess.Popen]:
+    """Start ``python <command>`` once for each rank; rank ``r`` writes to ``log_folder/rank<r>.log``."""
+    log_folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=rank_environment(rank, world_size, port),
+            cwd=cwd or ROOT,
+            stdout=open(log_folder / f"rank{rank}.log", "w"),
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def wait_for_ranks(ranks: Sequence[subprocess.Popen], log_folder: Path, timeout: float) -> None:
+    """Wait for all to end well.  If one fails or time runs out, the others are ended and its log's tail is raised."""
+    deadline = time.monotonic() + timeout
+    try:
+        while any(rank.poll() is None for rank in ranks):
+            failed = [rank.poll() not in (None, 0) for rank in ranks]
+            if any(failed) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+    codes = [rank.wait() for rank in ranks]
+    if any(codes):
+        # A rank that was killed here (-9) only waited for the one that failed.
+        first = next((i for i, code in enumerate(codes) if code not in (0, -9)), codes.index(-9) if -9 in codes else 0)
+        tail = (log_folder / f"rank{first}.log").read_text()[-6000:]
+        raise AssertionError(f"ranks ended with {codes}; rank {first}:\n{tail}")
+
+
+def run_worker(worker: str, request: Any, world_size: int, folder: Path, timeout: float = 500) -> Any:
+    """Run ``tests/support/<worker>.py`` on ``world_size`` ranks with ``request`` (JSON); return rank 0's JSON answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "request.json").write_text(json.dumps(request))
+    ranks = start_ranks(["-m", f"tests.support.{worker}", str(folder)], world_size, folder)
+    wait_for_ranks(ranks, folder, timeout)
+    return json.loads((folder / "answer.json").read_text())

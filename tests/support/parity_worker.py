@@ -1,0 +1,191 @@
+"""On each rank: build Megatron's SLA model for each case, and compare it with ``tests/reference.py``.
+
+Answers, for each case, the relative errors of the logits and of every parameter's gradient, by name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from sla_megatron.cpu import cpu_backend
+
+VOCABULARY, SEQUENCE, BATCH, HIDDEN, HEAD_SIZE = 32, 12, 2, 32, 8
+LAYERS, HEADS = 4, 4
+
+
+def main(folder: Path) -> None:
+    request = json.loads((folder / "request.json").read_text())
+    logging.disable(logging.WARNING)
+    with cpu_backend():
+        import torch
+        from megatron.core import parallel_state
+
+        torch.distributed.init_process_group("gloo")
+        answers = {}
+        for size in sorted({case["tp"] for case in request.values()}):
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+            for name, case in request.items():
+                if case["tp"] == size:
+                    answers[name] = run_case(case)
+            parallel_state.destroy_model_parallel()
+        if torch.distributed.get_rank() == 0:
+            (folder / "answer.json").write_text(json.dumps(answers))
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """One model against the reference; every number is ``|found - expected| / |expected|`` over the whole tensor."""
+    import torch
+    from megatron.core import tensor_parallel
+    from megatron.core.distributed import finalize_model_grads
+
+    from tests.support import sharding
+
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    reference, model, full_shapes = build(case)
+    generator = torch.Generator().manual_seed(17)
+    weights = sharding.random_weights(full_shapes, generator)
+    sharding.load(model, weights)
+
+    tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
+    labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
+    positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+
+    model.zero_grad_buffer()
+    logits = tensor_parallel.gather_from_tensor_model_parallel_region(model(tokens, positions, None))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    finalize_model_grads([model])
+
+    # The reference runs in double precision, so that all of the error is Megatron's fp32.
+    exact = {name: tensor.double().requires_grad_() for name, tensor in weights.items()}
+    expected_logits = reference.logits(exact, tokens)
+    torch.nn.functional.cross_entropy(expected_logits.flatten(0, 1), labels.flatten()).backward()
+    gradients = sharding.gather_gradients(model)
+    answer = {"logits": error(logits.detach(), expected_logits.detach())}
+    for name, tensor in exact.items():
+        # Nobody reads the weight at all (a key norm where every group skips): the gradient to expect is zero.
+        tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        answer[name] = error(gradients[name], tensor.grad)
+    answer["dead rows"] = dead_rows(reference, exact, gradients)
+    model.eval()
+    with torch.no_grad():
+        evaluated = tensor_parallel.gather_from_tensor_model_parallel_region(model(tokens, positions, None))
+    answer["evaluation"] = error(evaluated, expected_logits.detach())
+    return answer
+
+
+def error(found: Any, expected: Any) -> float:
+    """Relative error in the 2-norm; where nothing is expected, the 2-norm of what was found."""
+    difference = (found.double() - expected).norm()
+    return float(difference / expected.norm()) if expected.norm() > 0 else float(difference)
+
+
+def dead_rows(reference: Any, exact: dict[str, Any], gradients: dict[str, Any]) -> float:
+    """The largest gradient of a K/V row that, by the reference, nobody reads: it must be exactly zero."""
+    largest = 0.0
+    for name, tensor in exact.items():
+        if name.endswith("linear_qkv.weight"):
+            dead = tensor.grad.abs().sum(dim=1) == 0
+            largest = max(largest, float(gradients[name][dead].abs().sum()))
+    return largest
+
+
+def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """The reference, the model wrapped in Megatron's DDP, and the un-sharded shape of each parameter."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from sla_megatron.config import SLAConfig
+    from sla_megatron.model import SLAGPTModelBuilder, SLAGPTModelConfig
+    from tests.reference import ReferenceGPT
+    from tests.support import sharding
+
+    transformer = transformer_config(case)
+    sla = SLAConfig(
+        num_layers=LAYERS,
+        num_query_groups=case["groups"],
+        skip_distances=tuple(case["distances"]),
+        num_skip_groups=case["skip_groups"],
+        kv_projection=case["projection"],
+    )
+    config = SLAGPTModelConfig(
+        transformer=transformer,
+        vocab_size=VOCABULARY,
+        seq_length=SEQUENCE,
+        position_embedding_type="rope" if case["rope"] else "learned_absolute",
+        rotary_percent=case.get("rotary_percent", 1.0),
+        share_embeddings_and_output_weights=case.get("tied", False),
+        sla=sla,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = SLAGPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+    model.train()
+    reference = ReferenceGPT(
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        num_groups=case["groups"],
+        head_size=HEAD_SIZE,
+        distances=tuple(case["distances"]),
+        num_skip_groups=case["skip_groups"],
+        pruned=case["projection"] == "pruned",
+        rope=case["rope"],
+        rotary_percent=case.get("rotary_percent", 1.0),
+        rms_norm=case["rms_norm"],
+        swiglu=case.get("swiglu", False),
+    )
+    wrapped = DistributedDataParallel(
+        config=transformer,
+        ddp_config=DistributedDataParallelConfig(overlap_grad_reduce=True, use_distributed_optimizer=False),
+        module=model,
+    )
+    return reference, wrapped, sharding.full_shapes(wrapped)
+
+
+def transformer_config(case: dict[str, Any]) -> Any:
+    import torch.nn.functional as F
+    from megatron.core.transformer import TransformerConfig
+
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "selective-mlp": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+        "uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        "uniform2": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+        "uniform3": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3},
+        "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+    }[case["recompute"]]
+    gated = {"activation_func": F.silu, "gated_linear_unit": True} if case.get("swiglu") else {}
+    return TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=case["groups"],
+        kv_channels=HEAD_SIZE,
+        ffn_hidden_size=2 * HIDDEN,
+        add_bias_linear=case.get("bias", True),
+        add_qkv_bias=case.get("bias", True),
+        qk_layernorm=case.get("qk_norm", False),
+        normalization="RMSNorm" if case["rms_norm"] else "LayerNorm",
+        layernorm_epsilon=1e-5,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=case["tp"],
+        sequence_parallel=case["sequence_parallel"],
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
+        **gated,
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
