@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from .device import add_device_arg, megatron_device
-from .errors import FlagError
-
+# Nothing heavy is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
 _PROGRAM_START = time.time()
 
 # What upstream's pretrain_gpt.py does beyond pretraining, and this one does not: attribute, what is accepted.
@@ -35,6 +33,8 @@ _NOT_HERE = (
 
 def main() -> None:
     """Parse ``sys.argv``, then hand over to ``megatron.training.pretrain``."""
+    from .device import megatron_device
+
     with megatron_device():
         _pretrain()
 
@@ -46,6 +46,7 @@ def _pretrain() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from .arguments import parse_and_validate_args
+    from .device import add_device_arg
     from .gpt_data import forward_step, train_valid_test_datasets
     from .model import gpt_config_from_args
     from .report import report_model
@@ -68,6 +69,8 @@ def _pretrain() -> None:
 
 def _require_pretraining(args: argparse.Namespace) -> None:
     """Refuse what this entry point does not do, rather than ignore it."""
+    from .errors import FlagError
+
     for name, accepted in _NOT_HERE:
         if getattr(args, name, None):
             raise FlagError("--" + name.replace("_", "-"), getattr(args, name), accepted)

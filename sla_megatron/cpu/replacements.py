@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..seams import Seam
-from . import cuda_api
+from . import cuda_api, optimizer
 from .norm import torch_norm
 from .tensors import backward_on_cpu
 
@@ -86,6 +86,24 @@ def replacements() -> list[Seam]:
             backward_on_cpu,
             "torch leaves CudaMeansCpu inside torch.autograd.backward, where Megatron's backward functions allocate",
             ("self", "args"),
+        ),
+        Seam(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
+            optimizer.sharded_state_dict,
+            "with torch's Adam upstream cannot load a checkpoint into a fresh distributed optimizer",
+            ("self", "model_sharded_state_dict", "is_loading", "sharding_type", "metadata"),
+        ),
+        Seam(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+            optimizer.load_state_dict,
+            "with torch's Adam upstream loads one step count that all parameters share and each advances",
+            ("self", "state_dict"),
+        ),
+        Seam(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+            optimizer.set_main_param_and_optimizer_states,
+            "with torch's Adam upstream looks for a step count that the fully reshardable format does not hold",
+            ("self", "model_param", "tensors"),
         ),
         Seam(
             "megatron.training.training:set_jit_fusion_options",

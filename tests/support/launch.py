@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +18,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, below those that the system hands out by itself: gloo takes many of these."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -41,7 +49,7 @@ def start_ranks(
 ) -> list[subprocess.Popen]:
     """Start ``python <command>`` once for each rank; rank ``r`` writes to ``log_folder/rank<r>.log``."""
     log_folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    (port,) = free_ports(1)
     return [
         subprocess.Popen(
             [sys.executable, *command],
@@ -50,6 +58,8 @@ def start_ranks(
             stdout=open(log_folder / f"rank{rank}.log", "w"),
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            # A session of its own, so that a rank can be ended together with the helpers that Megatron started for it.
+            start_new_session=True,
         )
         for rank in range(world_size)
     ]
@@ -65,9 +75,7 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen], log_folder: Path, timeout:
                 break
             time.sleep(0.05)
     finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
+        kill_ranks(ranks)
     codes = [rank.wait() for rank in ranks]
     if any(codes):
         # A rank that was killed here (-9) only waited for the one that failed.
@@ -76,10 +84,17 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen], log_folder: Path, timeout:
         raise AssertionError(f"ranks ended with {codes}; rank {first}:\n{tail}")
 
 
+def kill_ranks(ranks: Sequence[subprocess.Popen]) -> None:
+    """End, at once, what is left of each rank and its helper processes."""
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+
+
 def run_worker(worker: str, request: Any, world_size: int, folder: Path, timeout: float = 500) -> Any:
     """Run ``tests/support/<worker>.py`` on ``world_size`` ranks with ``request`` (JSON); return rank 0's JSON answer."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "request.json").write_text(json.dumps(request))
+    (folder / "request.json").write_text(json.dumps(request, default=str))
     ranks = start_ranks(["-m", f"tests.support.{worker}", str(folder)], world_size, folder)
     wait_for_ranks(ranks, folder, timeout)
     return json.loads((folder / "answer.json").read_text())

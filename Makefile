@@ -1,0 +1,40 @@
+# Two commands do all set-up: `make quickstart` and `make test`. Each makes .venv when it is missing and
+# updates it when setup.py or constraints.txt changed. `make` alone lists the targets.
+
+# Which Python makes .venv (3.12 or newer); empty means: search PATH, then pyenv's versions.
+PYTHON ?=
+# Passed on to the quickstart, such as QUICKSTART_ARGS="--train-iters 320"; its own --help lists them.
+QUICKSTART_ARGS ?=
+# Passed on to pytest, such as PYTEST_ARGS="-k quickstart -x".
+PYTEST_ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python -m
+
+.PHONY: help venv quickstart test lint gpu-check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make or update .venv (PYTHON=/path/to/python3.12 chooses its Python)
+
+$(STAMP): setup.py constraints.txt
+	@PYTHON="$(PYTHON)" launch/make-venv.sh $(VENV)
+
+quickstart: $(STAMP) ## train a dense and an SLA GPT on real text, compare them (QUICKSTART_ARGS="--help")
+	@$(RUN) examples.quickstart.run $(QUICKSTART_ARGS)
+
+test: $(STAMP) ## run the tests that need no GPU
+	@$(RUN) pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style and formatting
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+
+gpu-check: $(STAMP) ## run the tests that need a CUDA GPU
+	@$(RUN) pytest -m gpu -rA $(PYTEST_ARGS)
+
+clean: ## remove caches and build output; keeps .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . \( -name .venv -o -name .git -o -name runs \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

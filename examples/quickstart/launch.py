@@ -1,0 +1,97 @@
+"""Runs one training under torchrun: full log to a file, one short line per report to the terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from examples.quickstart.training_log import LAUNCH_MARK, Records, describe
+
+TAIL_LINES = 30
+# torchrun follows a failure with a traceback of its own, which says nothing about the cause.
+TORCHRUN_REPORT = re.compile(r"elastic/multiprocessing/api\.py.*failed \(exitcode")
+
+
+class TrainingFailed(RuntimeError):
+    """Training ended with an error; the message holds the end of its log."""
+
+
+def command(ranks: int, flags: list[str]) -> list[str]:
+    """The torchrun command line that trains on `ranks` processes of this machine."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*torchrun, "-m", "sla_megatron.pretrain_gpt", *flags]
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """This process's environment, with defaults that training wants; what the user has set stays."""
+    env = dict(os.environ)
+    # Half of the cores: ranks compete for memory, and laptops count each core twice.
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (2 * ranks))))
+    # Megatron asks for it with tensor parallelism on older GPUs, so that communication starts in order.
+    env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    return env
+
+
+def train(name: str, ranks: int, flags: list[str], log: Path) -> Records:
+    """Trains with `flags`, appends everything printed to `log`, and returns what all its lines say.
+
+    Raises TrainingFailed when it exits with anything but 0. Being interrupted (Ctrl-C, SIGTERM) ends the
+    training processes too; the last checkpoint remains.
+    """
+    argv = command(ranks, flags)
+    records, started = Records(), time.monotonic()
+    if log.exists():  # earlier, interrupted launches of the same run
+        for line in log.read_text(errors="replace").splitlines():
+            records.read(line)
+    print(f"\n{name}: starting {ranks} {'ranks' if ranks > 1 else 'rank'}; log in {log}", flush=True)
+    with log.open("a") as file:
+        file.write(f"{LAUNCH_MARK}{shlex.join(argv)}\n")
+        file.flush()
+        records.read(LAUNCH_MARK)
+        # Not PYTHONUNBUFFERED: ranks share the pipe, and only buffered writes keep their lines whole.
+        process = subprocess.Popen(
+            argv,
+            env=environment(ranks),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                if event := records.read(line):
+                    print(f"{name:>6} {describe(event)}", flush=True)
+            code = process.wait()
+        except BaseException:
+            stop(process)
+            raise
+    if code:
+        end = failure_tail(log.read_text(errors="replace"))
+        raise TrainingFailed(f"{end}\nquickstart: {name} training failed (exit code {code}); log: {log}")
+    print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+    return records
+
+
+def failure_tail(text: str) -> str:
+    """The last lines of the last launch in the log `text`, without torchrun's own report of the failure."""
+    lines = text.splitlines()
+    start = max((i for i, line in enumerate(lines) if line.startswith(LAUNCH_MARK)), default=0)
+    end = next((i for i in range(start, len(lines)) if TORCHRUN_REPORT.search(lines[i])), len(lines))
+    return "\n".join(lines[start:end][-TAIL_LINES:])
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends torchrun, which ends its ranks; by force when it does not within 40 s (it gives them 30)."""
+    process.terminate()
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

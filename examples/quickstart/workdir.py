@@ -1,0 +1,104 @@
+"""The quickstart's output directory: what is in it, whose it is, and what may be done to it.
+
+OUT/settings.json            what the runs in it were made with; marks the directory as the quickstart's
+OUT/data, OUT/cache          the data set, and Megatron's sample order
+OUT/{dense,sla}/             checkpoints, tensorboard, result.json once finished
+OUT/{dense,sla}.log          everything training printed, every launch appended
+OUT/summary.txt              the table
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from examples.quickstart.training_log import Result
+
+MODELS = ("dense", "sla")
+SETTINGS = "settings.json"
+LOCK = ".lock"
+# Removed in this order: as long as the settings are there, the rest is known to be the quickstart's.
+MADE_HERE = (
+    "dense",
+    "sla",
+    "dense.log",
+    "sla.log",
+    "data",
+    ".data.partial",
+    "cache",
+    "summary.txt",
+    SETTINGS,
+)
+
+
+class WorkdirError(RuntimeError):
+    """The output directory cannot be used as asked; the message is one line for the user."""
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes `value` so that `path` is either the old file or the whole new one; makes its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def read_settings(out: Path) -> dict | None:
+    """Settings of the runs in `out`, None when there are none; WorkdirError for somebody else's files."""
+    path = out / SETTINGS
+    if path.is_file():
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            raise WorkdirError(f"--out {out}: expected a directory whose {SETTINGS} can be read") from None
+    if out.is_dir() and any(entry.name != LOCK for entry in out.iterdir()):
+        raise WorkdirError(f"--out {out}: expected an empty or new directory, or one made by the quickstart")
+    if out.exists() and not out.is_dir():
+        raise WorkdirError(f"--out {out}: expected a directory")
+    return None
+
+
+def check_settings(out: Path, settings: dict) -> None:
+    """Raises WorkdirError, naming the first difference, unless `out` is new or was made with `settings`."""
+    for name, before in (read_settings(out) or {}).items():
+        if settings.get(name) != before:
+            flag = "--" + name.replace("_", "-")
+            raise WorkdirError(
+                f"{flag} {settings.get(name)}: expected {before}, which the runs in {out} were made with; "
+                "choose another --out, or --fresh to start over"
+            )
+
+
+def load_result(out: Path, model: str) -> Result | None:
+    """What the finished run of `model` measured; None when it has not finished."""
+    path = out / model / "result.json"
+    return Result(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def clear(out: Path) -> None:
+    """Removes what the quickstart made in `out`, and nothing else."""
+    if read_settings(out) is None:
+        return
+    for name in MADE_HERE:
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds `out` (made if missing) for this process. Raises WorkdirError when another quickstart has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(f"--out {out}: another quickstart is running there") from None
+        yield

@@ -1,0 +1,29 @@
+"""Package metadata; tool settings are in pyproject.toml, the versions CI was run with in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "torch>=2.6",
+    # The wheel carries megatron.training; the seams were checked with 0.19, and 0.20 has moved some of them.
+    "megatron-core[training]>=0.19,<0.20",
+    "datasets",
+    "sentencepiece",
+    # Training writes its logs with it, and megatron-core's training extra does not ask for it.
+    "tensorboard",
+]
+
+EXTRAS_REQUIRE = {
+    "te": ["transformer-engine[pytorch]"],
+    "dev": ["pytest", "hypothesis", "ruff", "packaging"],
+}
+
+setup(
+    name="sla-megatron",
+    version="0.1.0",
+    description="Train GPTs with Skip-Layer Attention on NVIDIA Megatron, tensor-parallel, on GPUs or CPUs",
+    python_requires=">=3.12",
+    packages=find_packages(include=["sla_megatron", "sla_megatron.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["sla-pretrain = sla_megatron.pretrain_gpt:main"]},
+)

@@ -1,0 +1,80 @@
+"""The command lines that trainer tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .launch import free_ports, run_worker
+
+ITERATIONS = 5
+
+#: A GPT of 4 layers and 4 groups on Megatron's mock data.  Dropout stays at Megatron's default, 0.1, unless a test
+#: compares runs of different tensor-parallel sizes.
+MODEL = {
+    "num-layers": 4,
+    "hidden-size": 32,
+    "num-attention-heads": 4,
+    "seq-length": 16,
+    "max-position-embeddings": 16,
+    "micro-batch-size": 2,
+    "global-batch-size": 8,
+    "train-iters": ITERATIONS,
+    "lr": 0.01,
+    "lr-warmup-iters": 1,
+    "lr-decay-iters": 20,
+    "clip-grad": 1.0,
+    "mock-data": True,
+    "tokenizer-type": "NullTokenizer",
+    "vocab-size": 127,
+    "log-interval": 1,
+    "eval-iters": 1,
+    "eval-interval": 100,
+    "tensor-model-parallel-size": 2,
+}
+
+#: Megatron pads the vocabulary to a multiple of this times the tensor-parallel size: the same 128 for every size.
+PADDED_VOCABULARY = 128
+
+NO_DROPOUT = {"attention-dropout": 0.0, "hidden-dropout": 0.0}
+
+#: What the CPU backend chooses by itself, for the run that uses upstream's own parser.
+CPU_FLAGS = [
+    "--distributed-backend=gloo",
+    "--transformer-impl=local",
+    "--use-cpu-initialization",
+    "--no-persist-layer-norm",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+    "--num-workers=0",
+]
+
+
+def argv(**changes: Any) -> list[str]:
+    """Megatron's flags for :data:`MODEL` with ``changes``: ``True`` is a bare flag, ``None`` or ``False`` leaves it out."""
+    settings = MODEL | {name.replace("_", "-"): value for name, value in changes.items()}
+    settings.setdefault(
+        "make-vocab-size-divisible-by", PADDED_VOCABULARY // settings["tensor-model-parallel-size"]
+    )
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif isinstance(value, list | tuple):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def train(requests: dict[str, dict[str, Any]], world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run all of ``requests`` (name -> ``argv``, ``entry``) in one group of ranks."""
+    ports = free_ports(len(requests))
+    with_ports = {
+        name: {**request, "port": port} for (name, request), port in zip(requests.items(), ports, strict=True)
+    }
+    return run_worker("trainer_worker", with_ports, world_size, folder)

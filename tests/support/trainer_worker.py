@@ -1,0 +1,170 @@
+"""On each rank: run Megatron's whole trainer for each requested run, one after the other in the same processes.
+
+Nothing of Megatron is replaced but by the CPU backend: this only listens.  Each step's loss and gradient norm are
+written, exact, to ``<run>.jsonl`` as soon as they are known, so that they outlive a killed process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import runpy
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def main(folder: Path) -> None:
+    requests = json.loads((folder / "request.json").read_text())
+    logging.disable(logging.WARNING)
+    # Imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
+    from sla_megatron.device import megatron_device
+
+    with megatron_device(["--device", "cpu"]):
+        answers = {}
+        for name, request in requests.items():
+            # Each run makes its process group anew, on a port of its own.
+            os.environ["MASTER_PORT"] = str(request.pop("port"))
+            answers[name] = run(folder, name, **request)
+    if os.environ["RANK"] == "0":
+        (folder / "answer.json").write_text(json.dumps(answers))
+
+
+def run(folder: Path, name: str, argv: list[str], entry: str = "sla") -> dict[str, Any]:
+    """One run: exit status, what it printed on stderr, and what the listener heard."""
+    from megatron.training import training
+
+    heard = Listener(folder / f"{name}.jsonl")
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    old_argv, sys.argv = sys.argv, ["pretrain", *argv]
+    heard.listen_to(training)
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            ENTRIES.get(entry, lambda: runpy.run_path(entry, run_name="__main__"))()
+    except SystemExit as ended:
+        status = ended.code or 0
+    finally:
+        sys.argv = old_argv
+        heard.stop()
+        forget_megatron()
+    return {"status": status, "stderr": stderr.getvalue(), "stdout": stdout.getvalue(), **heard.answer()}
+
+
+def enter_sla() -> None:
+    from sla_megatron import pretrain_gpt
+
+    pretrain_gpt.main()
+
+
+def enter_upstream() -> None:
+    """The trainer with upstream's own parsing and model builder: not one line of ``--sla`` code but the data reading."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from sla_megatron.gpt_data import forward_step, train_valid_test_datasets
+
+    args = parse_and_validate_args()
+    model = gpt_config_from_args(args)
+    config = pretrain_cfg_container_from_args(args, model)
+    pretrain(config, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+
+
+ENTRIES: dict[str, Callable[[], None]] = {"sla": enter_sla, "upstream": enter_upstream}
+
+
+class Listener:
+    """Hears each step's loss and gradient norm, evaluations, and which shared K/V are still alive after a step."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._steps: list[dict[str, Any]] = []
+        self._evaluations: list[float] = []
+        self._shared: list[weakref.ref] = []
+        self._originals: list[tuple[Any, str, Any]] = []
+        self.num_shared = 0
+
+    def listen_to(self, training: Any) -> None:
+        from sla_megatron.microbatch_kv import MicrobatchKV
+
+        self._wrap(training, "training_log", self._on_step)
+        self._wrap(training, "evaluate", self._on_evaluation)
+        self._wrap(MicrobatchKV, "put", self._on_put)
+
+    def _wrap(self, owner: Any, name: str, callback: Callable[[tuple, Any], None]) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            callback(args, result)
+            return result
+
+        self._originals.append((owner, name, original))
+        setattr(owner, name, wrapper)
+
+    def stop(self) -> None:
+        for owner, name, original in self._originals:
+            setattr(owner, name, original)
+
+    def _on_step(self, args: tuple, _: Any) -> None:
+        loss, iteration, grad_norm = args[0].get("lm loss"), args[3], args[7]
+        step = {
+            "iteration": int(iteration),
+            "loss": None if loss is None else float(loss),
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "alive": sum(reference() is not None for reference in self._shared),
+        }
+        self._shared.clear()
+        self._steps.append(step)
+        if os.environ["RANK"] == "0":
+            with self._path.open("a") as file:
+                print(json.dumps(step), file=file, flush=True)
+
+    def _on_evaluation(self, _: tuple, result: Any) -> None:
+        if result[0] is not None and "lm loss" in result[0]:
+            self._evaluations.append(float(result[0]["lm loss"]))
+
+    def _on_put(self, args: tuple, _: Any) -> None:
+        self.num_shared += 1
+        self._shared += [weakref.ref(tensor) for tensor in args[2]]
+
+    def answer(self) -> dict[str, Any]:
+        return {
+            "loss": [step["loss"] for step in self._steps],
+            "grad_norm": [step["grad_norm"] for step in self._steps],
+            "iteration": [step["iteration"] for step in self._steps],
+            "alive": max((step["alive"] for step in self._steps), default=0),
+            "evaluations": self._evaluations,
+            "num_shared": self.num_shared,
+        }
+
+
+def forget_megatron() -> None:
+    """Undo what a run leaves in Megatron's module globals, so that the next can have another shape.
+
+    The process groups too: each keeps gloo's threads alive, and hundreds of them slow every later run down.
+    """
+    import torch
+    from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
+    from megatron.core.tensor_parallel import random
+    from megatron.training import global_vars
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    parallel_state.destroy_model_parallel()
+    global_vars.destroy_global_vars()
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    rerun_state_machine.destroy_rerun_state_machine()
+    random._CUDA_RNG_STATE_TRACKER = None
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

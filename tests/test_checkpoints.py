@@ -1,0 +1,141 @@
+"""Checkpoints on four gloo ranks: saved at one tensor-parallel size and loaded at another, and the settings they carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.runs import NO_DROPOUT, argv, train
+
+pytestmark = pytest.mark.distributed
+
+SAVED_AT, LAST = 2, 4
+# As in test_trainer.py: another order of summation, amplified by the optimizer's steps.
+CLOSE = 1e-5
+
+SIZES = (1, 2, 4)
+RESHARDINGS = ((2, 2), (1, 2), (2, 1), (1, 4), (4, 1), (4, 2))
+SLA = {
+    "full": {"sla": True, "sla_skip_distance": [2], "sla_num_skip_groups": 4},
+    # Eight groups of which four skip, every second one, so that each rank of four keeps one dead group.
+    "pruned": {"sla": True, "sla_skip_distance": [1], "sla_num_skip_groups": 4, "sla_kv_projection": "pruned"},
+}
+SHAPES = {"full": {"qk_layernorm": True}, "pruned": {"position_embedding_type": "rope", "normalization": "RMSNorm"}}
+# Upstream's flag for optimizer state that can be loaded at another tensor-parallel size.
+DISTRIBUTED = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
+
+
+def _argv(**changes: Any) -> list[str]:
+    base = NO_DROPOUT | {"num_attention_heads": 8, "eval_iters": 0, "override_opt_param_scheduler": True}
+    return argv(**(base | changes))
+
+
+def _requests(folder: Path) -> dict[str, dict[str, Any]]:
+    requests = {}
+    for mode in SLA:
+        settings = SLA[mode] | SHAPES[mode] | DISTRIBUTED | {"train_iters": LAST}
+        for size in SIZES:
+            # One uninterrupted run, which saves on its way; then one that resumes from there at each size.
+            at_size = settings | {"tensor_model_parallel_size": size}
+            saves = {"save": folder / f"{mode}{size}", "save_interval": SAVED_AT}
+            requests[f"{mode}-{size}"] = {"argv": _argv(**at_size, **saves)}
+        for saved_at, size in RESHARDINGS:
+            at_size = settings | {"tensor_model_parallel_size": size}
+            loads = {"load": folder / f"{mode}{saved_at}", "ckpt_step": SAVED_AT}
+            requests[f"{mode}-{saved_at}-to-{size}"] = {"argv": _argv(**at_size, **loads)}
+    return requests | _setting_requests(folder)
+
+
+def _setting_requests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Loads whose flags agree with the checkpoint's or not.  The checkpoint is the first run's, or a dense one."""
+    full = SHAPES["full"] | DISTRIBUTED | {"train_iters": LAST}
+    load = {"load": folder / "full2", "ckpt_step": SAVED_AT}
+    dense = {"load": folder / "dense"}
+    same, pruned = SLA["full"], SLA["full"] | {"sla_kv_projection": "pruned"}
+    settings: dict[str, dict[str, Any]] = {
+        "dense": full | {"save": folder / "dense", "save_interval": LAST},
+        "from-checkpoint-args": full | load | {"use_checkpoint_args": True},
+        "no-sla": full | load,
+        "other-distance": full | load | same | {"sla_skip_distance": [3]},
+        "other-groups": full | load | same | {"sla_num_skip_groups": 2},
+        "other-layers": full | load | same | {"sla_layers": "4"},
+        "same-layers-spelled-out": full | load | same | {"sla_layers": "3-4"},
+        "other-projection": full | load | pruned,
+        "checkpoint-args-but-distance": full | load | {"use_checkpoint_args": True, "sla_skip_distance": [3]},
+        "dense-to-sla": full | dense | same,
+        "finetune-dense-to-sla": full | dense | same | {"finetune": True},
+        "finetune-dense-to-beyond": full | dense | {"sla": True, "sla_skip_distance": 4, "finetune": True},
+        "finetune-dense-to-dense": full | dense | {"finetune": True},
+        "finetune-other-distance": full | load | same | {"sla_skip_distance": [3], "finetune": True},
+        "finetune-dense-to-pruned": full | dense | pruned | {"finetune": True},
+    }
+    return {name: {"argv": _argv(**flags)} for name, flags in settings.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return train(_requests(folder), 4, folder / "ranks")
+
+
+@pytest.mark.parametrize("mode", SLA)
+@pytest.mark.parametrize("size", SIZES)
+def test_same_training_at_every_size(runs: dict[str, dict[str, Any]], mode: str, size: int) -> None:
+    """TP=1, 2 and 4 train the same function from one seed."""
+    for what in ("loss", "grad_norm"):
+        assert runs[f"{mode}-{size}"][what] == pytest.approx(runs[f"{mode}-1"][what], rel=CLOSE)
+
+
+@pytest.mark.parametrize("mode", SLA)
+@pytest.mark.parametrize(("saved_at", "size"), RESHARDINGS)
+def test_resumes_at_every_size(runs: dict[str, dict[str, Any]], mode: str, saved_at: int, size: int) -> None:
+    """Loaded at any size, weights and optimizer state go on as the run that was not interrupted.
+
+    At the size it was saved at, bit for bit: all ranks then add in the same order.
+    """
+    whole, resumed = runs[f"{mode}-{saved_at}"], runs[f"{mode}-{saved_at}-to-{size}"]
+    assert resumed["iteration"] == list(range(SAVED_AT + 1, LAST + 1))
+    for what in ("loss", "grad_norm"):
+        tolerance = 0 if saved_at == size else CLOSE
+        assert resumed[what] == pytest.approx(whole[what][SAVED_AT:], rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("name", ["from-checkpoint-args", "same-layers-spelled-out"])
+def test_same_settings_resume(runs: dict[str, dict[str, Any]], name: str) -> None:
+    """Settings taken from the checkpoint, or equal to its own in other words, resume bit for bit."""
+    assert runs[name]["loss"] == runs["full-2"]["loss"][SAVED_AT:]
+    assert runs[name]["num_shared"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no-sla", "--sla off: expected on as in the checkpoint"),
+        ("other-distance", "--sla-skip-distance 3: expected 2 as in the checkpoint"),
+        ("other-groups", "--sla-num-skip-groups 2: expected 4 as in the checkpoint"),
+        ("other-layers", "--sla-layers 4: expected 3-4 as in the checkpoint"),
+        ("other-projection", "--sla-kv-projection pruned: expected full as in the checkpoint"),
+        ("checkpoint-args-but-distance", "--sla-skip-distance 3: expected 2 as in the checkpoint"),
+        ("dense-to-sla", "--sla on: expected off as in the checkpoint"),
+        ("finetune-dense-to-pruned", "--sla-kv-projection pruned: expected off as in the checkpoint"),
+    ],
+)
+def test_other_settings_are_refused(runs: dict[str, dict[str, Any]], name: str, message: str) -> None:
+    """A run whose settings differ from its checkpoint's ends with one line that gives both values."""
+    assert runs[name]["status"] == 2
+    assert runs[name]["loss"] == []
+    assert runs[name]["stderr"].startswith(f"sla-megatron: error: {message}")
+    assert runs[name]["stderr"].count("\n") == 1
+
+
+def test_finetune_changes_settings_on_purpose(runs: dict[str, dict[str, Any]]) -> None:
+    """``--finetune`` starts SLA from dense weights, or another distance from SLA weights, at iteration 1."""
+    for name in ("finetune-dense-to-sla", "finetune-other-distance", "finetune-dense-to-beyond"):
+        assert runs[name]["status"] == 0
+        assert runs[name]["iteration"] == list(range(1, LAST + 1))
+    # The dense weights did arrive: with a distance beyond the last layer it is the dense model's own continuation.
+    assert runs["finetune-dense-to-beyond"]["loss"] == runs["finetune-dense-to-dense"]["loss"]
+    assert runs["finetune-dense-to-sla"]["loss"][0] != runs["finetune-dense-to-dense"]["loss"][0]
+    assert runs["finetune-dense-to-sla"]["loss"][0] < runs["dense"]["loss"][0]

@@ -1,0 +1,146 @@
+"""Megatron's whole trainer on two gloo ranks: with ``--sla`` off, on, and in every company it claims to keep."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from tests.support.launch import ROOT
+from tests.support.runs import CPU_FLAGS, ITERATIONS, NO_DROPOUT, argv, train
+
+pytestmark = pytest.mark.distributed
+
+# Other tensor-parallel sizes sum in another order, and optimizer steps amplify fp32 rounding a little each.
+CLOSE = 1e-5
+
+SLA = {"sla": True, "sla_skip_distance": 2, "sla_num_skip_groups": 2}
+MOE = {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True, "sequence_parallel": True}
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "upstream": {"argv": [*argv(), *CPU_FLAGS], "entry": "upstream"},
+    "off": {"argv": argv()},
+    "beyond": {"argv": argv(sla=True, sla_skip_distance=4)},
+    "no-groups": {"argv": argv(sla=True, sla_num_skip_groups=0)},
+    "sla": {"argv": argv(**SLA)},
+    "sla-again": {"argv": argv(**SLA)},
+    "own-script": {
+        "argv": argv(**SLA, my_flag="x"),
+        "entry": str(ROOT / "examples" / "own_script" / "pretrain_my_gpt.py"),
+    },
+    "moe": {"argv": argv(**MOE)},
+    "moe-beyond": {"argv": argv(**MOE, sla=True, sla_skip_distance=4)},
+    "moe-sla": {"argv": argv(**MOE, **SLA)},
+    "tp2": {"argv": argv(**SLA, **NO_DROPOUT)},
+    "tp1": {"argv": argv(**SLA, **NO_DROPOUT, tensor_model_parallel_size=1)},
+    "sequence-parallel": {"argv": argv(**SLA, **NO_DROPOUT, sequence_parallel=True)},
+    "full-recompute": {"argv": argv(**SLA, **NO_DROPOUT, **FULL_RECOMPUTE, sequence_parallel=True)},
+    "full-recompute-dropout": {"argv": argv(**SLA, **FULL_RECOMPUTE)},
+    "selective-recompute": {
+        "argv": argv(**SLA, **NO_DROPOUT, recompute_granularity="selective", recompute_modules=["core_attn"])
+    },
+    "distributed-optimizer": {
+        "argv": argv(
+            **SLA,
+            **NO_DROPOUT,
+            tensor_model_parallel_size=1,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+        )
+    },
+    "pruned": {"argv": argv(**SLA, sla_kv_projection="pruned")},
+    "pruned-overlap": {
+        "argv": argv(
+            sla=True,
+            sla_skip_distance=1,
+            sla_num_skip_groups=4,
+            sla_kv_projection="pruned",
+            qk_layernorm=True,
+            tensor_model_parallel_size=1,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+        )
+    },
+    "bf16": {"argv": argv(**SLA, **NO_DROPOUT, bf16=True)},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return train(REQUESTS, 2, tmp_path_factory.mktemp("trainer"))
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_trains_and_evaluates(runs: dict[str, dict[str, Any]], name: str) -> None:
+    """Every run takes all its steps with finite losses, evaluates, and ends with status 0."""
+    run = runs[name]
+    assert run["status"] == 0
+    assert run["iteration"] == list(range(1, ITERATIONS + 1))
+    assert all(math.isfinite(value) for value in run["loss"] + run["grad_norm"] + run["evaluations"])
+    assert len(run["evaluations"]) == 2, "validation and test"
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_no_shared_kv_outlives_its_step(runs: dict[str, dict[str, Any]], name: str) -> None:
+    """After each step every shared key and value is freed; without skipping none is ever made."""
+    assert runs[name]["alive"] == 0
+    skips = name not in ("upstream", "off", "moe", "beyond", "moe-beyond", "no-groups")
+    assert (runs[name]["num_shared"] > 0) == skips
+
+
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [
+        ("off", "upstream"),
+        ("beyond", "upstream"),
+        ("no-groups", "upstream"),
+        ("moe-beyond", "moe"),
+        ("sla-again", "sla"),
+        ("own-script", "sla"),
+        ("full-recompute-dropout", "sla"),
+    ],
+)
+def test_bit_for_bit(runs: dict[str, dict[str, Any]], name: str, twin: str) -> None:
+    """Losses, gradient norms and evaluations are the very same numbers, dropout included."""
+    for what in ("loss", "grad_norm", "evaluations"):
+        assert runs[name][what] == runs[twin][what]
+
+
+@pytest.mark.parametrize(("name", "dense"), [("sla", "off"), ("moe-sla", "moe"), ("pruned", "sla")])
+def test_settings_matter(runs: dict[str, dict[str, Any]], name: str, dense: str) -> None:
+    """Skipping, and leaving projections out, are not silently ignored."""
+    assert runs[name]["loss"] != runs[dense]["loss"]
+
+
+@pytest.mark.parametrize(
+    "name", ["tp1", "sequence-parallel", "full-recompute", "selective-recompute", "distributed-optimizer"]
+)
+def test_same_training_however_it_is_run(runs: dict[str, dict[str, Any]], name: str) -> None:
+    """From one seed, without dropout, the same losses and gradient norms as plain TP=2."""
+    for what in ("loss", "grad_norm", "evaluations"):
+        assert runs[name][what] == pytest.approx(runs["tp2"][what], rel=CLOSE)
+
+
+def test_bf16_stays_near_fp32(runs: dict[str, dict[str, Any]]) -> None:
+    """bf16 keeps 8 bits, 4e-3; the loss of five small steps stays within a few of those."""
+    assert runs["bf16"]["loss"] == pytest.approx(runs["tp2"]["loss"], rel=1e-2)
+
+
+def test_report_at_start(runs: dict[str, dict[str, Any]]) -> None:
+    """A run says what skips, and how many parameters that leaves; the dense figure is what a dense run counts."""
+    dense = int(_line(runs["off"], "sla-megatron: off; parameters ").split()[-1])
+    assert "distance 2; 2 of 4 K/V groups skip (NSNS); in layers 3-4 of 4" in runs["sla"]["stdout"]
+    assert _line(runs["sla"], "sla-megatron: parameters ") == f"sla-megatron: parameters {dense} (dense {dense})"
+    # Layers 3 and 4 leave out 2 groups each: K and V, 8 rows a head, 32 columns and a bias.
+    left_out = 2 * 2 * 2 * 8 * 33
+    pruned = _line(runs["pruned"], "sla-megatron: parameters ")
+    assert pruned == f"sla-megatron: parameters {dense - left_out} (dense {dense})"
+
+
+def _line(run: dict[str, Any], start: str) -> str:
+    (line,) = [line for line in run["stdout"].splitlines() if line.startswith(start)]
+    return line

@@ -1,0 +1,34 @@
+"""What the unit tests share: Megatron, imported once, on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from sla_megatron import cpu_backend
+
+# A machine that is busy with something else is slow, not wrong.
+settings.register_profile("unit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unit")
+
+#: Importing these brings in all of Megatron that the unit tests need.
+_MEGATRON = ("megatron.training.training", "sla_megatron.arguments", "sla_megatron.model")
+
+
+@pytest.fixture(scope="session")
+def megatron_imported() -> None:
+    """Megatron is imported once, as the entry point does it, inside the CPU backend, which is left again."""
+    with warnings.catch_warnings(action="ignore"), cpu_backend():
+        for name in _MEGATRON:
+            importlib.import_module(name)
+
+
+@pytest.fixture
+def megatron(megatron_imported: None) -> Iterator[None]:
+    """The CPU backend is entered for the length of a test."""
+    with cpu_backend():
+        yield

@@ -1,0 +1,308 @@
+"""How upstream's names are replaced and put back, and that the installed upstream is as expected."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import inspect
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sla_megatron import seams
+from sla_megatron.seams import Seam, SeamError, replaced, require_megatron, require_parameters
+
+
+class Base:
+    """Owns ``method``, which ``Derived`` inherits."""
+
+    def method(self, first: int, second: int = 0) -> str:
+        return "upstream"
+
+
+class Derived(Base):
+    """Has ``own`` of its own."""
+
+    own = "upstream"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module with a function, two classes and a lazy name, as upstream's modules have."""
+
+    def lazily(name: str) -> str:
+        if name == "lazy":
+            return "upstream"
+        raise AttributeError(name)
+
+    made = ModuleType("stand_ins_target")
+    made.__dict__.update(function=lambda first: "upstream", Base=Base, Derived=Derived, __getattr__=lazily)
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    return made
+
+
+def seam(path: str, stand_in: Any = "ours", parameters: tuple[str, ...] | None = None) -> Seam:
+    """A seam in the module of the fixture."""
+    return Seam(f"stand_ins_target:{path}", stand_in, "a test needs it", parameters)
+
+
+# One seam.
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "no_such_module:x",
+        "stand_ins_target:absent",
+        "stand_ins_target:Absent.x",
+        "stand_ins_target:Base.absent",
+    ],
+)
+def test_a_missing_target_raises(module: ModuleType, target: str) -> None:
+    """The error names the target and why it was needed."""
+    with pytest.raises(SeamError, match=f"{target} does not exist.*a test needs it"):
+        Seam(target, None, "a test needs it").resolve()
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        pytest.param(("self", "first"), id="one-was-added"),
+        pytest.param(("self", "first", "second", "third"), id="one-was-removed"),
+        pytest.param(("self", "second", "first"), id="reordered"),
+        pytest.param(("self", "first", "other"), id="renamed"),
+        pytest.param((), id="none-expected"),
+    ],
+)
+def test_a_changed_signature_raises(module: ModuleType, expected: tuple[str, ...]) -> None:
+    """The error names the target, what was found and what was expected."""
+    with pytest.raises(SeamError) as error:
+        seam("Base.method", parameters=expected).resolve()
+    assert all(text in str(error.value) for text in ("Base.method", "'first', 'second'", repr(expected)))
+
+
+def test_the_expected_signature_resolves(module: ModuleType) -> None:
+    """The owner is the class that the target names, not the one that it inherits from."""
+    assert seam("Derived.method", parameters=("self", "first", "second")).resolve() == (Derived, "method")
+    require_parameters(module.function, ("first",), "function")
+
+
+# Several, installed and put back.
+
+
+def test_a_function_is_replaced_and_put_back(module: ModuleType) -> None:
+    """Ours inside, the very same object as before outside."""
+    original = module.function
+    with replaced([seam("function")]):
+        assert module.function == "ours"
+    assert module.function is original
+
+
+def test_an_inherited_attribute_is_inherited_again(module: ModuleType) -> None:
+    """Undoing leaves no copy in the subclass, so that a later change of the base is seen."""
+    with replaced([seam("Derived.method"), seam("Derived.own")]):
+        assert (Derived.method, Derived.own) == ("ours", "ours")
+        assert Base.method != "ours"
+    assert "method" not in vars(Derived)
+    assert (Derived.method, vars(Derived)["own"]) == (Base.method, "upstream")
+
+
+def test_a_name_that_a_module_computes_is_put_back(module: ModuleType) -> None:
+    """A module may answer for a name that is not in its namespace; after undoing it answers the same."""
+    for _ in range(2):
+        with replaced([seam("lazy")]):
+            assert module.lazy == "ours"
+        assert module.lazy == "upstream"
+
+
+def test_a_configuration_module_is_put_back() -> None:
+    """torch's configuration modules hide a deleted name: put back, it is there, and can be replaced again."""
+    config = importlib.import_module("torch._inductor.config")
+    before = config.debug
+    for _ in range(2):
+        with replaced([Seam("torch._inductor.config:debug", not before, "a test needs it")]):
+            assert config.debug is not before
+        assert config.debug is before
+
+
+def test_an_error_inside_puts_everything_back(module: ModuleType) -> None:
+    """The block's own error comes through."""
+    original = module.function
+    with pytest.raises(ZeroDivisionError), replaced([seam("function"), seam("Derived.method")]):
+        raise ZeroDivisionError
+    assert module.function is original
+    assert "method" not in vars(Derived)
+
+
+@pytest.mark.parametrize(
+    "bad", [seam("absent"), seam("Base.method", parameters=("other",))], ids=["missing", "changed"]
+)
+def test_all_or_nothing(module: ModuleType, bad: Seam) -> None:
+    """One seam that does not fit, and none is installed, not even for a moment."""
+    original = module.function
+    entered = False
+    with pytest.raises(SeamError), replaced([seam("function"), bad]):
+        entered = True
+    assert not entered
+    assert module.function is original
+
+
+def test_all_are_checked_before_the_first_is_installed(module: ModuleType) -> None:
+    """While a later target is looked up, upstream's names are still in place."""
+    found_in_place = []
+
+    def answer(name: str) -> str:
+        found_in_place.append(module.function)
+        return "upstream"
+
+    original, module.__getattr__ = module.function, answer
+    with replaced([seam("function"), seam("lazy")]):
+        assert module.function == "ours"
+        looked_up = list(found_in_place)
+    assert looked_up[0] is original
+
+
+def test_a_target_that_cannot_be_set_undoes_the_others(module: ModuleType) -> None:
+    """Installation that fails half way leaves nothing installed."""
+    original = module.function
+    module.Frozen = int
+    with pytest.raises(TypeError), replaced([seam("function"), seam("Frozen.real")]):
+        pass
+    assert module.function is original
+
+
+def test_nested_replacements_of_one_name_unwind(module: ModuleType) -> None:
+    """Inner, then outer, then upstream's."""
+    original = module.function
+    with replaced([seam("function", "outer")]):
+        with replaced([seam("function", "inner")]):
+            assert module.function == "inner"
+        assert module.function == "outer"
+    assert module.function is original
+
+
+def test_one_name_twice_in_a_list_unwinds(module: ModuleType) -> None:
+    """The last one counts, and undoing still ends at upstream's."""
+    original = module.function
+    with replaced([seam("function", "first"), seam("function", "second")]):
+        assert module.function == "second"
+    assert module.function is original
+
+
+# The version.
+
+
+@pytest.mark.parametrize("found", ["0.19.0", "0.19.2", "0.19.0rc1"])
+def test_a_supported_megatron(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    """Any 0.19 will do."""
+    monkeypatch.setattr(seams, "version", lambda package: {"megatron-core": found}[package])
+    assert require_megatron() == found
+
+
+@pytest.mark.parametrize("found", ["0.18.3", "0.20.0", "1.19.0", "0.190.0", "0"])
+def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    """The error names both versions."""
+    monkeypatch.setattr(seams, "version", lambda package: found)
+    with pytest.raises(SeamError, match=rf"megatron-core {found} is installed.*supports 0\.19"):
+        require_megatron()
+
+
+def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says how to install it."""
+
+    def version(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(seams, "version", version)
+    with pytest.raises(SeamError, match=r"pip install 'megatron-core\[training\]==0\.19"):
+        require_megatron()
+
+
+# The registry: every seam of this project on the installed upstream.
+
+
+def registry() -> list[Seam]:
+    """All of them."""
+    from sla_megatron.block import CHECKPOINTED_FORWARD, TRANSFORMER_BLOCK
+    from sla_megatron.cpu.replacements import replacements
+    from sla_megatron.wheel import missing_makefile_seams
+
+    return [CHECKPOINTED_FORWARD, TRANSFORMER_BLOCK, *missing_makefile_seams(), *replacements()]
+
+
+def test_every_seam_fits_the_installed_upstream(megatron_imported: None) -> None:
+    """Each target exists, with the parameters that were expected, and none twice."""
+    found = [f"{seam.target} -> {seam.resolve()[1]}" for seam in registry()]
+    assert len(found) > 40
+    assert len(set(found)) == len(found)
+
+
+def test_every_seam_says_why(megatron_imported: None) -> None:
+    """A reason in words."""
+    assert [seam.target for seam in registry() if len(seam.reason.split()) < 3] == []
+
+
+def test_every_stand_in_takes_what_upstream_s_name_takes(megatron_imported: None) -> None:
+    """Where a signature is pinned, the stand-in has the same parameters, so that keywords arrive too."""
+    pinned = [seam for seam in registry() if seam.parameters is not None]
+    assert len(pinned) >= 6
+    for entry in pinned:
+        assert tuple(inspect.signature(entry.stand_in).parameters) == entry.parameters, entry.target
+
+
+def test_the_attention_and_the_parser_are_those_that_were_read(megatron_imported: None) -> None:
+    """What is overridden or spelled out again, rather than replaced, has the expected signature as well."""
+    from megatron.core.transformer.attention import SelfAttention
+
+    from sla_megatron import arguments, layer_specs
+
+    arguments._require_known_upstream()
+    require_parameters(
+        SelfAttention.get_query_key_value_tensors, layer_specs._UPSTREAM_QKV_PARAMETERS, "attention"
+    )
+
+
+# The wheel without its Makefile.
+
+
+@pytest.fixture
+def datasets_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """Where ``wheel.py`` looks: an empty folder, with or without compiled helpers."""
+    folder = SimpleNamespace(path=tmp_path, has_helpers=True)
+
+    def find_spec(name: str) -> importlib.machinery.ModuleSpec | None:
+        if name.endswith("helpers_cpp"):
+            return importlib.machinery.ModuleSpec(name, None) if folder.has_helpers else None
+        found = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        found.submodule_search_locations.append(str(tmp_path))
+        return found
+
+    monkeypatch.setattr("sla_megatron.wheel.importlib.util.find_spec", find_spec)
+    return folder
+
+
+def targets() -> list[str]:
+    """What ``missing_makefile_seams`` would replace."""
+    from sla_megatron.wheel import missing_makefile_seams
+
+    return [seam.target for seam in missing_makefile_seams()]
+
+
+def test_the_wheel_s_build_step_is_skipped(datasets_folder: SimpleNamespace) -> None:
+    """Compiled helpers without a Makefile: nothing to make."""
+    assert targets() == ["megatron.core.datasets.utils:compile_helpers"]
+
+
+def test_a_checkout_s_build_step_is_left_alone(datasets_folder: SimpleNamespace) -> None:
+    """A Makefile is there: upstream's step works."""
+    (datasets_folder.path / "Makefile").touch()
+    assert targets() == []
+
+
+def test_a_missing_build_is_not_hidden(datasets_folder: SimpleNamespace) -> None:
+    """Neither helpers nor Makefile: upstream's own error is the right one."""
+    datasets_folder.has_helpers = False
+    assert targets() == []
