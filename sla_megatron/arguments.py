@@ -20,7 +20,7 @@ from .cpu import cpu_backend_is_active
 from .cpu.flags import fit_to_cpu
 from .errors import FlagError, one_line_errors
 from .seams import require_megatron, require_parameters
-from .validation import resolve_sla_args
+from .validation import refuse_unsupported, resolve_sla_args
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
@@ -40,17 +40,23 @@ def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--sla-num-skip-groups",
         type=_integer("--sla-num-skip-groups", "an integer from 0 to the number of K/V groups"),
+        nargs="?",
+        const="",
         metavar="K",
         help="How many K/V groups skip (query heads: K * heads / groups). Default: round(0.75 * groups).",
     )
     group.add_argument(
         "--sla-layers",
+        nargs="?",
+        const="",
         metavar="RANGES",
         help="Consumer layers, 1-based, such as 10-12 or 4,6,8-12. Default: every layer beyond the distance.",
     )
     group.add_argument(
         "--sla-kv-projection",
         type=_choice("--sla-kv-projection", KV_PROJECTIONS),
+        nargs="?",
+        const="",
         metavar="{full,pruned}",
         help="Keep K/V projections that nobody reads (full: the dense model's shapes) or leave them out (pruned: "
         "fewer parameters). Default: full.",
@@ -89,12 +95,14 @@ def parse_and_validate_args(
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
             adopt_checkpoint_settings(args)
+        # Before upstream's validation, which would end some of these in a traceback of its own.
+        refuse_unsupported(args)
+        if check is not None:
+            check(args)
         if args.yaml_cfg is not None:
             args = validate_yaml(args, args_defaults)
         else:
             upstream.validate_args(args, args_defaults)
-        if check is not None:
-            check(args)
         resolve_sla_args(args)
         require_same_settings(args)
     set_global_variables(args)

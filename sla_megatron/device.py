@@ -1,6 +1,6 @@
 """``--device``: a GPU where there is one, else the CPU backend.
 
-Decided before Megatron is imported, since the CPU backend stands in for names that Megatron reads while importing.
+Decided before Megatron's flags are parsed, since validating them already asks for a CUDA device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ def add_device_arg(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--device",
         default="auto",
+        nargs="?",
+        const="",
         metavar="{auto,cpu,cuda}",
         help="auto: a GPU where there is one, else the CPU backend (gloo). Default: auto.",
     )

@@ -17,7 +17,8 @@ class FlagError(Exception):
     def __init__(self, flag: str, value: object, accepted: str) -> None:
         self.flag, self.value, self.accepted = flag, value, accepted
         shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        super().__init__(f"sla-megatron: error: {flag} {shown}: expected {accepted}")
+        given = "without a value" if shown in ("", None) else shown
+        super().__init__(f"sla-megatron: error: {flag} {given}: expected {accepted}")
 
 
 @contextmanager

@@ -81,8 +81,9 @@ def replaced(seams: Sequence[Seam]) -> Iterator[None]:
     try:
         for seam, (owner, name) in zip(seams, places, strict=True):
             # An inherited attribute is put back by deleting ours, not by copying it into the subclass.
-            originals.append((owner, name, vars(owner).get(name, _MISSING)))
+            original = vars(owner).get(name, _MISSING) if isinstance(owner, type) else getattr(owner, name)
             setattr(owner, name, seam.stand_in)
+            originals.append((owner, name, original))
         yield
     finally:
         for owner, name, original in reversed(originals):

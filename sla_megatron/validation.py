@@ -18,7 +18,6 @@ SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_k
 # Megatron options that do not go with --sla: attribute, values that are fine, what the message says is accepted.
 _OFF = (None, False, 0)
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("yaml_cfg", _OFF, "flags on the command line with --sla"),
     ("multi_latent_attention", _OFF, "no multi-latent attention with --sla: there are no K/V groups to share"),
     ("mtp_num_layers", _OFF, "no multi-token prediction with --sla"),
     ("experimental_attention_variant", _OFF, "no experimental attention with --sla"),
@@ -64,6 +63,16 @@ def num_query_groups(args: Namespace) -> int:
     return args.num_query_groups if args.group_query_attention else args.num_attention_heads
 
 
+def refuse_unsupported(args: Namespace) -> None:
+    """Raise :class:`FlagError` for a Megatron option that does not go with ``--sla``; needs no validated arguments."""
+    if not args.sla:
+        return
+    for name, accepted_values, accepted in _REFUSED:
+        value = getattr(args, name, None)
+        if value not in accepted_values:
+            raise FlagError(flag_of(name), value, accepted)
+
+
 def resolve_sla_args(args: Namespace) -> None:
     """Check the ``--sla`` flags of validated Megatron arguments and fill in their defaults, in place.
 
@@ -75,14 +84,16 @@ def resolve_sla_args(args: Namespace) -> None:
             if getattr(args, name) is not None:
                 raise FlagError(flag_of(name), getattr(args, name), "--sla beside it")
         return
-    for name, accepted_values, accepted in _REFUSED:
-        value = getattr(args, name, None)
-        if value not in accepted_values:
-            raise FlagError(flag_of(name), value, accepted)
+    # Again, since Megatron's validation derives some options from others.
+    refuse_unsupported(args)
     _resolve_shape(args)
     _check_layers(args)
     _check_parallelism(args)
     _check_projection(args)
+    _check_recomputation(args)
+
+
+def _check_recomputation(args: Namespace) -> None:
     if args.recompute_granularity == "selective" and "mlp" in (args.recompute_modules or []) and args.add_bias_linear:
         # Upstream's checkpoint returns the bias parameter as an output of its autograd function, which makes the
         # parameter a child of that function; backward then calls itself without end.  So it does without --sla.

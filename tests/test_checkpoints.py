@@ -1,4 +1,4 @@
-"""Checkpoints on four gloo ranks: saved at one tensor-parallel size and loaded at another, and the settings they carry."""
+"""Checkpoints on four gloo ranks, saved at one tensor-parallel size and loaded at another; the settings they carry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAVED_AT, LAST = 2, 4
 CLOSE = 1e-5
 
 SIZES = (1, 2, 4)
-RESHARDINGS = ((2, 2), (1, 2), (2, 1), (1, 4), (4, 1), (4, 2))
+RESHARDINGS = ((2, 2), (1, 4), (4, 1), (4, 2))
 SLA = {
     "full": {"sla": True, "sla_skip_distance": [2], "sla_num_skip_groups": 4},
     # Eight groups of which four skip, every second one, so that each rank of four keeps one dead group.
@@ -45,16 +45,17 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
             at_size = settings | {"tensor_model_parallel_size": size}
             loads = {"load": folder / f"{mode}{saved_at}", "ckpt_step": SAVED_AT}
             requests[f"{mode}-{saved_at}-to-{size}"] = {"argv": _argv(**at_size, **loads)}
-    return requests | _setting_requests(folder)
+    return requests
 
 
 def _setting_requests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Loads whose flags agree with the checkpoint's or not.  The checkpoint is the first run's, or a dense one."""
-    full = SHAPES["full"] | DISTRIBUTED | {"train_iters": LAST}
-    load = {"load": folder / "full2", "ckpt_step": SAVED_AT}
+    """Loads whose flags agree with the checkpoint's or not.  There is one of an SLA run and one of a dense run."""
+    full = SHAPES["full"] | {"train_iters": LAST}
+    load = {"load": folder / "sla", "ckpt_step": SAVED_AT}
     dense = {"load": folder / "dense"}
     same, pruned = SLA["full"], SLA["full"] | {"sla_kv_projection": "pruned"}
     settings: dict[str, dict[str, Any]] = {
+        "sla": full | same | {"save": folder / "sla", "save_interval": SAVED_AT},
         "dense": full | {"save": folder / "dense", "save_interval": LAST},
         "from-checkpoint-args": full | load | {"use_checkpoint_args": True},
         "no-sla": full | load,
@@ -80,6 +81,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return train(_requests(folder), 4, folder / "ranks")
 
 
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("settings")
+    return train(_setting_requests(folder), 2, folder / "ranks")
+
+
 @pytest.mark.parametrize("mode", SLA)
 @pytest.mark.parametrize("size", SIZES)
 def test_same_training_at_every_size(runs: dict[str, dict[str, Any]], mode: str, size: int) -> None:
@@ -103,10 +110,10 @@ def test_resumes_at_every_size(runs: dict[str, dict[str, Any]], mode: str, saved
 
 
 @pytest.mark.parametrize("name", ["from-checkpoint-args", "same-layers-spelled-out"])
-def test_same_settings_resume(runs: dict[str, dict[str, Any]], name: str) -> None:
+def test_same_settings_resume(loads: dict[str, dict[str, Any]], name: str) -> None:
     """Settings taken from the checkpoint, or equal to its own in other words, resume bit for bit."""
-    assert runs[name]["loss"] == runs["full-2"]["loss"][SAVED_AT:]
-    assert runs[name]["num_shared"] > 0
+    assert loads[name]["loss"] == loads["sla"]["loss"][SAVED_AT:]
+    assert loads[name]["num_shared"] > 0
 
 
 @pytest.mark.parametrize(
@@ -122,20 +129,20 @@ def test_same_settings_resume(runs: dict[str, dict[str, Any]], name: str) -> Non
         ("finetune-dense-to-pruned", "--sla-kv-projection pruned: expected off as in the checkpoint"),
     ],
 )
-def test_other_settings_are_refused(runs: dict[str, dict[str, Any]], name: str, message: str) -> None:
+def test_other_settings_are_refused(loads: dict[str, dict[str, Any]], name: str, message: str) -> None:
     """A run whose settings differ from its checkpoint's ends with one line that gives both values."""
-    assert runs[name]["status"] == 2
-    assert runs[name]["loss"] == []
-    assert runs[name]["stderr"].startswith(f"sla-megatron: error: {message}")
-    assert runs[name]["stderr"].count("\n") == 1
+    assert loads[name]["status"] == 2
+    assert loads[name]["loss"] == []
+    assert loads[name]["stderr"].startswith(f"sla-megatron: error: {message}")
+    assert loads[name]["stderr"].count("\n") == 1
 
 
-def test_finetune_changes_settings_on_purpose(runs: dict[str, dict[str, Any]]) -> None:
+def test_finetune_changes_settings_on_purpose(loads: dict[str, dict[str, Any]]) -> None:
     """``--finetune`` starts SLA from dense weights, or another distance from SLA weights, at iteration 1."""
     for name in ("finetune-dense-to-sla", "finetune-other-distance", "finetune-dense-to-beyond"):
-        assert runs[name]["status"] == 0
-        assert runs[name]["iteration"] == list(range(1, LAST + 1))
+        assert loads[name]["status"] == 0
+        assert loads[name]["iteration"] == list(range(1, LAST + 1))
     # The dense weights did arrive: with a distance beyond the last layer it is the dense model's own continuation.
-    assert runs["finetune-dense-to-beyond"]["loss"] == runs["finetune-dense-to-dense"]["loss"]
-    assert runs["finetune-dense-to-sla"]["loss"][0] != runs["finetune-dense-to-dense"]["loss"][0]
-    assert runs["finetune-dense-to-sla"]["loss"][0] < runs["dense"]["loss"][0]
+    assert loads["finetune-dense-to-beyond"]["loss"] == loads["finetune-dense-to-dense"]["loss"]
+    assert loads["finetune-dense-to-sla"]["loss"][0] != loads["finetune-dense-to-dense"]["loss"][0]
+    assert loads["finetune-dense-to-sla"]["loss"][0] < loads["dense"]["loss"][0]

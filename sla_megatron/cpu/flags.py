@@ -26,16 +26,22 @@ _ON_CPU = {
 # What was asked for and cannot be done: attribute, values that are fine, what is accepted.
 _OFF = (None, False, 0)
 _NEEDS_GPU = (
+    ("transformer_impl", ("local", "transformer_engine"), "local without a GPU, which is chosen by itself"),
     ("fp8", _OFF, "no fp8 without a GPU"),
     ("fp4", _OFF, "no fp4 without a GPU"),
     ("context_parallel_size", (1,), "1 without a GPU: only Transformer Engine's attention splits the context"),
     ("cuda_graph_impl", (*_OFF, "none"), "none without a GPU"),
+    ("enable_cuda_graph", _OFF, "no CUDA graphs without a GPU"),
+    ("external_cuda_graph", _OFF, "no CUDA graphs without a GPU"),
     ("tp_comm_overlap", _OFF, "no --tp-comm-overlap without a GPU"),
     ("moe_grouped_gemm", _OFF, "no --moe-grouped-gemm without a GPU"),
     ("cross_entropy_loss_fusion", _OFF, "no --cross-entropy-loss-fusion without a GPU"),
     ("use_megatron_fsdp", _OFF, "no FSDP without a GPU"),
     ("use_torch_fsdp2", _OFF, "no FSDP without a GPU"),
 )
+
+#: Where the flag is not named as the attribute is.
+_FLAG = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
 
 
 def _refuse_recomputed_layernorm(args: Namespace) -> None:
@@ -52,7 +58,7 @@ def fit_to_cpu(args: Namespace) -> None:
     """
     for name, accepted_values, accepted in _NEEDS_GPU:
         if getattr(args, name, None) not in accepted_values:
-            raise FlagError("--" + name.replace("_", "-"), getattr(args, name), accepted)
+            raise FlagError(_FLAG.get(name, "--" + name.replace("_", "-")), getattr(args, name), accepted)
     _refuse_recomputed_layernorm(args)
     changed = []
     for name, value in _ON_CPU.items():

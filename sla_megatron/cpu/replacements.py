@@ -60,6 +60,8 @@ def replacements() -> list[Seam]:
         *_cuda("is_current_stream_capturing", lambda: False, _NO_STREAMS),
         *_cuda("memory_allocated memory_reserved device_memory_used", cuda_api.zero, _MEMORY),
         *_cuda("max_memory_allocated max_memory_reserved", cuda_api.zero, _MEMORY),
+        # torch checks the stream's type before a function mode sees the call.
+        Seam("torch:Tensor.record_stream", lambda self, stream: None, _NO_STREAMS),
         *_cuda("memory_stats", lambda device=None: {}, _MEMORY),
         *_cuda("get_rng_state", cuda_api.get_rng_state, _GENERATOR),
         *_cuda("set_rng_state", cuda_api.set_rng_state, _GENERATOR),
