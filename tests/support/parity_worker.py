@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.cpu import cpu_backend
+from sla_megatron.device import megatron_device
 
 VOCABULARY, SEQUENCE, BATCH, HIDDEN, HEAD_SIZE = 32, 12, 2, 32, 8
 LAYERS, HEADS = 4, 4
+#: Changing this token must change no logit before it.
+CHANGED_TOKEN = 7
 
 
 def main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text())
     logging.disable(logging.WARNING)
-    with cpu_backend():
+    with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]) as device:
         import torch
         from megatron.core import parallel_state
 
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
         answers = {}
         for size in sorted({case["tp"] for case in request.values()}):
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
@@ -50,17 +53,17 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     weights = sharding.random_weights(full_shapes, generator)
     sharding.load(model, weights)
 
-    tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
-    labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
-    positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+    tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator).cuda()
+    labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator).cuda()
+    positions = torch.arange(SEQUENCE, device="cuda").expand(BATCH, SEQUENCE)
 
     model.zero_grad_buffer()
     logits = tensor_parallel.gather_from_tensor_model_parallel_region(model(tokens, positions, None))
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
     finalize_model_grads([model])
 
     # The reference runs in double precision, so that all of the error is Megatron's fp32.
-    exact = {name: tensor.double().requires_grad_() for name, tensor in weights.items()}
+    exact = {name: tensor.cuda().double().requires_grad_() for name, tensor in weights.items()}
     expected_logits = reference.logits(exact, tokens)
     torch.nn.functional.cross_entropy(expected_logits.flatten(0, 1), labels.flatten()).backward()
     gradients = sharding.gather_gradients(model)
@@ -73,7 +76,13 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         evaluated = tensor_parallel.gather_from_tensor_model_parallel_region(model(tokens, positions, None))
+        changed = tokens.clone()
+        changed[:, CHANGED_TOKEN] = (tokens[:, CHANGED_TOKEN] + 1) % VOCABULARY
+        moved = tensor_parallel.gather_from_tensor_model_parallel_region(model(changed, positions, None)) - evaluated
     answer["evaluation"] = error(evaluated, expected_logits.detach())
+    # Largest change of any logit before the changed token, and the smallest sum of changes at or after it.
+    answer["before change"] = float(moved[:, :CHANGED_TOKEN].abs().max())
+    answer["after change"] = float(moved[:, CHANGED_TOKEN:].abs().sum(-1).min())
     return answer
 
 
@@ -122,7 +131,9 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = SLAGPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
-    model.train()
+    model.cuda().train()
+    if case.get("bf16"):
+        model.bfloat16()
     reference = ReferenceGPT(
         num_layers=LAYERS,
         num_heads=HEADS,
@@ -145,6 +156,7 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def transformer_config(case: dict[str, Any]) -> Any:
+    import torch
     import torch.nn.functional as F
     from megatron.core.transformer import TransformerConfig
 
@@ -174,7 +186,9 @@ def transformer_config(case: dict[str, Any]) -> Any:
         attention_dropout=0.0,
         tensor_model_parallel_size=case["tp"],
         sequence_parallel=case["sequence_parallel"],
-        transformer_impl="local",
+        transformer_impl=case.get("transformer_impl", "local"),
+        bf16=case.get("bf16", False),
+        params_dtype=torch.bfloat16 if case.get("bf16") else torch.float32,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -11,8 +11,21 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 
+#: Transformer Engine keeps a norm in the linear layer that follows it; the reference has the local spec's names.
+_LOCAL_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
 def _parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return dict(model.module.named_parameters())
+    """Name in the local spec -> parameter."""
+    found = {}
+    for name, parameter in model.module.named_parameters():
+        for fused, local in _LOCAL_NAMES.items():
+            name = name.replace(fused, local)
+        found[name] = parameter
+    return found
 
 
 def _is_gated(model: torch.nn.Module, name: str) -> bool:

@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     # Imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
     from sla_megatron.device import megatron_device
 
-    with megatron_device(["--device", "cpu"]):
+    with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]):
         answers = {}
         for name, request in requests.items():
             # Each run makes its process group anew, on a port of its own.

@@ -105,10 +105,18 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ("--sla-num-skip-groups 0", 1, ("--sla-num-skip-groups 0:", "--sla beside it")),
     ("--sla-layers 10-12", 1, ("--sla-layers 10-12:", "--sla beside it")),
     ("--sla-kv-projection full", 1, ("--sla-kv-projection full:", "--sla beside it")),
+    # What upstream would refuse in a traceback of its own, were it asked first.
+    ("--sla --mtp-num-layers 1", 1, ("--mtp-num-layers 1:", "no multi-token prediction")),
+    ("--sla --pipeline-model-parallel-size 2", 1, ("--pipeline-model-parallel-size 2:", "1 with --sla")),
+    ("--sla --qk-clip", 1, ("--qk-clip True:", "no --qk-clip")),
+    ("--sla --delay-wgrad-compute", 1, ("--delay-wgrad-compute True:", "no --delay-wgrad-compute")),
+    ("--sla --perform-rl-step", 1, ("--perform-rl-step True:", "no reinforcement learning")),
+    ("--fim-data", 1, ("--fim-data True:", "no --fim-data")),
+    ("--hybrid-context-parallel", 1, ("--hybrid-context-parallel True:", "no --hybrid-context-parallel")),
     # What this entry point does not do, with --sla or without.
     ("--sft", 1, ("--sft True:", "no --sft")),
     (
-        "--sla --position-embedding-type rope --mtp-num-layers 1",
+        "--position-embedding-type rope --mtp-num-layers 1",
         1,
         ("--mtp-num-layers 1:", "no --mtp-num-layers"),
     ),

@@ -372,7 +372,8 @@ def test_choose_device(monkeypatch: pytest.MonkeyPatch, requested: str, has_gpu:
 @pytest.mark.parametrize("requested", ["gpu", "", "CPU", "cuda:0", "tpu"])
 def test_an_unknown_device_is_refused(requested: str) -> None:
     """The error lists the known ones."""
-    with pytest.raises(FlagError, match=f"--device {requested}: expected one of auto, cpu, cuda"):
+    shown = requested or "without a value"
+    with pytest.raises(FlagError, match=f"--device {shown}: expected one of auto, cpu, cuda"):
         choose_device(requested)
 
 
