@@ -1,7 +1,7 @@
 """Skip-Layer Attention (arXiv 2406.11274) for GPT pretraining with NVIDIA Megatron.
 
-A Megatron script needs two names from here: ``parse_and_validate_args`` and ``gpt_config_from_args`` stand where it calls
-Megatron's functions of the same names.  Without ``--sla`` both do what upstream's do.
+A Megatron script needs two names from here: ``parse_and_validate_args`` and ``gpt_config_from_args`` stand where it
+calls Megatron's functions of the same names.  Without ``--sla`` both do what upstream's do.
 """
 
 from __future__ import annotations

@@ -72,9 +72,9 @@ def parse_and_validate_args(
 ) -> Namespace:
     """Megatron's ``parse_and_validate_args`` with the ``--sla`` flags.
 
-    The steps are upstream's (``megatron.training.arguments``).  They are spelled out because the ``--sla`` flags must be
-    settled between upstream's validation, which fills in the model's shape, and ``set_global_variables``, which is the
-    first to write anything.  A bad value ends the run there: one line on stderr, exit status 2.  ``check`` may raise
+    The steps are upstream's (``megatron.training.arguments``). They are spelled out because the ``--sla`` flags must
+    be settled between upstream's validation, which fills in the model's shape, and ``set_global_variables``, which is
+    the first to write anything. A bad value ends the run there: one line on stderr, exit status 2.  ``check`` may raise
     :class:`FlagError` for more.
     """
     args_defaults = args_defaults or {}

@@ -80,7 +80,7 @@ class SLASelfAttention(SelfAttention):
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> tuple[Tensor, ...]:
-        """Query ``[s, b, heads, d]``, key and value ``[s, b, groups, d]`` with skip groups replaced, and the gate if asked.
+        """Query ``[s, b, heads, d]``, key and value ``[s, b, groups, d]`` with skip groups replaced, any gate.
 
         Raises ``RuntimeError`` outside of a microbatch, or where a source layer's K/V are missing.
         """

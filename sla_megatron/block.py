@@ -97,7 +97,7 @@ def _run(layers: Sequence[Any], layer_arguments: dict[str, Any], hidden_states: 
 def _recomputed_chunk(
     layers: Sequence[Any], layer_arguments: dict[str, Any], distribute_saved_activations: bool, hidden_states: Tensor
 ) -> Tensor:
-    """One checkpoint: hidden states and the bundles it reads go in, hidden states and the bundles it leaves come out."""
+    """One checkpoint: hidden states and the bundles it reads go in, hidden states and the bundles it leaves, out."""
     reads, leaves = _crossing(layers)
     kv = current()
 

@@ -58,9 +58,7 @@ def require_same_settings(args: Namespace) -> None:
         )
     if "pruned" in (ours["--sla-kv-projection"], theirs["--sla-kv-projection"]):
         flag = "--sla-kv-projection" if "--sla-kv-projection" in changed else changed[0]
-        raise FlagError(
-            flag, ours[flag], f"{theirs[flag]} as in the checkpoint: pruned weights fit no other settings"
-        )
+        raise FlagError(flag, ours[flag], f"{theirs[flag]} as in the checkpoint: pruned weights fit no other settings")
 
 
 def _settings(args: Namespace) -> dict[str, Any]:

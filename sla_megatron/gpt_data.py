@@ -79,7 +79,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
 
 
 def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> dict[str, Tensor | None]:
-    """The next microbatch on this rank: read on tensor-parallel rank 0, broadcast, split over context-parallel ranks."""
+    """This rank's next microbatch: read on tensor-parallel rank 0, broadcast, split over context-parallel ranks."""
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
     args = get_args()
@@ -104,9 +104,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
 
 def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tensor, Any]:

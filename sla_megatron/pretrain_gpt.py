@@ -4,7 +4,8 @@ One process for each rank, as Megatron's scripts; on a machine without a GPU it 
 
     torchrun --nproc-per-node 2 -m sla_megatron.pretrain_gpt --sla --tensor-model-parallel-size 2 \\
         --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 \\
-        --micro-batch-size 2 --train-iters 10 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 255
+        --micro-batch-size 2 --train-iters 10 --eval-interval 10 --lr 1e-3 --mock-data \\
+        --tokenizer-type NullTokenizer --vocab-size 255
 
 Flags: Megatron's, ``--sla ...`` (``arguments.py``) and ``--device`` (``device.py``).
 """

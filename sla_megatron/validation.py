@@ -153,7 +153,9 @@ def _check_parallelism(args: Namespace) -> None:
     groups, size = num_query_groups(args), args.tensor_model_parallel_size
     if groups % size:
         raise FlagError(
-            "--tensor-model-parallel-size", size, f"a divisor of the {groups} K/V groups with --sla: each rank holds whole groups"
+            "--tensor-model-parallel-size",
+            size,
+            f"a divisor of the {groups} K/V groups with --sla: each rank holds whole groups",
         )
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
         raise FlagError("--tensor-parallel-num-weight-shards", args.gtp_weight_remat_size, "1 with --sla")

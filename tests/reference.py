@@ -1,8 +1,8 @@
 """Skip-layer attention in plain PyTorch, to compare Megatron with.  No Megatron, no code of ``sla_megatron``.
 
-A GPT as one function of its weights.  It follows the method's definition to the letter and nothing else: no parallelism,
-no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of ``linear_qkv``: group after
-group, ``q .. q k v``, or ``q .. q`` where the group's K/V are left out.
+A GPT as one function of its weights.  It follows the method's definition to the letter and nothing else: no
+parallelism, no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of
+``linear_qkv``: group after group, ``q .. q k v``, or ``q .. q`` where the group's K/V are left out.
 
 Shapes: b batch, s sequence, h hidden, d head size.  Layers are numbered 1..L, groups 0..G-1.
 """
@@ -95,7 +95,8 @@ class ReferenceGPT:
         """Rotary embedding of ``[b, s, d]``, halves rotated against each other, base 10000."""
         if not self.rope:
             return x
-        rotated, kept = x.split([round(self.head_size * self.rotary_percent), x.shape[-1] - round(self.head_size * self.rotary_percent)], -1)
+        turning = round(self.head_size * self.rotary_percent)
+        rotated, kept = x[..., :turning], x[..., turning:]
         half = rotated.shape[-1] // 2
         # Megatron keeps the frequencies in fp32, whatever the model's precision.
         frequency = 1.0 / 10000 ** (torch.arange(0, half, dtype=torch.float32, device=x.device) / half)

@@ -64,7 +64,7 @@ def _name(groups, rope, rms_norm, projection, two, tp, sequence_parallel, recomp
 
 
 def _extra_cases() -> dict[str, dict[str, Any]]:
-    """What the product leaves out: QK-norm, no biases, gated MLPs, tied embeddings, other recomputation, short skips."""
+    """What the product leaves out: QK-norm, no biases, gated MLPs, tied embeddings, more recomputation, short skips."""
     base = {
         "groups": 4,
         "rope": True,

@@ -87,9 +87,7 @@ def tokenizer() -> sentencepiece.SentencePieceProcessor:
 def test_tokenizer_round_trip(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert not {build_dataset.UNK_ID, build_dataset.BOS_ID, build_dataset.EOS_ID, build_dataset.PAD_ID} & set(
-        ids
-    )
+    assert not {build_dataset.UNK_ID, build_dataset.BOS_ID, build_dataset.EOS_ID, build_dataset.PAD_ID} & set(ids)
 
 
 def test_tokenizer_is_deterministic() -> None:
@@ -138,9 +136,7 @@ def test_nothing_else_is_overwritten(library: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_interrupted_build_leaves_nothing(
-    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_build_leaves_nothing(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(documents: list[str], model: bytes, prefix: Path) -> int:
         prefix.with_suffix(".bin").write_bytes(b"half")
         raise KeyboardInterrupt

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/own_script/pretrain_my_gpt.py --sla --tensor-model-parallel-size 2 \\
         --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 \\
-        --micro-batch-size 2 --train-iters 10 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 255
+        --micro-batch-size 2 --train-iters 10 --eval-interval 10 --lr 1e-3 --mock-data \\
+        --tokenizer-type NullTokenizer --vocab-size 255
 
 Everything that is marked (1) to (3) is what the script changed; the rest is any Megatron script.
 """
@@ -24,8 +25,10 @@ def main() -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from sla_megatron import gpt_config_from_args  # (2) was: megatron.training.argument_utils
-    from sla_megatron import parse_and_validate_args  # (3) was: megatron.training.arguments
+    from sla_megatron import (
+        gpt_config_from_args,  # (2) was: megatron.training.argument_utils
+        parse_and_validate_args,  # (3) was: megatron.training.arguments
+    )
     from sla_megatron.gpt_data import (
         forward_step,
         train_valid_test_datasets,

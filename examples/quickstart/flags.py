@@ -35,9 +35,7 @@ TRAINING = f"""
 """
 
 
-def training_flags(
-    dataset: Dataset, run_dir: Path, cache_dir: Path, train_iters: int, eval_iters: int
-) -> list[str]:
+def training_flags(dataset: Dataset, run_dir: Path, cache_dir: Path, train_iters: int, eval_iters: int) -> list[str]:
     """Flags of one run on `dataset`, which saves to and resumes from `run_dir`/checkpoints.
 
     Megatron's index of shuffled samples goes to `cache_dir`, which both runs share: same data, same order.

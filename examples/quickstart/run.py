@@ -34,25 +34,15 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Options, with `megatron` (what follows `--`). One line and exit code 2 for what cannot be accepted."""
     end = argv.index("--") if "--" in argv else len(argv)
-    parser = OneLineParser(
-        prog="quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument(
-        "--fresh", action="store_true", help="remove what an earlier quickstart left in --out"
-    )
-    parser.add_argument(
-        "--device", choices=["auto", "cpu"], default="auto", help="auto: GPUs if there are any"
-    )
-    parser.add_argument(
-        "--tp", type=int, metavar="N", help="tensor-parallel ranks; default: 2, or 1 on a single GPU"
-    )
+    parser.add_argument("--fresh", action="store_true", help="remove what an earlier quickstart left in --out")
+    parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="auto: GPUs if there are any")
+    parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks; default: 2, or 1 on a single GPU")
     size = parser.add_argument_group("size")
     size.add_argument("--train-iters", type=int, default=160, metavar="N", help="default: %(default)s")
     size.add_argument("--eval-iters", type=int, default=10, metavar="N", help="batches; default: %(default)s")
-    size.add_argument(
-        "--corpus-mb", type=float, default=8.0, metavar="MB", help="text; default: %(default)s MB"
-    )
+    size.add_argument("--corpus-mb", type=float, default=8.0, metavar="MB", help="text; default: %(default)s MB")
     size.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="default: %(default)s")
     sla = parser.add_argument_group("skip-layer attention (passed to the SLA run as they are)")
     sla.add_argument("--sla-skip-distance", type=int, nargs="+", metavar="N")
@@ -85,9 +75,7 @@ def choose_ranks(args: argparse.Namespace) -> int:
 
     gpus = torch.cuda.device_count() if args.device == "auto" else 0
     if gpus and args.tp and args.tp > gpus:
-        raise workdir.WorkdirError(
-            f"--tp {args.tp}: expected at most {gpus}, the number of GPUs, or --device cpu"
-        )
+        raise workdir.WorkdirError(f"--tp {args.tp}: expected at most {gpus}, the number of GPUs, or --device cpu")
     return args.tp or (1 if gpus == 1 else 2)
 
 

@@ -47,7 +47,9 @@ _FLAG = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
 def _refuse_recomputed_layernorm(args: Namespace) -> None:
     if "layernorm" in (getattr(args, "recompute_modules", None) or []):
         raise FlagError(
-            "--recompute-modules", args.recompute_modules, "no layernorm without a GPU: upstream needs Transformer Engine"
+            "--recompute-modules",
+            args.recompute_modules,
+            "no layernorm without a GPU: upstream needs Transformer Engine",
         )
 
 
@@ -60,10 +62,8 @@ def fit_to_cpu(args: Namespace) -> None:
         if getattr(args, name, None) not in accepted_values:
             raise FlagError(_FLAG.get(name, "--" + name.replace("_", "-")), getattr(args, name), accepted)
     _refuse_recomputed_layernorm(args)
-    changed = []
-    for name, value in _ON_CPU.items():
-        if getattr(args, name) != value:
-            changed.append(f"{name.removeprefix('no_')}={'no' if value is False or name == 'no_persist_layer_norm' else value}")
-            setattr(args, name, value)
+    changed = {name: value for name, value in _ON_CPU.items() if getattr(args, name) != value}
+    vars(args).update(changed)
     if changed and os.environ.get("RANK", "0") == "0":
-        print(f"sla-megatron: no GPU: {', '.join(changed)}", flush=True)
+        listed = ", ".join(f"{name}={value}" for name, value in changed.items())
+        print(f"sla-megatron: no GPU: {listed}", flush=True)

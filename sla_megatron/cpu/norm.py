@@ -1,9 +1,9 @@
 """LayerNorm and RMSNorm for the local spec that allow sequence parallelism.
 
-Upstream's ``WrappedTorchNorm`` refuses it because torch's norms do not mark their parameters.  With sequence parallelism
-each tensor-parallel rank normalises its own slice of the sequence, so the gradients of the norm's parameters must be
-summed over the tensor-parallel group; Megatron does that for every parameter marked ``sequence_parallel``
-(``megatron.core.distributed.finalize_model_grads``).
+Upstream's ``WrappedTorchNorm`` refuses it because torch's norms do not mark their parameters. With sequence
+parallelism each tensor-parallel rank normalises its own slice of the sequence, so the gradients of the norm's
+parameters must be summed over the tensor-parallel group; Megatron does that for every parameter marked
+``sequence_parallel`` (``megatron.core.distributed.finalize_model_grads``).
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def kill_ranks(ranks: Sequence[subprocess.Popen]) -> None:
 
 
 def run_worker(worker: str, request: Any, world_size: int, folder: Path, timeout: float = 500) -> Any:
-    """Run ``tests/support/<worker>.py`` on ``world_size`` ranks with ``request`` (JSON); return rank 0's JSON answer."""
+    """Run ``tests/support/<worker>.py`` on ``world_size`` ranks with ``request`` (JSON); rank 0's JSON answer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "request.json").write_text(json.dumps(request, default=str))
     ranks = start_ranks(["-m", f"tests.support.{worker}", str(folder)], world_size, folder)

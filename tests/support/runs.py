@@ -55,11 +55,9 @@ CPU_FLAGS = [
 
 
 def argv(**changes: Any) -> list[str]:
-    """Megatron's flags for :data:`MODEL` with ``changes``: ``True`` is a bare flag, ``None`` or ``False`` leaves it out."""
+    """Megatron's flags for :data:`MODEL` with ``changes``: ``True`` is a bare flag, ``None`` and ``False`` none."""
     settings = MODEL | {name.replace("_", "-"): value for name, value in changes.items()}
-    settings.setdefault(
-        "make-vocab-size-divisible-by", PADDED_VOCABULARY // settings["tensor-model-parallel-size"]
-    )
+    settings.setdefault("make-vocab-size-divisible-by", PADDED_VOCABULARY // settings["tensor-model-parallel-size"])
     flags: list[str] = []
     for name, value in settings.items():
         if value is True:

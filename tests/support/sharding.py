@@ -10,7 +10,6 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-
 #: Transformer Engine keeps a norm in the linear layer that follows it; the reference has the local spec's names.
 _LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",

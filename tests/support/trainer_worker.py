@@ -62,7 +62,7 @@ def enter_sla() -> None:
 
 
 def enter_upstream() -> None:
-    """The trainer with upstream's own parsing and model builder: not one line of ``--sla`` code but the data reading."""
+    """The trainer with upstream's own parsing and model builder: no ``--sla`` code but the data reading."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args

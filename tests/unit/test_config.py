@@ -141,9 +141,7 @@ def test_the_defaults_are_three_quarters_rounded(total: int, rounded: int) -> No
 @given(configs())
 def test_source_is_the_definition_s(sla: SLAConfig) -> None:
     """Every group of every layer reads the layer that the definition says."""
-    assert {p: sla.source(*p) for p in every_place(sla)} == {
-        p: brute_source(sla, *p) for p in every_place(sla)
-    }
+    assert {p: sla.source(*p) for p in every_place(sla)} == {p: brute_source(sla, *p) for p in every_place(sla)}
 
 
 @given(configs())
@@ -264,9 +262,7 @@ def test_layer_ranges(text: str, layers: tuple[int, ...]) -> None:
     assert parse_layers(text, 12) == layers
 
 
-@pytest.mark.parametrize(
-    "text", ["", ",", "0", "13", "0-3", "11-13", "5-4", "-3", "3-", "1.5", "a", "1;2", "1,,2"]
-)
+@pytest.mark.parametrize("text", ["", ",", "0", "13", "0-3", "11-13", "5-4", "-3", "3-", "1.5", "a", "1;2", "1,,2"])
 def test_layer_ranges_refused(text: str) -> None:
     """What is no range, or not within the model, is refused with the flag's name and the model's range."""
     with pytest.raises(FlagError, match="--sla-layers.*within 1-12"):

@@ -117,9 +117,7 @@ def test_megatron_kept_none_of_the_stand_ins() -> None:
     from sla_megatron.cpu.replacements import replacements
 
     stand_ins = [seam.stand_in for seam in replacements() if callable(seam.stand_in)]
-    modules = {
-        name: module for name, module in sys.modules.items() if name.startswith(("megatron.", "torch."))
-    }
+    modules = {name: module for name, module in sys.modules.items() if name.startswith(("megatron.", "torch."))}
     assert len(modules) > 500
     kept = [
         f"{name}.{key}"

@@ -40,9 +40,7 @@ def test_the_norm_marks_its_parameters(kind: str, parameters: int, sequence_para
     """With sequence parallelism every parameter is marked for Megatron to sum its gradient, else none is."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    norm = WrappedTorchNorm(
-        config=config(normalization=kind, sequence_parallel=sequence_parallel), hidden_size=8
-    )
+    norm = WrappedTorchNorm(config=config(normalization=kind, sequence_parallel=sequence_parallel), hidden_size=8)
     marks = [parameter.sequence_parallel for parameter in norm.parameters()]
     assert marks == [sequence_parallel] * parameters
 
@@ -132,7 +130,7 @@ def test_megatron_s_defaults_are_fitted_with_one_line(parsed, capsys: pytest.Cap
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("sla-megatron: no GPU: distributed_backend=gloo, transformer_impl=local, ")
     assert line.count("=") == len(FITTED)
-    assert "persist_layer_norm=no" in line and "no_persist" not in line
+    assert "no_persist_layer_norm=True" in line
 
 
 def test_flags_that_fit_print_nothing(parsed, capsys: pytest.CaptureFixture) -> None:

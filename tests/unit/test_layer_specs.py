@@ -22,9 +22,7 @@ def transformer_config(**changes: Any) -> Any:
         "gradient_accumulation_fusion": False,
         "use_cpu_initialization": True,
     }
-    return TransformerConfig(
-        **{"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, **local, **changes}
-    )
+    return TransformerConfig(**{"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, **local, **changes})
 
 
 def local_spec(**options: Any) -> Any:

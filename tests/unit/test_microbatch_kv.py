@@ -32,9 +32,7 @@ def test_take_gives_what_was_put() -> None:
 def test_a_missing_source_raises_and_names_both_layers() -> None:
     """The reader, the source, the distance and what there is instead: never a fall-back."""
     kv = MicrobatchKV({(2, 9): bundle()})
-    with pytest.raises(
-        RuntimeError, match=r"layer 10 needs .*K/V of layer 1 \(distance 9\).*holds \[\(2, 9\)\]"
-    ):
+    with pytest.raises(RuntimeError, match=r"layer 10 needs .*K/V of layer 1 \(distance 9\).*holds \[\(2, 9\)\]"):
         kv.take((1, 9))
 
 

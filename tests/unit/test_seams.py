@@ -260,9 +260,7 @@ def test_the_attention_and_the_parser_are_those_that_were_read(megatron_imported
     from sla_megatron import arguments, layer_specs
 
     arguments._require_known_upstream()
-    require_parameters(
-        SelfAttention.get_query_key_value_tensors, layer_specs._UPSTREAM_QKV_PARAMETERS, "attention"
-    )
+    require_parameters(SelfAttention.get_query_key_value_tensors, layer_specs._UPSTREAM_QKV_PARAMETERS, "attention")
 
 
 # The wheel without its Makefile.

@@ -19,9 +19,7 @@ from sla_megatron.errors import FlagError, one_line_errors
 from .flag_tables import BAD, GOOD, MODEL, SETTLED
 
 #: Upstream's validation warns of much, and Python deprecates an option that its parser uses.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore:'type' is deprecated:DeprecationWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:'type' is deprecated:DeprecationWarning")
 
 
 @dataclass
@@ -77,9 +75,7 @@ def assert_one_line(run: Run, *mentioned: str) -> None:
 
 
 @pytest.mark.parametrize(("command_line", "world_size", "mentioned"), BAD, ids=[row[0] for row in BAD])
-def test_refused(
-    settle: Callable[..., Run], command_line: str, world_size: int, mentioned: tuple[str, ...]
-) -> None:
+def test_refused(settle: Callable[..., Run], command_line: str, world_size: int, mentioned: tuple[str, ...]) -> None:
     """Exit status 2 and one line with flag, value and what is accepted; no process group, nothing written."""
     assert_one_line(settle(command_line, world_size), *mentioned)
 
@@ -99,9 +95,7 @@ def test_refused_with_sla_on_any_device(settle: Callable[..., Run], name: str) -
     setattr(args, name, SETTLED[name])
     with pytest.raises(FlagError) as error:
         resolve_sla_args(args)
-    assert str(error.value).startswith(
-        f"sla-megatron: error: --{name.replace('_', '-')} {SETTLED[name]}: expected "
-    )
+    assert str(error.value).startswith(f"sla-megatron: error: --{name.replace('_', '-')} {SETTLED[name]}: expected ")
     dense = settle("").args
     setattr(dense, name, SETTLED[name])
     resolve_sla_args(dense)
@@ -111,9 +105,7 @@ def test_full_recomputation_in_fp8_is_refused(settle: Callable[..., Run]) -> Non
     """Either alone is fine."""
     from sla_megatron.validation import resolve_sla_args
 
-    full = settle(
-        "--sla --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    ).args
+    full = settle("--sla --recompute-granularity full --recompute-method uniform --recompute-num-layers 1").args
     full.fp8 = "e4m3"
     with pytest.raises(FlagError, match="--recompute-granularity full: expected selective"):
         resolve_sla_args(full)
@@ -178,9 +170,7 @@ def test_without_sla_the_arguments_are_upstream_s(settle: Callable[..., Run]) ->
     added = {key: value for key, value in vars(ours).items() if key not in vars(theirs)}
     assert {key: value for key, value in vars(ours).items() if key not in added} == vars(theirs)
     assert added.pop("device") == "auto" and added.pop("sla") is False
-    assert added == dict.fromkeys(
-        ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
-    )
+    assert added == dict.fromkeys(("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection"))
     assert sla_config_from_args(ours) is None
     assert sla_config_from_args(theirs) is None
 
@@ -188,12 +178,8 @@ def test_without_sla_the_arguments_are_upstream_s(settle: Callable[..., Run]) ->
 # --device, which is read before Megatron is imported.
 
 
-@pytest.mark.parametrize(
-    "argv", ["--device gpu", "--device=cuda:0", "--device CPU", "--device", "--sla --device tpu"]
-)
-def test_a_bad_device_is_refused(
-    argv: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("argv", ["--device gpu", "--device=cuda:0", "--device CPU", "--device", "--sla --device tpu"])
+def test_a_bad_device_is_refused(argv: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line with the known devices, and the block is not entered."""
     monkeypatch.setenv("RANK", "0")
     entered = False

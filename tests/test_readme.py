@@ -1,0 +1,58 @@
+"""The README's commands do what the README says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.launch import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_first_command_comes_early() -> None:
+    """Within the first 30 lines, and it is a target of the Makefile."""
+    lines = README.splitlines()
+    assert "make quickstart" in lines[: lines.index("```sh") + 2]
+    assert lines.index("make quickstart") < 30
+
+
+@pytest.mark.distributed
+def test_own_run() -> None:
+    """The run on two processes trains, and prints the very lines that the README shows."""
+    (command,) = [block for block in BLOCKS if block.startswith("launch/pretrain.sh")]
+    (printed,) = [block for block in BLOCKS if block.startswith("sla-megatron:")]
+    environment = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
+    run = subprocess.run(
+        ["sh", "-c", command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "iteration       10/      10" in run.stdout
+    assert [line for line in printed.splitlines() if line not in run.stdout.splitlines()] == []
+
+
+def test_every_path_in_the_tree_exists() -> None:
+    """The annotated tree names only what is there."""
+    (tree,) = [block for block in BLOCKS if block.startswith("sla_megatron/\n")]
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = "sla_megatron/" if line.startswith("  ") else ""
+        assert list(ROOT.glob(folder + name.rstrip("/"))), name
+
+
+def test_every_flag_is_in_the_table() -> None:
+    """The flag table and the parser have the same flags, but for Megatron's."""
+    documented = set(re.findall(r"^\| `(--[a-z-]+)", README, flags=re.MULTILINE))
+    sources = (ROOT / "sla_megatron" / "arguments.py").read_text() + (ROOT / "sla_megatron" / "device.py").read_text()
+    assert documented == set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', sources))
