@@ -91,7 +91,7 @@ def parse_and_validate_args(
             fit_to_cpu(args)
         if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
             if args.load is None and args.pretrained_checkpoint is None:
-                raise FlagError("--use-checkpoint-args", "", "together with --load or --pretrained-checkpoint")
+                raise FlagError("--use-checkpoint-args", True, "--load or --pretrained-checkpoint beside it")
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
             adopt_checkpoint_settings(args)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.core import recompute, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
@@ -20,8 +20,6 @@ from .attention import SLASelfAttention
 from .microbatch_kv import current, microbatch
 from .roles import BundleName
 from .seams import Seam, replaced
-
-_UPSTREAM_CHECKPOINTED_FORWARD = recompute.checkpointed_forward
 
 
 class SLATransformerBlock(TransformerBlock):

@@ -59,18 +59,16 @@ def count_parameters(chunks: list[MegatronModule]) -> int:
     """Parameters of the whole model, over tensor-, expert- and pipeline-parallel ranks; a collective call."""
     total = 0
     for chunk in chunks:
-        # A copy of the embedding that ties it to the output layer on the last stage is not a parameter of its own.
-        copied = {id(p) for p in chunk.parameters() if getattr(p, "shared", False)}
         for parameter in chunk.parameters():
-            if id(parameter) in copied and not parallel_state.is_pipeline_first_stage():
-                continue
-            total += parameter.numel() * _copies(parameter)
+            # Tied embeddings have a copy on the last stage: not a parameter of its own.
+            if not getattr(parameter, "shared", False) or parallel_state.is_pipeline_first_stage():
+                total += parameter.numel() * _shards(parameter)
     counted = torch.tensor([total], dtype=torch.long, device=torch.cuda.current_device())
     torch.distributed.all_reduce(counted, group=parallel_state.get_pipeline_model_parallel_group())
     return int(counted.item())
 
 
-def _copies(parameter: torch.nn.Parameter) -> int:
+def _shards(parameter: torch.nn.Parameter) -> int:
     """How many ranks hold a different part of ``parameter``; 1 where each holds all of it."""
     is_expert = not getattr(parameter, "allreduce", True)
     split = getattr(parameter, "tensor_model_parallel", False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from sla_megatron import megatron_device  # (1) only to run without a GPU; on GPUs leave it out
+from sla_megatron import megatron_device  # (1) to run without a GPU, or from megatron-core's wheel
 
 
 def add_my_args(parser: ArgumentParser) -> ArgumentParser:
