@@ -82,7 +82,7 @@ def parse_and_validate_args(
     _require_known_upstream()
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
-        parser = add_sla_args(parser)
+        parser = _with_working_help(add_sla_args(parser))
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
     with one_line_errors():
@@ -107,6 +107,16 @@ def parse_and_validate_args(
         require_same_settings(args)
     set_global_variables(args)
     return args
+
+
+def _with_working_help(parser: ArgumentParser) -> ArgumentParser:
+    """Escape the lone ``%`` in a help text of upstream's, on which argparse ends ``--help`` in a traceback."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (KeyError, TypeError, ValueError):
+            action.help = action.help.replace("%", "%%")
+    return parser
 
 
 def _require_known_upstream() -> None:

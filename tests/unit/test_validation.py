@@ -247,3 +247,15 @@ def test_the_command(tmp_path: Path, flags: str, line: str) -> None:
     assert [text for text in lines if text.startswith("sla-megatron: error:")] == [line] == lines[-1:]
     assert "Traceback" not in run.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_sla_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """``--help`` ends well and shows our flags beside Megatron's."""
+    from sla_megatron import arguments
+
+    monkeypatch.setattr("sys.argv", ["pretrain", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        arguments.parse_and_validate_args()
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "--sla-skip-distance" in printed and "--num-layers" in printed
