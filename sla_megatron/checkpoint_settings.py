@@ -15,8 +15,8 @@ from typing import Any
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from .config import compact_ranges
-from .errors import FlagError
-from .validation import SLA_SETTINGS, flag_of, sla_config_from_args
+from .errors import FlagError, flag_of
+from .validation import SLA_SETTINGS, sla_config_from_args
 
 
 def adopt_checkpoint_settings(args: Namespace) -> None:

@@ -4,8 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+#: Values of a Megatron option that is off.
+OFF = (None, False, 0)
+
+#: Attribute of the parsed arguments, the values that are fine, and what the message says is accepted.
+Refusal = tuple[str, tuple[Any, ...], str]
+
+# Where Megatron's flag is not named as the attribute is.
+_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+
+
+def flag_of(name: str) -> str:
+    """``sla_layers`` -> ``--sla-layers``."""
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 class FlagError(Exception):
@@ -19,6 +35,14 @@ class FlagError(Exception):
         shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
         given = "without a value" if shown in ("", None) else shown
         super().__init__(f"sla-megatron: error: {flag} {given}: expected {accepted}")
+
+
+def refuse(args: Namespace, refusals: Iterable[Refusal]) -> None:
+    """Raise :class:`FlagError` for the first option that is set to something that cannot be accepted."""
+    for name, fine, accepted in refusals:
+        value = getattr(args, name, None)
+        if value not in fine:
+            raise FlagError(flag_of(name), value, accepted)
 
 
 @contextmanager

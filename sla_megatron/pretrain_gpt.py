@@ -70,11 +70,9 @@ def _pretrain() -> None:
 
 def _require_pretraining(args: argparse.Namespace) -> None:
     """Refuse what this entry point does not do, rather than ignore it."""
-    from .errors import FlagError
+    from .errors import OFF, refuse
 
-    for name, accepted in _NOT_HERE:
-        if getattr(args, name, None):
-            raise FlagError("--" + name.replace("_", "-"), getattr(args, name), accepted)
+    refuse(args, [(name, OFF, accepted) for name, accepted in _NOT_HERE])
 
 
 if __name__ == "__main__":

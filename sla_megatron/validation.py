@@ -7,36 +7,34 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from typing import Any
 
 from .config import SLAConfig, compact_ranges, default_num_skip_groups, default_skip_distance
-from .errors import FlagError
+from .errors import OFF, FlagError, Refusal, flag_of, refuse
 
 #: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
 SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
 
 # Megatron options that do not go with --sla: attribute, values that are fine, what the message says is accepted.
-_OFF = (None, False, 0)
-_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("multi_latent_attention", _OFF, "no multi-latent attention with --sla: there are no K/V groups to share"),
-    ("mtp_num_layers", _OFF, "no multi-token prediction with --sla"),
-    ("experimental_attention_variant", _OFF, "no experimental attention with --sla"),
-    ("linear_attention_freq", _OFF, "no linear attention with --sla"),
-    ("heterogeneous_layers_config_path", _OFF, "equal layers with --sla"),
-    ("heterogeneous_layers_config_encoded_json", _OFF, "equal layers with --sla"),
-    ("hybrid_layer_pattern", _OFF, "a GPT with --sla, no hybrid model"),
-    ("no_rope_freq", _OFF, "the same rotary embedding in all layers with --sla: K/V are shared between them"),
-    ("qk_clip", _OFF, "no --qk-clip with --sla: it rescales a layer's own keys by logits that came from others"),
-    ("cuda_graph_impl", (*_OFF, "none"), "none with --sla: CUDA graphs are not supported"),
-    ("enable_cuda_graph", _OFF, "no CUDA graphs with --sla"),
-    ("external_cuda_graph", _OFF, "no CUDA graphs with --sla"),
-    ("fine_grained_activation_offloading", _OFF, "no activation offloading with --sla"),
-    ("cpu_offloading_num_layers", _OFF, "0 with --sla: activation offloading is not supported"),
-    ("overlap_moe_expert_parallel_comm", _OFF, "no --overlap-moe-expert-parallel-comm with --sla"),
-    ("delay_wgrad_compute", _OFF, "no --delay-wgrad-compute with --sla"),
-    ("use_megatron_fsdp", _OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
-    ("use_torch_fsdp2", _OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
-    ("perform_rl_step", _OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
+_REFUSED: tuple[Refusal, ...] = (
+    ("multi_latent_attention", OFF, "no multi-latent attention with --sla: there are no K/V groups to share"),
+    ("mtp_num_layers", OFF, "no multi-token prediction with --sla"),
+    ("experimental_attention_variant", OFF, "no experimental attention with --sla"),
+    ("linear_attention_freq", OFF, "no linear attention with --sla"),
+    ("heterogeneous_layers_config_path", OFF, "equal layers with --sla"),
+    ("heterogeneous_layers_config_encoded_json", OFF, "equal layers with --sla"),
+    ("hybrid_layer_pattern", OFF, "a GPT with --sla, no hybrid model"),
+    ("no_rope_freq", OFF, "the same rotary embedding in all layers with --sla: K/V are shared between them"),
+    ("qk_clip", OFF, "no --qk-clip with --sla: it rescales a layer's own keys by logits that came from others"),
+    ("cuda_graph_impl", (*OFF, "none"), "none with --sla: CUDA graphs are not supported"),
+    ("enable_cuda_graph", OFF, "no CUDA graphs with --sla"),
+    ("external_cuda_graph", OFF, "no CUDA graphs with --sla"),
+    ("fine_grained_activation_offloading", OFF, "no activation offloading with --sla"),
+    ("cpu_offloading_num_layers", OFF, "0 with --sla: activation offloading is not supported"),
+    ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm with --sla"),
+    ("delay_wgrad_compute", OFF, "no --delay-wgrad-compute with --sla"),
+    ("use_megatron_fsdp", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
+    ("use_torch_fsdp2", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
+    ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
     ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
     ("pipeline_model_parallel_size", (1,), "1 with --sla: pipeline parallelism is not supported yet"),
 )
@@ -65,12 +63,8 @@ def num_query_groups(args: Namespace) -> int:
 
 def refuse_unsupported(args: Namespace) -> None:
     """Raise :class:`FlagError` for a Megatron option that does not go with ``--sla``; needs no validated arguments."""
-    if not args.sla:
-        return
-    for name, accepted_values, accepted in _REFUSED:
-        value = getattr(args, name, None)
-        if value not in accepted_values:
-            raise FlagError(flag_of(name), value, accepted)
+    if args.sla:
+        refuse(args, _REFUSED)
 
 
 def resolve_sla_args(args: Namespace) -> None:
@@ -181,8 +175,3 @@ def _check_projection(args: Namespace) -> None:
                 f"full, or live K/V groups that are divisible by TP: layer {layer} has {len(live)}, "
                 f"{'+'.join(map(str, shares))} on the {size} tensor-parallel ranks",
             )
-
-
-def flag_of(name: str) -> str:
-    """``sla_layers`` -> ``--sla-layers``."""
-    return "--" + name.replace("_", "-")

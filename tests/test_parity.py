@@ -28,7 +28,8 @@ def _cases() -> dict[str, dict[str, Any]]:
         ("none", "selective", "uniform2"),
     ):
         if two:
-            # Two distances need two skip groups, evenly on both ranks where projections are left out.
+            # Two distances take turns over the skip groups.  With one group a rank they cannot leave out evenly, which
+            # is refused: there it is the same distance twice.
             shape = {"distances": [2, 1], "skip_groups": groups}
             if projection == "pruned" and tp == 2 and groups == 2:
                 shape = {"distances": [1, 1], "skip_groups": 2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
-from ..errors import FlagError
+from ..errors import OFF, FlagError, Refusal, refuse
 
 # Defaults that need CUDA: attribute, value on the CPU.  Changing one is reported, not refused: these are Megatron's
 # defaults, and none of them changes what is computed.
@@ -23,25 +23,21 @@ _ON_CPU = {
     "num_workers": 0,
 }
 
-# What was asked for and cannot be done: attribute, values that are fine, what is accepted.
-_OFF = (None, False, 0)
-_NEEDS_GPU = (
+# What was asked for and cannot be done.
+_NEEDS_GPU: tuple[Refusal, ...] = (
     ("transformer_impl", ("local", "transformer_engine"), "local without a GPU, which is chosen by itself"),
-    ("fp8", _OFF, "no fp8 without a GPU"),
-    ("fp4", _OFF, "no fp4 without a GPU"),
+    ("fp8", OFF, "no fp8 without a GPU"),
+    ("fp4", OFF, "no fp4 without a GPU"),
     ("context_parallel_size", (1,), "1 without a GPU: only Transformer Engine's attention splits the context"),
-    ("cuda_graph_impl", (*_OFF, "none"), "none without a GPU"),
-    ("enable_cuda_graph", _OFF, "no CUDA graphs without a GPU"),
-    ("external_cuda_graph", _OFF, "no CUDA graphs without a GPU"),
-    ("tp_comm_overlap", _OFF, "no --tp-comm-overlap without a GPU"),
-    ("moe_grouped_gemm", _OFF, "no --moe-grouped-gemm without a GPU"),
-    ("cross_entropy_loss_fusion", _OFF, "no --cross-entropy-loss-fusion without a GPU"),
-    ("use_megatron_fsdp", _OFF, "no FSDP without a GPU"),
-    ("use_torch_fsdp2", _OFF, "no FSDP without a GPU"),
+    ("cuda_graph_impl", (*OFF, "none"), "none without a GPU"),
+    ("enable_cuda_graph", OFF, "no CUDA graphs without a GPU"),
+    ("external_cuda_graph", OFF, "no CUDA graphs without a GPU"),
+    ("tp_comm_overlap", OFF, "no --tp-comm-overlap without a GPU"),
+    ("moe_grouped_gemm", OFF, "no --moe-grouped-gemm without a GPU"),
+    ("cross_entropy_loss_fusion", OFF, "no --cross-entropy-loss-fusion without a GPU"),
+    ("use_megatron_fsdp", OFF, "no FSDP without a GPU"),
+    ("use_torch_fsdp2", OFF, "no FSDP without a GPU"),
 )
-
-#: Where the flag is not named as the attribute is.
-_FLAG = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
 
 
 def _refuse_recomputed_layernorm(args: Namespace) -> None:
@@ -58,9 +54,7 @@ def fit_to_cpu(args: Namespace) -> None:
 
     Raises :class:`FlagError` for what was asked for and cannot run without a GPU.
     """
-    for name, accepted_values, accepted in _NEEDS_GPU:
-        if getattr(args, name, None) not in accepted_values:
-            raise FlagError(_FLAG.get(name, "--" + name.replace("_", "-")), getattr(args, name), accepted)
+    refuse(args, _NEEDS_GPU)
     _refuse_recomputed_layernorm(args)
     changed = {name: value for name, value in _ON_CPU.items() if getattr(args, name) != value}
     vars(args).update(changed)
