@@ -6,8 +6,8 @@ The one upstream method that changes is ``SelfAttention.get_query_key_value_tens
 layer's K/V there, before anything downstream runs.  Rotary embedding, every core attention (local, Transformer Engine,
 flash), its recomputation and the output projection are upstream's, called once a layer, and see ordinary K/V.
 
-K is shared before rotary embedding and rotated by the reader.  That is the K that the source's own attention sees
-(arXiv 2406.11274, section 3): rotation depends on the position alone, and is the same in all layers;
+K is shared before rotary embedding and rotated by the reader.  That is the K that the source's own attention sees:
+rotation depends on the position alone, and is the same in all layers;
 ``validation.py`` refuses per-layer rotary patterns.
 """
 
