@@ -1,6 +1,13 @@
 """Package metadata; tool settings are in pyproject.toml, the versions CI was run with in constraints.txt."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+# Read as text: importing the package before its dependencies are there would fail.
+PACKAGE = (Path(__file__).parent / "sla_megatron" / "__init__.py").read_text()
+VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[1]
 
 INSTALL_REQUIRES = [
     "torch>=2.6",
@@ -19,7 +26,7 @@ EXTRAS_REQUIRE = {
 
 setup(
     name="sla-megatron",
-    version="0.1.0",
+    version=VERSION,
     description="Train GPTs with Skip-Layer Attention on NVIDIA Megatron, tensor-parallel, on GPUs or CPUs",
     python_requires=">=3.12",
     packages=find_packages(include=["sla_megatron", "sla_megatron.*"]),

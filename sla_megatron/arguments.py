@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.training import arguments as upstream
-from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import set_global_variables
 from megatron.training.yaml_arguments import validate_yaml
 
-from .checkpoint_settings import adopt_checkpoint_settings, require_same_settings
+from .checkpoint_settings import adopt_checkpoint_args, require_same_settings
 from .config import KV_PROJECTIONS
 from .cpu import cpu_backend_is_active
 from .cpu.flags import fit_to_cpu
@@ -90,11 +89,7 @@ def parse_and_validate_args(
         if cpu_backend_is_active():
             fit_to_cpu(args)
         if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
-            if args.load is None and args.pretrained_checkpoint is None:
-                raise FlagError("--use-checkpoint-args", True, "--load or --pretrained-checkpoint beside it")
-            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-            load_args_from_checkpoint(args)
-            adopt_checkpoint_settings(args)
+            adopt_checkpoint_args(args)
         # Before upstream's validation, which would end some of these in a traceback of its own.
         refuse_unsupported(args)
         if check is not None:

@@ -29,7 +29,9 @@ class SLATransformerBlock(TransformerBlock):
         """As upstream.  Raises ``RuntimeError`` for inference contexts: Megatron-side generation is not supported."""
         if kwargs.get("inference_context") is not None or kwargs.get("inference_params") is not None:
             raise RuntimeError("Megatron-side text generation is not supported with --sla")
-        with replaced([CHECKPOINTED_FORWARD]), microbatch():
+        # Installed only where upstream will call it: a seam's checks do not belong in every microbatch.
+        recomputes = self.config.recompute_granularity == "full" and self.training
+        with replaced([CHECKPOINTED_FORWARD] if recomputes else []), microbatch():
             return super().forward(*args, **kwargs)
 
 
@@ -151,5 +153,6 @@ TRANSFORMER_BLOCK = Seam(
 @contextmanager
 def sla_transformer_blocks() -> Iterator[None]:
     """Within the block, ``GPTModel(...)`` builds its decoder as an :class:`SLATransformerBlock`."""
+    CHECKPOINTED_FORWARD.resolve()  # A changed upstream is found now, not in the first step.
     with replaced([TRANSFORMER_BLOCK]):
         yield

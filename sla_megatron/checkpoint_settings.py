@@ -19,18 +19,25 @@ from .errors import FlagError, flag_of
 from .validation import SLA_SETTINGS, sla_config_from_args
 
 
-def adopt_checkpoint_settings(args: Namespace) -> None:
-    """For ``--use-checkpoint-args``: settings that the command line leaves open are the checkpoint's, in place."""
-    for load_arg in ("load", "pretrained_checkpoint"):
-        saved = _saved_args(args, load_arg)
-        if saved is None:
-            continue
-        if getattr(saved, "sla", False):
-            args.sla = True
-            for name in SLA_SETTINGS:
-                if getattr(args, name) is None:
-                    setattr(args, name, getattr(saved, name))
+def adopt_checkpoint_args(args: Namespace) -> None:
+    """For ``--use-checkpoint-args``: upstream's arguments as upstream takes them, and the SLA settings that the command
+    line leaves open, in place.
+
+    The checkpoint in ``--load`` goes before ``--pretrained-checkpoint``.
+    Raises :class:`FlagError` without either, or, as upstream, for local checkpoints.
+    """
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise FlagError("--use-checkpoint-args", True, "--load or --pretrained-checkpoint beside it")
+    if args.non_persistent_ckpt_type == "local":
+        raise FlagError("--non-persistent-ckpt-type", "local", "another type with --use-checkpoint-args")
+    results = [load_args_from_checkpoint(args, load_arg=name) for name in ("pretrained_checkpoint", "load")]
+    found = [result[1] for result in results if isinstance(result, tuple)]
+    if not found or not getattr(found[-1], "sla", False):
         return
+    args.sla = True
+    for name in SLA_SETTINGS:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(found[-1], name))
 
 
 def require_same_settings(args: Namespace) -> None:

@@ -15,20 +15,22 @@ from __future__ import annotations
 import argparse
 import time
 
-# Nothing heavy is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
+# Nothing heavier is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
+from .errors import OFF, Refusal, refuse
+
 _PROGRAM_START = time.time()
 
-# What upstream's pretrain_gpt.py does beyond pretraining, and this one does not: attribute, what is accepted.
-_NOT_HERE = (
-    ("sft", "no --sft: fine-tuning on conversations is not part of this entry point"),
-    ("fim_data", "no --fim-data: fill-in-the-middle is not part of this entry point"),
-    ("dataloader_inter_document_masking", "no --dataloader-inter-document-masking in this entry point"),
-    ("hybrid_context_parallel", "no --hybrid-context-parallel in this entry point"),
-    ("mtp_num_layers", "no --mtp-num-layers in this entry point"),
-    ("logits_load_dir", "no --logits-load-dir: distillation is not part of this entry point"),
-    ("overlap_moe_expert_parallel_comm", "no --overlap-moe-expert-parallel-comm in this entry point"),
-    ("inprocess_restart", "no --inprocess-restart in this entry point"),
-    ("per_dataset_sequences_path", "no --per-dataset-sequences-path in this entry point"),
+# What upstream's pretrain_gpt.py does beyond pretraining, and this one does not.
+_NOT_HERE: tuple[Refusal, ...] = (
+    ("sft", OFF, "no --sft: fine-tuning on conversations is not part of this entry point"),
+    ("fim_data", OFF, "no --fim-data: fill-in-the-middle is not part of this entry point"),
+    ("dataloader_inter_document_masking", OFF, "no --dataloader-inter-document-masking in this entry point"),
+    ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel in this entry point"),
+    ("mtp_num_layers", OFF, "no --mtp-num-layers in this entry point"),
+    ("logits_load_dir", OFF, "no --logits-load-dir: distillation is not part of this entry point"),
+    ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm in this entry point"),
+    ("inprocess_restart", OFF, "no --inprocess-restart in this entry point"),
+    ("per_dataset_sequences_path", OFF, "no --per-dataset-sequences-path in this entry point"),
 )
 
 
@@ -70,9 +72,7 @@ def _pretrain() -> None:
 
 def _require_pretraining(args: argparse.Namespace) -> None:
     """Refuse what this entry point does not do, rather than ignore it."""
-    from .errors import OFF, refuse
-
-    refuse(args, [(name, OFF, accepted) for name, accepted in _NOT_HERE])
+    refuse(args, _NOT_HERE)
 
 
 if __name__ == "__main__":

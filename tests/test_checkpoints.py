@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.runs import NO_DROPOUT, argv, train
+from tests.support.runs import CLOSE, NO_DROPOUT, argv, train
 
 pytestmark = pytest.mark.distributed
 
 SAVED_AT, LAST = 2, 4
-# As in test_trainer.py: another order of summation, amplified by the optimizer's steps.
-CLOSE = 1e-5
 
 SIZES = (1, 2, 4)
 RESHARDINGS = ((2, 2), (1, 4), (4, 1), (4, 2))

@@ -20,7 +20,7 @@ from examples.quickstart import build_dataset, flags, launch, workdir
 from examples.quickstart.corpus import CorpusError
 from examples.quickstart.training_log import Result, summarise, table
 from sla_megatron.config import KV_PROJECTIONS
-from sla_megatron.errors import FlagError
+from sla_megatron.errors import FlagError, flag_of
 from sla_megatron.validation import SLA_SETTINGS, resolve_sla_args
 
 
@@ -86,7 +86,7 @@ def sla_flags(args: argparse.Namespace) -> list[str]:
         value = getattr(args, name)
         if value is not None:
             values = value if isinstance(value, list) else [value]
-            given += ["--" + name.replace("_", "-"), *map(str, values)]
+            given += [flag_of(name), *map(str, values)]
     return given
 
 

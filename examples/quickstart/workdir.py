@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from examples.quickstart.training_log import Result
+from sla_megatron.errors import flag_of
 
 MODELS = ("dense", "sla")
 SETTINGS = "settings.json"
@@ -67,9 +68,8 @@ def check_settings(out: Path, settings: dict) -> None:
     """Raises WorkdirError, naming the first difference, unless `out` is new or was made with `settings`."""
     for name, before in (read_settings(out) or {}).items():
         if settings.get(name) != before:
-            flag = "--" + name.replace("_", "-")
             raise WorkdirError(
-                f"{flag} {settings.get(name)}: expected {before}, which the runs in {out} were made with; "
+                f"{flag_of(name)} {settings.get(name)}: expected {before}, which the runs in {out} were made with; "
                 "choose another --out, or --fresh to start over"
             )
 

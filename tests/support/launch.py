@@ -44,9 +44,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def start_ranks(
-    command: Sequence[str], world_size: int, log_folder: Path, cwd: Path | None = None
-) -> list[subprocess.Popen]:
+def start_ranks(command: Sequence[str], world_size: int, log_folder: Path) -> list[subprocess.Popen]:
     """Start ``python <command>`` once for each rank; rank ``r`` writes to ``log_folder/rank<r>.log``."""
     log_folder.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
@@ -54,7 +52,7 @@ def start_ranks(
         subprocess.Popen(
             [sys.executable, *command],
             env=rank_environment(rank, world_size, port),
-            cwd=cwd or ROOT,
+            cwd=ROOT,
             stdout=open(log_folder / f"rank{rank}.log", "w"),
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

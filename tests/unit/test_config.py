@@ -20,6 +20,8 @@ from sla_megatron.config import (
 from sla_megatron.errors import FlagError
 from sla_megatron.validation import parse_layers
 
+from .strategies import sla_configs
+
 # The brute force: the definition's own formulas, in exact fractions, and no call of the code under test.
 
 
@@ -46,21 +48,6 @@ def brute_readers(sla: SLAConfig, layer: int, group: int) -> list[int]:
 def brute_is_live(sla: SLAConfig, layer: int, group: int) -> bool:
     """The layer itself uses it, or some later layer does."""
     return brute_source(sla, layer, group) == layer or bool(brute_readers(sla, layer, group))
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> SLAConfig:
-    """Any valid configuration of up to 14 layers and 12 groups, distances beyond the last layer included."""
-    num_layers, groups = draw(st.integers(1, 14)), draw(st.integers(1, 12))
-    layers = draw(st.none() | st.sets(st.integers(1, num_layers)).map(lambda chosen: tuple(sorted(chosen))))
-    return SLAConfig(
-        num_layers=num_layers,
-        num_query_groups=groups,
-        skip_distances=tuple(draw(st.lists(st.integers(1, num_layers + 2), min_size=1, max_size=3))),
-        num_skip_groups=draw(st.integers(0, groups)),
-        layers=layers,
-        kv_projection=draw(st.sampled_from(["full", "pruned"])),
-    )
 
 
 def every_place(sla: SLAConfig) -> list[tuple[int, int]]:
@@ -138,13 +125,13 @@ def test_the_defaults_are_three_quarters_rounded(total: int, rounded: int) -> No
 # What reads what.
 
 
-@given(configs())
+@given(sla_configs())
 def test_source_is_the_definition_s(sla: SLAConfig) -> None:
     """Every group of every layer reads the layer that the definition says."""
     assert {p: sla.source(*p) for p in every_place(sla)} == {p: brute_source(sla, *p) for p in every_place(sla)}
 
 
-@given(configs())
+@given(sla_configs())
 def test_consumer_is_the_one_later_reader(sla: SLAConfig) -> None:
     """No K/V have more than one later reader, and ``consumer`` names that one."""
     for place in every_place(sla):
@@ -153,7 +140,7 @@ def test_consumer_is_the_one_later_reader(sla: SLAConfig) -> None:
         assert sla.consumer(*place) == (readers[0] if readers else None)
 
 
-@given(configs())
+@given(sla_configs())
 def test_live_groups_are_those_that_something_reads(sla: SLAConfig) -> None:
     """A group is live where its own layer or a later one uses it; ``pruned`` projects only these."""
     dead = 0
@@ -167,7 +154,7 @@ def test_live_groups_are_those_that_something_reads(sla: SLAConfig) -> None:
     assert sla.num_dead == dead
 
 
-@given(configs())
+@given(sla_configs())
 def test_consumer_layers_are_those_where_something_skips(sla: SLAConfig) -> None:
     """``consumer_layers`` are the layers with a skip head, and a model without one is dense."""
     skipping = sorted({layer for layer, g in every_place(sla) if brute_source(sla, layer, g) != layer})
@@ -184,7 +171,7 @@ def test_several_distances_take_turns(num_skip_groups: int) -> None:
     assert {g: 12 - sla.source(12, g) for g in expected} == expected
 
 
-@given(configs())
+@given(sla_configs())
 def test_one_distance_is_the_same_as_several_equal_ones(sla: SLAConfig) -> None:
     """Repeating a distance changes nothing."""
     once = dataclasses.replace(sla, skip_distances=sla.skip_distances[:1])

@@ -12,6 +12,8 @@ from sla_megatron.config import SLAConfig
 from sla_megatron.microbatch_kv import MicrobatchKV
 from sla_megatron.roles import BundleName, LayerRole
 
+from .strategies import sla_configs
+
 #: Stands for the K/V that a layer projected for a group: (layer, group), groups counted over the model.
 Label = tuple[int, int]
 
@@ -20,16 +22,7 @@ Label = tuple[int, int]
 def sharded(draw: st.DrawFn) -> tuple[SLAConfig, int]:
     """A configuration and a tensor-parallel size that divides its groups."""
     size = draw(st.sampled_from([1, 2, 4]))
-    num_layers, groups = draw(st.integers(1, 12)), size * draw(st.integers(1, 4))
-    layers = draw(st.none() | st.sets(st.integers(1, num_layers)).map(lambda chosen: tuple(sorted(chosen))))
-    sla = SLAConfig(
-        num_layers=num_layers,
-        num_query_groups=groups,
-        skip_distances=tuple(draw(st.lists(st.integers(1, num_layers + 1), min_size=1, max_size=3))),
-        num_skip_groups=draw(st.integers(0, groups)),
-        layers=layers,
-        kv_projection=draw(st.sampled_from(["full", "pruned"])),
-    )
+    sla = draw(sla_configs(st.integers(1, 4).map(lambda share: share * size)))
     return sla, size
 
 
