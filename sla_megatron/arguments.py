@@ -71,10 +71,32 @@ def parse_and_validate_args(
 ) -> Namespace:
     """Megatron's ``parse_and_validate_args`` with the ``--sla`` flags.
 
-    The steps are upstream's (``megatron.training.arguments``). They are spelled out because the ``--sla`` flags must
-    be settled between upstream's validation, which fills in the model's shape, and ``set_global_variables``, which is
-    the first to write anything. A bad value ends the run there: one line on stderr, exit status 2.  ``check`` may raise
+    A bad value ends the run before anything is written: one line on stderr, exit status 2.  ``check`` may raise
     :class:`FlagError` for more.
+    """
+
+    with one_line_errors():
+        args = settled_args(extra_args_provider, ignore_unknown_args, args_defaults, check)
+    set_global_variables(args)
+    return args
+
+
+def settled_args(
+    extra_args_provider: ArgumentsProvider | None = None,
+    ignore_unknown_args: bool = False,
+    args_defaults: dict[str, Any] | None = None,
+    check: Callable[[Namespace], None] | None = None,
+    will_run_here: bool = True,
+) -> Namespace:
+    """Megatron's flags and ``--sla``, parsed, validated and filled in, without a process group or a global.
+
+    The steps are those of ``megatron.training.arguments.parse_and_validate_args``.  They are spelled out because the
+    ``--sla`` flags must be settled between upstream's validation, which fills in the model's shape, and
+    ``set_global_variables``, which is the first to write anything.  Without ``will_run_here`` the flags are those of a
+    run on another machine, and are not fitted to this one.
+
+    Raises:
+        FlagError: for what cannot be accepted.
     """
     args_defaults = args_defaults or {}
     require_megatron()
@@ -84,23 +106,21 @@ def parse_and_validate_args(
         parser = _with_working_help(add_sla_args(parser))
         return extra_args_provider(parser) if extra_args_provider is not None else parser
 
-    with one_line_errors():
-        args = upstream.parse_args(provider, ignore_unknown_args)
-        if cpu_backend_is_active():
-            fit_to_cpu(args)
-        if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
-            adopt_checkpoint_args(args)
-        # Before upstream's validation, which would end some of these in a traceback of its own.
-        refuse_unsupported(args)
-        if check is not None:
-            check(args)
-        if args.yaml_cfg is not None:
-            args = validate_yaml(args, args_defaults)
-        else:
-            upstream.validate_args(args, args_defaults)
-        resolve_sla_args(args)
-        require_same_settings(args)
-    set_global_variables(args)
+    args = upstream.parse_args(provider, ignore_unknown_args)
+    if will_run_here and cpu_backend_is_active():
+        fit_to_cpu(args)
+    if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
+        adopt_checkpoint_args(args)
+    # Before upstream's validation, which would end some of these in a traceback of its own.
+    refuse_unsupported(args)
+    if check is not None:
+        check(args)
+    if args.yaml_cfg is not None:
+        args = validate_yaml(args, args_defaults)
+    else:
+        upstream.validate_args(args, args_defaults)
+    resolve_sla_args(args)
+    require_same_settings(args)
     return args
 
 

@@ -36,7 +36,6 @@ _REFUSED: tuple[Refusal, ...] = (
     ("use_torch_fsdp2", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
     ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
     ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
-    ("pipeline_model_parallel_size", (1,), "1 with --sla: pipeline parallelism is not supported yet"),
 )
 
 _PRUNED_OPTIMIZERS = ("adam", "sgd")

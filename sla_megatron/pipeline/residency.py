@@ -1,0 +1,65 @@
+"""What a rank holds of other stages' K/V while a schedule runs.  Pure Python.
+
+Between two passes a rank holds, of each microbatch, the resident bundles that their reader has not fetched, and the
+gradients that a reader has left for them and that the stage which kept them has not collected.  Beside these there are
+payloads that were received and not yet unpacked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .routes import RoutePlan
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Residency:
+    """The most that one rank holds between two passes, in K/V groups (a key and a value each).
+
+    Attributes:
+        resident: most groups of resident K/V and deposited gradients at one moment.
+        arrival_buffers: most payloads that have been received before their pass, in either direction.
+        arriving: most groups in those payloads at one moment, at most ``arrival_buffers`` times the widest hop.
+    """
+
+    resident: int
+    arrival_buffers: int
+    arriving: int
+
+    @property
+    def total(self) -> int:
+        """A bound on the groups that are alive between two passes."""
+        return self.resident + self.arriving
+
+
+def residency(plan: RoutePlan, schedule: Schedule, rank: int, tensor_parallel_rank: int = 0) -> Residency:
+    """Run ``schedule`` on pipeline ``rank`` and note the most that it holds."""
+    layout = plan.layout
+    groups = {route.name: plan.groups_on(route, tensor_parallel_rank) for route in plan.routes}
+    kept = {stage: 0 for stage in range(layout.num_stages)}
+    fetched = dict(kept)
+    for route in plan.routes:
+        if route.resident_stage is not None:
+            kept[route.resident_stage] += groups[route.name]
+            fetched[route.reader_stage] += groups[route.name]
+    now = peak = 0
+    for kind, chunk, _ in schedule.passes(rank):
+        stage = layout.stage(rank, chunk)
+        # Forward: what it fetches goes, what it keeps comes.  Backward: the same of gradients, in reverse.
+        gone, come = (fetched, kept) if kind == "F" else (kept, fetched)
+        now += come[stage] - gone[stage]
+        peak = max(peak, now)
+    forward = _arrivals(schedule, is_leading=rank == 0)
+    backward = 0 if schedule.forward_only else _arrivals(schedule, is_leading=rank == layout.pipeline_size - 1)
+    stages = [layout.stage(rank, chunk) for chunk in range(layout.num_chunks)]
+    widest_in = max(plan.hop_groups(stage - 1, tensor_parallel_rank) for stage in stages)
+    widest_back = max(plan.hop_groups(stage, tensor_parallel_rank) for stage in stages)
+    return Residency(peak, forward + backward, forward * widest_in + backward * widest_back)
+
+
+def _arrivals(schedule: Schedule, is_leading: bool) -> int:
+    """Payloads of one direction that wait: upstream's ``fwd_recv_buffer_size``; the leading rank may be far behind."""
+    if schedule.num_chunks == 1:
+        return 0 if is_leading else 1
+    return schedule.group_size - schedule.pipeline_size + 1 if is_leading else 1
