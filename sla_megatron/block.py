@@ -1,5 +1,7 @@
 """The transformer block of a skip-layer model: opens a microbatch, and recomputes with K/V as explicit inputs.
 
+Between pipeline stages it is the block that unpacks what arrives and packs what leaves (``pipeline/``).
+
 Upstream's full recomputation re-runs a chunk of layers during backward, through reentrant checkpointing: only tensors
 that are *arguments* of the checkpointed function get gradients.  K/V that reached a chunk by any other way would yield
 the right loss with wrong gradients, silently.  So each chunk here takes the bundles that its layers read as arguments,
@@ -10,29 +12,76 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from .attention import SLASelfAttention
+from .config import SLAConfig
 from .microbatch_kv import current, microbatch
+from .pipeline.megatron_layout import pipeline_layout
+from .pipeline.routes import RoutePlan, StageTraffic
+from .pipeline.step import current_step
+from .pipeline.transport import install_transport
 from .roles import BundleName
-from .seams import Seam, replaced
+from .seams import Seam, SeamError, replaced
 
 
 class SLATransformerBlock(TransformerBlock):
-    """Upstream's ``TransformerBlock``, whose forward is one microbatch of shared K/V."""
+    """Upstream's ``TransformerBlock``, whose forward is one microbatch of shared K/V.
+
+    Args:
+        sla: the model's skip-layer attention; the other arguments are upstream's.
+
+    Attributes:
+        route_plan: where K/V go between the stages of a pipeline; ``None`` without one.
+        traffic: what this virtual stage does of it.
+        ranks_agree: whether the ranks of the pipeline were found to have the same plan (``transport.py``).
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, sla: SLAConfig, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.route_plan: RoutePlan | None = None
+        self.traffic: StageTraffic | None = None
+        self.ranks_agree = False
+        if config.pipeline_model_parallel_size > 1:
+            self._join_pipeline(sla)
+
+    def _join_pipeline(self, sla: SLAConfig) -> None:
+        groups = self.pg_collection
+        self.route_plan = RoutePlan(sla, pipeline_layout(self.config), get_pg_size(groups.tp))
+        layout = self.route_plan.layout
+        stage = layout.stage(get_pg_rank(groups.pp), self.vp_stage or 0)
+        built = tuple(layer.layer_number for layer in self.layers)
+        if built != layout.stages[stage]:
+            raise SeamError(f"Megatron built layers {built} in virtual stage {stage}, expected {layout.stages[stage]}")
+        self.traffic = self.route_plan.traffic(stage, get_pg_rank(groups.tp))
+        if not self.route_plan.moves_nothing:
+            install_transport()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As upstream.  Raises ``RuntimeError`` for inference contexts: Megatron-side generation is not supported."""
+        """As upstream; with pipeline stages the input may be a payload, and the result is one where K/V leave.
+
+        Raises ``RuntimeError`` for inference contexts: Megatron-side generation is not supported.
+        """
         if kwargs.get("inference_context") is not None or kwargs.get("inference_params") is not None:
             raise RuntimeError("Megatron-side text generation is not supported with --sla")
         # Installed only where upstream will call it: a seam's checks do not belong in every microbatch.
         recomputes = self.config.recompute_granularity == "full" and self.training
-        with replaced([CHECKPOINTED_FORWARD] if recomputes else []), microbatch():
-            return super().forward(*args, **kwargs)
+        with replaced([CHECKPOINTED_FORWARD] if recomputes else []), microbatch() as kv:
+            if not self.traffic:
+                return super().forward(*args, **kwargs)
+            step = current_step()
+            self.input_tensor = step.enter(self.traffic, kv, self.input_tensor, keeps_reads=recomputes)
+            hidden_states = super().forward(*args, **kwargs)
+            # Upstream would hold on to it until the next microbatch.
+            self.input_tensor = None
+            return step.leave(self.traffic, kv, hidden_states)
 
 
 def _checkpointed_forward(
@@ -142,17 +191,20 @@ CHECKPOINTED_FORWARD = Seam(
     ),
 )
 
-TRANSFORMER_BLOCK = Seam(
-    "megatron.core.models.gpt.gpt_model:TransformerBlock",
-    SLATransformerBlock,
-    "GPTModel names its block's class; only while an SLA model is built",
-    ("config", "spec", "post_layer_norm", "pre_process", "post_process", "pg_collection", "vp_stage"),
-)
+
+def transformer_block_seam(sla: SLAConfig) -> Seam:
+    """Have ``GPTModel`` build its decoder for ``sla``."""
+    return Seam(
+        "megatron.core.models.gpt.gpt_model:TransformerBlock",
+        partial(SLATransformerBlock, sla=sla),
+        "GPTModel names its block's class; only while an SLA model is built",
+        ("config", "spec", "post_layer_norm", "pre_process", "post_process", "pg_collection", "vp_stage"),
+    )
 
 
 @contextmanager
-def sla_transformer_blocks() -> Iterator[None]:
-    """Within the block, ``GPTModel(...)`` builds its decoder as an :class:`SLATransformerBlock`."""
+def sla_transformer_blocks(sla: SLAConfig) -> Iterator[None]:
+    """Within the block, ``GPTModel(...)`` builds its decoder as an :class:`SLATransformerBlock` for ``sla``."""
     CHECKPOINTED_FORWARD.resolve()  # A changed upstream is found now, not in the first step.
-    with replaced([TRANSFORMER_BLOCK]):
+    with replaced([transformer_block_seam(sla)]):
         yield

@@ -53,7 +53,7 @@ class SLAGPTModelBuilder(GPTModelBuilder):
             _resolved(upstream_spec, config, vp_stage), config.sla
         )
         try:
-            with sla_transformer_blocks():
+            with sla_transformer_blocks(config.sla):
                 return super().build_model(*args, **kwargs)
         finally:
             config.transformer_layer_spec = upstream_spec

@@ -73,6 +73,12 @@ def require_megatron() -> str:
     return found
 
 
+def install(seams: Sequence[Seam]) -> None:
+    """Install ``seams`` for the rest of the process; nothing where they are.  All are checked before the first is."""
+    for seam, (owner, name) in [(seam, seam.resolve()) for seam in seams]:
+        setattr(owner, name, seam.stand_in)
+
+
 @contextmanager
 def replaced(seams: Sequence[Seam]) -> Iterator[None]:
     """Install ``seams`` for the length of the block.  All are checked before the first is installed."""

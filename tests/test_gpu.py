@@ -63,7 +63,7 @@ def test_reference(implementation: str, precision: str, tmp_path: Path) -> None:
         "recompute-full": _case(**shared, recompute="uniform2"),
         "two-distances": _case(**shared, distances=[2, 1]),
     }
-    answers = run_worker("parity_worker", cases, 1, tmp_path)
+    (answers,) = run_worker("parity_worker", cases, 1, tmp_path)
     for name, errors in answers.items():
         assert errors.pop("dead rows") == 0.0, name
         assert errors.pop("after change") > 0.0, name

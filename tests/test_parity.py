@@ -112,7 +112,7 @@ CASES = _cases()
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """All cases in one group of two gloo ranks: a Megatron process takes ten seconds to start."""
-    return run_worker("parity_worker", CASES, 2, tmp_path_factory.mktemp("parity"))
+    return run_worker("parity_worker", CASES, 2, tmp_path_factory.mktemp("parity"))[0]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -44,7 +44,7 @@ def test_sigkill_between_saves(tmp_path: Path) -> None:
 
     first, second = free_ports(2)
     whole = {"argv": argv(**SLA, save=tmp_path / "whole"), "port": first}
-    answers = run_worker(
+    answers, _ = run_worker(
         "trainer_worker", {"whole": whole, "resumed": killed | {"port": second}}, 2, tmp_path / "second"
     )
     whole, resumed = answers["whole"], answers["resumed"]

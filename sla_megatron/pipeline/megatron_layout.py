@@ -1,4 +1,4 @@
-"""The layers of each virtual stage, by Megatron's own rules: even or uneven split, counted embedding and loss, layouts."""
+"""The layers of each virtual stage, by Megatron's own rules: even or uneven, counted embedding and loss, layouts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How large what crosses a hop is.  Pure Python; the transport allocates by it, and ``sla-plan`` prints it.
 
-Legend: ``q`` sequence length, ``b`` microbatch size, ``h`` hidden size, ``d`` head size, ``T`` tensor-parallel and ``C``
-context-parallel size.  Every figure is of one tensor-parallel rank and one microbatch.
+Legend: ``q`` sequence length, ``b`` microbatch size, ``h`` hidden size, ``d`` head size, ``T`` and ``C`` tensor- and
+context-parallel sizes.  Every figure is of one tensor-parallel rank and one microbatch.
 """
 
 from __future__ import annotations

@@ -89,10 +89,10 @@ def kill_ranks(ranks: Sequence[subprocess.Popen]) -> None:
             os.killpg(rank.pid, signal.SIGKILL)
 
 
-def run_worker(worker: str, request: Any, world_size: int, folder: Path, timeout: float = 500) -> Any:
-    """Run ``tests/support/<worker>.py`` on ``world_size`` ranks with ``request`` (JSON); rank 0's JSON answer."""
+def run_worker(worker: str, request: Any, world_size: int, folder: Path, timeout: float = 500) -> list[Any]:
+    """Run ``tests/support/<worker>.py`` on ``world_size`` ranks with ``request`` (JSON); each rank's JSON answer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "request.json").write_text(json.dumps(request, default=str))
     ranks = start_ranks(["-m", f"tests.support.{worker}", str(folder)], world_size, folder)
     wait_for_ranks(ranks, folder, timeout)
-    return json.loads((folder / "answer.json").read_text())
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("answer*.json"), key=lambda path: path.name)]

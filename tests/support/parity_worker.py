@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
                     answers[name] = run_case(case)
             parallel_state.destroy_model_parallel()
         if torch.distributed.get_rank() == 0:
-            (folder / "answer.json").write_text(json.dumps(answers))
+            (folder / "answer0.json").write_text(json.dumps(answers))
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:

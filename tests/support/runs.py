@@ -73,10 +73,18 @@ def argv(**changes: Any) -> list[str]:
     return flags
 
 
-def train(requests: dict[str, dict[str, Any]], world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Run all of ``requests`` (name -> ``argv``, ``entry``) in one group of ranks."""
+def train_on_all_ranks(
+    requests: dict[str, dict[str, Any]], world_size: int, folder: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Run all of ``requests`` (name -> ``argv``, ``entry``, ``pipeline``) in one group of ranks; an answer for each."""
     ports = free_ports(len(requests))
     with_ports = {
         name: {**request, "port": port} for (name, request), port in zip(requests.items(), ports, strict=True)
     }
-    return run_worker("trainer_worker", with_ports, world_size, folder)
+    answers = run_worker("trainer_worker", with_ports, world_size, folder)
+    return {name: [answer[name] for answer in answers] for name in requests}
+
+
+def train(requests: dict[str, dict[str, Any]], world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """:func:`train_on_all_ranks`, rank 0's answers."""
+    return {name: answers[0] for name, answers in train_on_all_ranks(requests, world_size, folder).items()}

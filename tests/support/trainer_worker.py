@@ -31,15 +31,18 @@ def main(folder: Path) -> None:
             # Each run makes its process group anew, on a port of its own.
             os.environ["MASTER_PORT"] = str(request.pop("port"))
             answers[name] = run(folder, name, **request)
-    if os.environ["RANK"] == "0":
-        (folder / "answer.json").write_text(json.dumps(answers))
+    (folder / f"answer{os.environ['RANK']}.json").write_text(json.dumps(answers))
 
 
-def run(folder: Path, name: str, argv: list[str], entry: str = "sla") -> dict[str, Any]:
-    """One run: exit status, what it printed on stderr, and what the listener heard."""
+def run(folder: Path, name: str, argv: list[str], entry: str = "sla", pipeline: bool = False) -> dict[str, Any]:
+    """One run: exit status, what it printed on stderr, and what the listener heard (``pipeline``: also on the wire)."""
     from megatron.training import training
 
     heard = Listener(folder / f"{name}.jsonl")
+    if pipeline:
+        from .pipeline_listener import PipelineListener
+
+        heard = PipelineListener(folder / f"{name}.jsonl", folder / f"{name}.rank{os.environ['RANK']}.pt")
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     old_argv, sys.argv = sys.argv, ["pretrain", *argv]
     heard.listen_to(training)
