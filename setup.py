@@ -21,7 +21,9 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     "te": ["transformer-engine[pytorch]"],
-    "dev": ["pytest", "hypothesis", "ruff", "packaging"],
+    # What sla-plan --plot draws with.
+    "plot": ["matplotlib"],
+    "dev": ["pytest", "hypothesis", "ruff", "packaging", "matplotlib"],
 }
 
 setup(
@@ -32,5 +34,10 @@ setup(
     packages=find_packages(include=["sla_megatron", "sla_megatron.*"]),
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"console_scripts": ["sla-pretrain = sla_megatron.pretrain_gpt:main"]},
+    entry_points={
+        "console_scripts": [
+            "sla-pretrain = sla_megatron.pretrain_gpt:main",
+            "sla-plan = sla_megatron.plan.cli:main",
+        ]
+    },
 )

@@ -53,6 +53,14 @@ class Job:
         """What crosses each hop."""
         return RoutePlan(self.sla, self.layout, self.shape.tensor_parallel_size)
 
+    @cached_property
+    def tensor_ranks(self) -> tuple[int, ...]:
+        """One tensor-parallel rank of each kind: the ranks of a kind hold equally many groups of every route."""
+        kinds: dict[tuple[int, ...], int] = {}
+        for rank in range(self.shape.tensor_parallel_size):
+            kinds.setdefault(tuple(self.plan.groups_on(route, rank) for route in self.plan.routes), rank)
+        return tuple(kinds.values())
+
     @property
     def data_parallel_size(self) -> int:
         """Pipelines that run side by side on different samples."""
@@ -91,19 +99,25 @@ class Job:
         """Bytes of one group's keys and values of one microbatch."""
         return self.shape.kv_elements(1) * self.element_bytes
 
-    def with_layout(self, pipeline_size: int, num_chunks: int) -> Job:
-        """The same model and batch on the same GPUs, its layers split evenly over ``P * v`` virtual stages.
-
-        Raises:
-            PlanError: where layers, GPUs or batch do not divide, or the schedule does not run.
-        """
+    def split_evenly(self, pipeline_size: int, num_chunks: int) -> Job:
+        """The same model and batch on the same GPUs, with as many layers in each of ``P * v`` virtual stages."""
         stages, layers = pipeline_size * num_chunks, self.layout.num_layers
-        if layers % stages:
-            raise PlanError(f"{layers} layers do not divide over {stages} virtual stages")
-        job = replace(self, layout=PipelineLayout.of_sizes(pipeline_size, [layers // stages] * stages))
-        if self.num_gpus % job.gpus_of_pipeline or self.num_gpus % (self.expert_gpus * pipeline_size):
-            raise PlanError(f"{self.num_gpus} GPUs do not divide over pipelines of {pipeline_size} ranks")
-        if num_chunks > 1 and pipeline_size == 1 + (not self.communication.overlap):
-            raise PlanError(f"Megatron does not interleave over {pipeline_size} ranks with this communication")
-        _ = job.schedule
-        return job
+        return replace(self, layout=PipelineLayout.of_sizes(pipeline_size, [layers // stages] * stages))
+
+    def require_runnable(self) -> None:
+        """Raise :class:`PlanError` where GPUs or batch do not divide, or Megatron has no schedule for the layout."""
+        size, chunks = self.layout.pipeline_size, self.layout.num_chunks
+        if self.num_gpus % self.gpus_of_pipeline or self.num_gpus % (self.expert_gpus * size):
+            raise PlanError(f"{self.num_gpus} GPUs do not divide over pipelines of {size} ranks")
+        if chunks > 1 and size < (fewest := 2 if self.communication.overlap else 3):
+            raise PlanError(f"interleaving needs {fewest} pipeline ranks or more")
+        _ = self.schedule
+
+    @property
+    def runs(self) -> bool:
+        """Whether :meth:`require_runnable` has nothing against it."""
+        try:
+            self.require_runnable()
+        except PlanError:
+            return False
+        return True

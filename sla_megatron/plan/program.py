@@ -27,10 +27,9 @@ class Communication:
     """How a pipeline's transfers meet its passes.
 
     Attributes:
-        overlap: interleaved only: between the first and the last backward pass that is paired with a forward pass, what
-            arrives does so during compute (Megatron's default).  Upstream still waits for activations to have been
-            sent, since it frees them.
-        overlap_warmup_flush: the same in the passes before and after these (``--overlap-p2p-communication-warmup-flush``).
+        overlap: interleaved only, Megatron's default: while forward and backward passes alternate, what arrives does so
+            during compute.  For activations that leave, upstream waits even so, since it frees them.
+        overlap_warmup_flush: the same before and after (``--overlap-p2p-communication-warmup-flush``).
     """
 
     overlap: bool = False

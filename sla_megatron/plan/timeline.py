@@ -85,7 +85,7 @@ def simulate(schedule: Schedule, durations: Durations, communication: Communicat
 class _Simulation:
     """Ranks that run until they wait for a transfer, which goes on when both of its ends are posted.
 
-    The order in which ranks get their turn does not matter to any time: a transfer's end follows from its own two ranks.
+    The order in which ranks get their turn decides no time: a transfer's end follows from its own two ranks.
     """
 
     def __init__(self, pipeline: Pipeline, durations: Durations, communication: Communication) -> None:
@@ -120,9 +120,7 @@ class _Simulation:
             self._advance(self.ready.popleft())
         if self.waiting:
             raise RuntimeError(f"pipeline ranks wait for each other: {sorted(map(sorted, self.waiting.values()))}")
-        return Timeline(
-            self.pipeline.schedule, self.durations, tuple(map(tuple, self.starts)), tuple(self.clocks)
-        )
+        return Timeline(self.pipeline.schedule, self.durations, tuple(map(tuple, self.starts)), tuple(self.clocks))
 
     def _advance(self, rank: int) -> None:
         """Run ``rank`` until it is through or has to wait."""

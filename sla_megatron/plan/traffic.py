@@ -86,34 +86,25 @@ class Totals:
         return self.payload - self.dense
 
 
-def distinct_tensor_ranks(job: Job) -> tuple[int, ...]:
-    """One tensor-parallel rank of each kind: ranks of a kind hold equally many groups of every route."""
-    kinds = {}
-    for rank in range(job.shape.tensor_parallel_size):
-        kinds.setdefault(tuple(job.plan.groups_on(route, rank) for route in job.plan.routes), rank)
-    return tuple(kinds.values())
-
-
 def hop_traffic(job: Job) -> tuple[HopTraffic, ...]:
     """Every hop's traffic, in order."""
-    plan, layout, shape, ranks = job.plan, job.layout, job.shape, distinct_tensor_ranks(job)
+    plan, layout, shape = job.plan, job.layout, job.shape
     hidden = shape.payload_elements(0) * job.element_bytes
     hops = []
     for hop in range(layout.num_stages - 1):
-        payload = max(shape.payload_elements(plan.hop_groups(hop, rank)) for rank in ranks) * job.element_bytes
-        hops.append(
-            HopTraffic(hop, layout.rank(hop), layout.rank(hop + 1), hidden, payload - hidden, plan.hop(hop))
+        payload = (
+            max(shape.payload_elements(plan.hop_groups(hop, rank)) for rank in job.tensor_ranks) * job.element_bytes
         )
+        hops.append(HopTraffic(hop, layout.rank(hop), layout.rank(hop + 1), hidden, payload - hidden, plan.hop(hop)))
     return tuple(hops)
 
 
 def rank_memory(job: Job) -> tuple[RankMemory, ...]:
     """What every pipeline rank holds at the peak of its schedule.  Raises :class:`PlanError` without a schedule."""
-    ranks = distinct_tensor_ranks(job)
     hidden = job.shape.payload_elements(0) * job.element_bytes
     found = []
     for rank in range(job.layout.pipeline_size):
-        held = [residency(job.plan, job.schedule, rank, tensor_rank) for tensor_rank in ranks]
+        held = [residency(job.plan, job.schedule, rank, tensor_rank) for tensor_rank in job.tensor_ranks]
         buffers = held[0].arrival_buffers
         found.append(
             RankMemory(
@@ -142,4 +133,4 @@ def totals(job: Job) -> Totals:
 
 def _relayed_groups(job: Job, hop: int) -> int:
     passing = [route for route in job.plan.routes if route.source_stage <= hop < route.reader_stage]
-    return max(sum(job.plan.groups_on(route, rank) for route in passing) for rank in distinct_tensor_ranks(job))
+    return max(sum(job.plan.groups_on(route, rank) for route in passing) for rank in job.tensor_ranks)

@@ -14,8 +14,8 @@ class PipelineListener(Listener):
 
     * ``sent``: the shapes of the tensors handed to isend, to the next and to the previous rank, in order;
     * ``received``: the same of irecv;
-    * ``live``: bytes of K/V and their gradients that are alive between two passes, the most of the step.  What counts is
-      memory, not tensors: a storage is alive as long as anything, an autograd graph for one, still refers to it;
+    * ``live``: bytes of K/V and their gradients that are alive between two passes, the most of the step.  What counts
+      is memory, not tensors: a storage is alive as long as anything, an autograd graph for one, refers to it;
     * ``passes``: forward and backward passes, in order.
 
     The gradients of the first step are written to ``path``, by name with the layer's number in the model.

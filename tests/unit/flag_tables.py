@@ -80,7 +80,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         2,
         ("--tensor-parallel-num-weight-shards 2:", "1 with --sla"),
     ),
-
     ("--sla --context-parallel-size 2", 2, ("--context-parallel-size 2:", "1 without a GPU")),
     ("--sla --multi-latent-attention", 1, ("--multi-latent-attention True:", "no multi-latent attention")),
     ("--sla --hybrid-layer-pattern M*M*", 1, ("--hybrid-layer-pattern M*M*:", "no hybrid model")),
@@ -107,7 +106,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ("--sla-kv-projection full", 1, ("--sla-kv-projection full:", "--sla beside it")),
     # What upstream would refuse in a traceback of its own, were it asked first.
     ("--sla --mtp-num-layers 1", 1, ("--mtp-num-layers 1:", "no multi-token prediction")),
-
     ("--sla --qk-clip", 1, ("--qk-clip True:", "no --qk-clip")),
     ("--sla --delay-wgrad-compute", 1, ("--delay-wgrad-compute True:", "no --delay-wgrad-compute")),
     ("--sla --perform-rl-step", 1, ("--perform-rl-step True:", "no reinforcement learning")),

@@ -18,6 +18,9 @@ from sla_megatron.pipeline.schedule import Pass, Schedule
 
 from .strategies import schedules
 
+# Of Megatron's own making.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 #: (P, v): 1F1B and interleaved 1F1B.
 PIPELINES = [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (2, 3), (3, 2), (4, 2), (4, 4), (5, 3)]
 
@@ -84,13 +87,13 @@ class Handle:
     def wait(self) -> None: ...
 
 
-def stand_in_communicator(log: Log, schedule: Schedule, rank: int, config: Any) -> Any:
+def stand_in_communicator(log: Log, size: int, rank: int, config: Any) -> Any:
     """Upstream's communicator, all of it but the transfers."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     class Communicator(P2PCommunicator):
         def __init__(self) -> None:
-            self.pp_group, self.config = Group(schedule.pipeline_size, rank), config
+            self.pp_group, self.config = Group(size, rank), config
             self.virtual_pipeline_model_parallel_size = config.virtual_pipeline_model_parallel_size
 
         def _communicate(self, *, tensor_send_next, tensor_send_prev, recv_prev, recv_next, **_: Any) -> Any:
@@ -108,12 +111,12 @@ class Upstream:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import torch
-        from megatron.core.pipeline_parallel import schedules
+        from megatron.core.pipeline_parallel import schedules as loops
 
         self.log = Log()
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(schedules, "forward_step", self._forward)
-        monkeypatch.setattr(schedules, "backward_step", self._backward)
+        monkeypatch.setattr(loops, "forward_step", self._forward)
+        monkeypatch.setattr(loops, "backward_step", self._backward)
 
     def _forward(self, *args: Any, current_microbatch: int, vp_stage: int | None = None, **_: Any) -> tuple[Pass, int]:
         return self.log.run(Pass("F", vp_stage or 0, current_microbatch), _single(args[4])), 0
@@ -123,10 +126,10 @@ class Upstream:
         result = self.log.run(Pass("B", done.chunk, done.microbatch), _single(gradient))
         return [result] if isinstance(input_tensor, list) else result
 
-    def run(self, schedule: Schedule, rank: int, **flags: bool) -> Log:
+    def run(self, schedule: Schedule | SimpleNamespace, rank: int, **flags: bool) -> Log:
         """What ``rank`` does in ``schedule``; ``flags`` are of upstream's configuration."""
         import torch
-        from megatron.core.pipeline_parallel import schedules
+        from megatron.core.pipeline_parallel import schedules as loops
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -148,9 +151,9 @@ class Upstream:
         for chunk in model:
             chunk.config, chunk.model_type = config, None
         function = (
-            schedules.forward_backward_pipelining_with_interleaving
+            loops.forward_backward_pipelining_with_interleaving
             if chunks > 1
-            else schedules.forward_backward_pipelining_without_interleaving
+            else loops.forward_backward_pipelining_without_interleaving
         )
         self.log = Log()
         function(
@@ -161,7 +164,7 @@ class Upstream:
             seq_length=4,
             micro_batch_size=1,
             forward_only=schedule.forward_only,
-            p2p_communicator=stand_in_communicator(self.log, schedule, rank, config),
+            p2p_communicator=stand_in_communicator(self.log, schedule.pipeline_size, rank, config),
             pg_collection=groups,
         )
         return self.log
@@ -180,7 +183,7 @@ def upstream(megatron: None, monkeypatch: pytest.MonkeyPatch) -> Upstream:
 # What upstream does is what the restatement says.
 
 
-def settings_to_try(size: int, chunks: int, most: int) -> list[tuple[int, int | None]]:
+def settings_to_try(size: int, chunks: int, most: int = 10) -> list[tuple[int, int | None]]:
     """(M, microbatch group) up to ``most`` microbatches, with groups that do not do and, for 1F1B, none."""
     microbatches = range(1, most + 1)
     if chunks == 1:
@@ -202,7 +205,7 @@ def test_table_and_warmup_are_upstream_s(upstream: Upstream, size: int, chunks: 
     """``get_schedule_table`` and ``get_pp_rank_microbatches``, on every rank, in training and evaluation."""
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-    for count, group in settings_to_try(size, chunks, 12):
+    for count, group in settings_to_try(size, chunks):
         for forward_only in (False, True):
             schedule = allowed(size, chunks, count, group, forward_only)
             if schedule is None:
@@ -225,7 +228,7 @@ def test_table_and_warmup_are_upstream_s(upstream: Upstream, size: int, chunks: 
 def test_passes_are_upstream_s(upstream: Upstream, size: int, chunks: int, forward_only: bool) -> None:
     """Upstream's loops run these passes in this order on every rank, however they communicate."""
     every_flag = [{}, *OVERLAPPING] if chunks > 1 else [{}]
-    for count, group in settings_to_try(size, chunks, 9):
+    for count, group in settings_to_try(size, chunks):
         schedule = allowed(size, chunks, count, group, forward_only)
         if schedule is not None:
             for flags in every_flag:
@@ -237,7 +240,7 @@ def test_passes_are_upstream_s(upstream: Upstream, size: int, chunks: int, forwa
 def test_what_upstream_refuses_is_refused(upstream: Upstream, size: int, chunks: int) -> None:
     """The same numbers of microbatches and groups as upstream, neither more nor fewer."""
     refused = 0
-    for count, group in settings_to_try(size, chunks, 9):
+    for count, group in settings_to_try(size, chunks):
         numbers = SimpleNamespace(
             pipeline_size=size,
             num_chunks=chunks,
@@ -262,7 +265,7 @@ def test_upstream_s_kth_payload_sent_is_the_kth_received(
     upstream: Upstream, size: int, chunks: int, forward_only: bool
 ) -> None:
     """In upstream's loops a pass is given what the same microbatch's pass of the neighbouring stage sent."""
-    for count, group in settings_to_try(size, chunks, 9):
+    for count, group in settings_to_try(size, chunks):
         schedule = allowed(size, chunks, count, group, forward_only)
         if schedule is None:
             continue
@@ -284,7 +287,7 @@ def test_upstream_s_early_arrivals_are_as_counted(
 ) -> None:
     """The most payloads that wait for their pass, in one direction and the other, add up to what ``residency`` says."""
     plan = RoutePlan(SLAConfig(1, 1, (1,), 0), PipelineLayout.of_sizes(size, [1] + [0] * (size * chunks - 1)))
-    for count, group in settings_to_try(size, chunks, 9):
+    for count, group in settings_to_try(size, chunks):
         schedule = allowed(size, chunks, count, group, forward_only)
         if schedule is None:
             continue

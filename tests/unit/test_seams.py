@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sla_megatron import seams
-from sla_megatron.seams import Seam, SeamError, replaced, require_megatron, require_parameters
+from sla_megatron.seams import Seam, SeamError, install, replaced, require_megatron, require_parameters
 
 
 class Base:
@@ -195,6 +195,16 @@ def test_one_name_twice_in_a_list_unwinds(module: ModuleType) -> None:
 # The version.
 
 
+def test_installing_for_good(module: ModuleType) -> None:
+    """Once or twice it is the stand-in; where one of several does not fit, none is installed."""
+    with pytest.raises(SeamError, match="absent"):
+        install([seam("function"), seam("absent")])
+    assert module.function != "ours"
+    install([seam("function")])
+    install([seam("function")])
+    assert module.function == "ours"
+
+
 @pytest.mark.parametrize("found", ["0.19.0", "0.19.2", "0.19.0rc1"])
 def test_a_supported_megatron(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     """Any 0.19 will do."""
@@ -226,11 +236,14 @@ def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def registry() -> list[Seam]:
     """All of them."""
-    from sla_megatron.block import CHECKPOINTED_FORWARD, TRANSFORMER_BLOCK
+    from sla_megatron.block import CHECKPOINTED_FORWARD, transformer_block_seam
+    from sla_megatron.config import SLAConfig
     from sla_megatron.cpu.replacements import replacements
+    from sla_megatron.pipeline.transport import SCHEDULES
     from sla_megatron.wheel import missing_makefile_seams
 
-    return [CHECKPOINTED_FORWARD, TRANSFORMER_BLOCK, *missing_makefile_seams(), *replacements()]
+    block = transformer_block_seam(SLAConfig(4, 4, (3,), 3))
+    return [CHECKPOINTED_FORWARD, block, *SCHEDULES, *missing_makefile_seams(), *replacements()]
 
 
 def test_every_seam_fits_the_installed_upstream(megatron_imported: None) -> None:
@@ -246,11 +259,13 @@ def test_every_seam_says_why(megatron_imported: None) -> None:
 
 
 def test_every_stand_in_takes_what_upstream_s_name_takes(megatron_imported: None) -> None:
-    """Where a signature is pinned, the stand-in has the same parameters, so that keywords arrive too."""
+    """Where a signature is pinned, the stand-in takes the same parameters, by keyword too."""
     pinned = [seam for seam in registry() if seam.parameters is not None]
-    assert len(pinned) >= 6
+    assert len(pinned) >= 8
     for entry in pinned:
-        assert tuple(inspect.signature(entry.stand_in).parameters) == entry.parameters, entry.target
+        signature = inspect.signature(entry.stand_in)
+        if tuple(signature.parameters) != entry.parameters:
+            signature.bind(**dict.fromkeys(entry.parameters))
 
 
 def test_the_attention_and_the_parser_are_those_that_were_read(megatron_imported: None) -> None:
@@ -258,8 +273,10 @@ def test_the_attention_and_the_parser_are_those_that_were_read(megatron_imported
     from megatron.core.transformer.attention import SelfAttention
 
     from sla_megatron import arguments, layer_specs
+    from sla_megatron.pipeline.communicator import require_known_communicator
 
     arguments._require_known_upstream()
+    require_known_communicator()
     require_parameters(SelfAttention.get_query_key_value_tensors, layer_specs._UPSTREAM_QKV_PARAMETERS, "attention")
 
 

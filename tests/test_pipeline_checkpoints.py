@@ -1,0 +1,105 @@
+"""Pipelines on four ranks: other schedules, the distributed optimizer, checkpoints that change their layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.pipelines import FOUR_RANKS, MODELS, TWO_RANKS, Layout
+from tests.support.runs import CLOSE, argv, train_on_all_ranks
+
+pytestmark = pytest.mark.distributed
+
+SAVED_AT, LAST = 2, 4
+
+SHARDED = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
+OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+#: A pipeline of two and what its checkpoints are loaded at: a pipeline of four, interleaved, none with TP=2, uneven.
+SAVED = TWO_RANKS["pp2"]
+LOADED = {
+    "pp4": FOUR_RANKS["pp4"],
+    "pp4v2": FOUR_RANKS["pp4v2"],
+    "tp2": Layout(1, (8,), tensor=2),
+    "tp2pp2v2": FOUR_RANKS["tp2pp2v2"],
+    "pp2-uneven": TWO_RANKS["pp2-uneven"],
+}
+CHECKPOINT_MODELS = ("gqa-full-long-and-short", "mha-pruned-two-long")
+
+#: 16 layers, one to a virtual stage: distance 12 is three times round the ring, so that K/V never leave their rank.
+RANK_LOCAL = {"num_layers": 16, "sla_skip_distance": [12], "pipeline_model_parallel_size": 4}
+RANK_LOCAL |= {"num_layers_per_virtual_pipeline_stage": 1}
+
+
+def _argv(model: str, split: Layout | None, **flags: Any) -> list[str]:
+    base = MODELS[model].argv() | {"train_iters": LAST, "lr": 1e-3, "eval_iters": 0, "tensor_model_parallel_size": 1}
+    return argv(**base | {"override_opt_param_scheduler": True} | (split.argv() if split else {}) | flags)
+
+
+def _requests(folder: Path) -> dict[str, dict[str, Any]]:
+    requests = {}
+    for model in CHECKPOINT_MODELS:
+        saves = {"save": folder / model, "save_interval": SAVED_AT}
+        requests[f"{model}.whole"] = _argv(model, SAVED, **SHARDED, **saves)
+        for name, split in LOADED.items():
+            loads = {"load": folder / model, "ckpt_step": SAVED_AT}
+            requests[f"{model}.{name}"] = _argv(model, split, **SHARDED, **loads)
+        requests[f"{model}.same"] = _argv(model, SAVED, **SHARDED, load=folder / model, ckpt_step=SAVED_AT)
+    # From one checkpoint: other schedules and optimizers than test_pipeline.py's.
+    model = CHECKPOINT_MODELS[0]
+    load = {"load": folder / model, "ckpt_step": SAVED_AT, "finetune": True, "no_load_optim": True, "no_load_rng": True}
+    interleaved = FOUR_RANKS["pp4v2"]
+    requests["plain"] = _argv(model, interleaved, **load)
+    requests["no-overlap"] = _argv(model, interleaved, **load, no_overlap_p2p_communication=True)
+    requests["early-receives"] = _argv(model, interleaved, **load, overlap_p2p_communication_warmup_flush=True)
+    requests["distributed-optimizer"] = _argv(model, TWO_RANKS["pp2v2"], **load, **OVERLAP)
+    requests["rank-local"] = _argv("mha-full-long", None, **RANK_LOCAL)
+    return {name: {"argv": flags, "pipeline": True} for name, flags in requests.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("pipeline-checkpoints")
+    return train_on_all_ranks(_requests(folder), 4, folder / "ranks")
+
+
+def _losses(answers: list[dict[str, Any]]) -> dict[str, list[float]]:
+    assert [answer["status"] for answer in answers] == [0] * len(answers), answers[0]["stderr"]
+    last = next(answer for answer in answers if answer["loss"] and answer["loss"][0] is not None)
+    return {what: last[what] for what in ("iteration", "loss", "grad_norm")}
+
+
+@pytest.mark.parametrize("name", [*LOADED, "same"])
+@pytest.mark.parametrize("model", CHECKPOINT_MODELS)
+def test_goes_on_in_another_layout(runs: dict[str, list[dict[str, Any]]], model: str, name: str) -> None:
+    """Weights and distributed optimizer state, saved at PP=2: training goes on as if uninterrupted.
+
+    In the same layout bit for bit.
+    """
+    whole, resumed = _losses(runs[f"{model}.whole"]), _losses(runs[f"{model}.{name}"])
+    assert resumed["iteration"] == list(range(SAVED_AT + 1, LAST + 1))
+    for what in ("loss", "grad_norm"):
+        tolerance = 0 if name == "same" else CLOSE
+        assert resumed[what] == pytest.approx(whole[what][SAVED_AT:], rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("name", ["no-overlap", "early-receives", "distributed-optimizer"])
+def test_other_schedules_and_optimizers(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Messages batched or received early, and a distributed optimizer that overlaps its own: the same training."""
+    plain, found = _losses(runs["plain"]), _losses(runs[name])
+    for what in ("loss", "grad_norm"):
+        assert found[what] == pytest.approx(plain[what], rel=CLOSE)
+
+
+def test_rank_local_kv_are_not_sent(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """PP=4 with four virtual stages, 16 layers, distance 12: no byte of K/V on the wire, and K/V resident."""
+    for answer in runs["rank-local"]:
+        assert answer["status"] == 0
+        for step in answer["steps"]:
+            for shapes in (*step["sent"].values(), *step["received"].values()):
+                assert shapes
+                assert all(shape == [16, 2, 32] for shape in shapes)
+            assert step["live"] > 0
+        assert answer["alive"] == 0

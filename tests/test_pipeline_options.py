@@ -1,0 +1,166 @@
+"""What else a pipelined run may be asked for: recomputation, other schedules and batches, optimizers, precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.pipelines import MODELS, TWO_RANKS, Layout
+from tests.support.runs import argv, train_on_all_ranks
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 4
+# As in test_pipeline.py: rounding in sums of another order.
+CLOSE = 1e-6
+
+MODEL = MODELS["gqa-full-long-and-short"]
+FULL = {"recompute_granularity": "full"}
+RAMP = {"rampup_batch_size": [4, 4, 16], "train_samples": 40, "train_iters": None, "lr_decay_iters": None}
+RAMP |= {"lr_warmup_iters": None, "lr_decay_samples": 100, "lr_warmup_samples": 4}
+MOE = {"num_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
+
+#: Name -> flags that change what is computed; each runs without a pipeline, as 1F1B and interleaved.
+COMPARED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "more-microbatches-in-evaluation": {"eval_global_batch_size": 16, "eval_micro_batch_size": 1},
+    "skipped-step": {"iterations_to_skip": [2]},
+    "batch-size-ramps-up": RAMP,
+    "per-token-loss": {"calculate_per_token_loss": True},
+    "untied": {"untie_embeddings_and_output_weights": True},
+    "moe": MOE,
+}
+
+#: Flags that change how it is computed, not what: each against "plain", in the layouts named.
+HOW: dict[str, tuple[str, dict[str, Any]]] = {
+    "selective-recompute": ("pp2v2", {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}),
+    "uniform-recompute": ("pp2v2", FULL | {"recompute_method": "uniform", "recompute_num_layers": 1}),
+    "uniform-recompute-2": ("pp2", FULL | {"recompute_method": "uniform", "recompute_num_layers": 2}),
+    "block-recompute": ("pp2v2", FULL | {"recompute_method": "block", "recompute_num_layers": 1}),
+    "larger-microbatch-groups": (
+        "pp2v2",
+        {"microbatch_group_size_per_virtual_pipeline_stage": 3, "global_batch_size": 10},
+    ),
+    "early-receives": ("pp2v2", {"overlap_p2p_communication_warmup_flush": True}),
+}
+
+PIPELINES = ("pp2", "pp2v2")
+
+
+def _argv(split: Layout | None, **flags: Any) -> list[str]:
+    base = MODEL.argv() | {"train_iters": STEPS, "lr": 1e-3, "eval_interval": 2, "tensor_model_parallel_size": 1}
+    return argv(**base | (split.argv() if split else {}) | flags)
+
+
+def _requests(folder: Path) -> dict[str, dict[str, Any]]:
+    load = {"load": folder / "seed", "finetune": True, "no_load_optim": True, "no_load_rng": True}
+    requests = {}
+    for name, flags in COMPARED.items():
+        saved = {"load": folder / "moe-seed"} if name == "moe" else {}
+        requests[f"{name}.pp1"] = _argv(None, **load, **flags | saved)
+        for layout in PIPELINES:
+            requests[f"{name}.{layout}"] = _argv(TWO_RANKS[layout], **load, **flags | saved)
+    for name, (layout, flags) in HOW.items():
+        requests[f"{name}.{layout}"] = _argv(TWO_RANKS[layout], **load, **flags)
+    requests["larger-batch.pp1"] = _argv(None, **load, global_batch_size=10, micro_batch_size=1)
+    # Precision: bf16 has 8 bits; fp16 starts at a loss scale that overflows, so that steps are skipped.
+    for layout in (None, *PIPELINES):
+        split = TWO_RANKS[layout] if layout else None
+        requests[f"bf16.{layout or 'pp1'}"] = _argv(split, **load, bf16=True)
+        requests[f"fp16.{layout or 'pp1'}"] = _argv(split, **load, fp16=True, initial_loss_scale=2.0**24, hysteresis=1)
+    # Dropout's random numbers differ with the layout, but not from run to run.
+    for name in ("dropout", "dropout-again"):
+        dropout = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+        requests[f"{name}.pp2v2"] = _argv(TWO_RANKS["pp2v2"], **load, **dropout)
+    # A pipeline in which no K/V leave their stage, and one without --sla, in the processes that carried K/V before.
+    dense = {name: None for name in MODEL.argv() if name.startswith("sla")}
+    dense_load = load | {"load": folder / "dense-seed"}
+    requests["beyond.pp2v2"] = _argv(TWO_RANKS["pp2v2"], **dense_load, sla_skip_distance=8, sla_num_skip_groups=2)
+    requests["dense.pp2v2"] = _argv(TWO_RANKS["pp2v2"], **dense_load, **dense)
+    return {name: {"argv": flags, "pipeline": True} for name, flags in requests.items()}
+
+
+def _seeds(folder: Path) -> dict[str, dict[str, Any]]:
+    once = {"train_iters": 1, "eval_iters": 0, "save_interval": 1}
+    dense = {name: None for name in MODEL.argv() if name.startswith("sla")}
+    flags = {"seed": {}, "moe-seed": MOE, "dense-seed": dense}
+    return {name: {"argv": _argv(None, **changes | once | {"save": folder / name})} for name, changes in flags.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("options")
+    train_on_all_ranks(_seeds(folder), 2, folder / "seeds")
+    return train_on_all_ranks(_requests(folder), 2, folder / "ranks")
+
+
+def _losses(answers: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The figures of the rank that knows the loss."""
+    assert [answer["status"] for answer in answers] == [0] * len(answers), answers[0]["stderr"]
+    last = next(answer for answer in answers if any(loss is not None for loss in answer["loss"]))
+    return {what: last[what] for what in ("iteration", "loss", "grad_norm", "evaluations")}
+
+
+def _assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float = CLOSE) -> None:
+    found_losses, expected_losses = _losses(found), _losses(expected)
+    for what, values in expected_losses.items():
+        assert found_losses[what] == pytest.approx(values, rel=tolerance), what
+
+
+@pytest.mark.parametrize("layout", PIPELINES)
+@pytest.mark.parametrize("name", COMPARED)
+def test_as_without_a_pipeline(runs: dict[str, list[dict[str, Any]]], name: str, layout: str) -> None:
+    """The same losses, gradient norms and evaluations as PP=1 with the same flags."""
+    _assert_close(runs[f"{name}.{layout}"], runs[f"{name}.pp1"])
+
+
+def test_the_options_did_something(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Different numbers of microbatches did occur, in one run, and a step was skipped."""
+    evaluations = runs["more-microbatches-in-evaluation.pp2v2"][0]["steps"]
+    assert {(step["forward_only"], step["num_microbatches"]) for step in evaluations} == {(False, 4), (True, 16)}
+    ramp = [step["num_microbatches"] for step in runs["batch-size-ramps-up.pp2v2"][0]["steps"]]
+    assert len(set(ramp)) > 2
+    assert len(_losses(runs["skipped-step.pp2v2"])["loss"]) == STEPS - 1
+    assert _losses(runs["moe.pp2"])["loss"] != _losses(runs["plain.pp2"])["loss"]
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_however_it_is_run(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Recomputation and other orders of passes and messages give the same training."""
+    layout, flags = HOW[name]
+    reference = "larger-batch.pp1" if "global_batch_size" in flags else f"plain.{layout}"
+    _assert_close(runs[f"{name}.{layout}"], runs[reference])
+
+
+@pytest.mark.parametrize("layout", PIPELINES)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(runs: dict[str, list[dict[str, Any]]], precision: str, layout: str) -> None:
+    """Losses within a few of bf16's 8 bits, 4e-3, of PP=1; K/V cross in that precision."""
+    found, plain = _losses(runs[f"{precision}.{layout}"]), _losses(runs[f"{precision}.pp1"])
+    known = [(ours, theirs) for ours, theirs in zip(found["loss"], plain["loss"], strict=True) if theirs is not None]
+    assert known
+    for ours, theirs in known:
+        assert ours == pytest.approx(theirs, rel=1e-2)
+
+
+def test_dropout_repeats_bit_for_bit(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """The same run twice, dropout on."""
+    assert _losses(runs["dropout.pp2v2"]) == _losses(runs["dropout-again.pp2v2"])
+    assert _losses(runs["dropout.pp2v2"])["loss"] != _losses(runs["plain.pp2v2"])["loss"]
+
+
+def test_a_pipeline_without_kv_is_upstreams(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """A distance beyond the last layer trains as the dense model, bit for bit, and sends what it sends."""
+    assert _losses(runs["beyond.pp2v2"]) == _losses(runs["dense.pp2v2"])
+    for beyond, dense in zip(runs["beyond.pp2v2"], runs["dense.pp2v2"], strict=True):
+        assert [step["sent"] for step in beyond["steps"]] == [step["sent"] for step in dense["steps"]]
+
+
+def test_nothing_is_left_after_any_step(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """No K/V tensor is alive, with recomputation, evaluation and skipped steps too."""
+    for name, ranks in runs.items():
+        for answer in ranks:
+            assert answer["alive"] == 0, name
+            assert [step["left"] for step in answer["steps"]] == [0] * len(answer["steps"]), name
