@@ -10,6 +10,7 @@ from argparse import Namespace
 
 from .config import SLAConfig, compact_ranges, default_num_skip_groups, default_skip_distance
 from .errors import OFF, FlagError, Refusal, flag_of, refuse
+from .pipeline.schedule import Schedule
 
 #: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
 SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
@@ -82,6 +83,7 @@ def resolve_sla_args(args: Namespace) -> None:
     _resolve_shape(args)
     _check_layers(args)
     _check_parallelism(args)
+    _check_pipeline(args)
     _check_projection(args)
     _check_recomputation(args)
 
@@ -152,6 +154,34 @@ def _check_parallelism(args: Namespace) -> None:
         )
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
         raise FlagError("--tensor-parallel-num-weight-shards", args.gtp_weight_remat_size, "1 with --sla")
+
+
+def _check_pipeline(args: Namespace) -> None:
+    if args.pipeline_model_parallel_size == 1:
+        return
+    if args.fp32_residual_connection:
+        raise FlagError(
+            "--fp32-residual-connection",
+            True,
+            "no --fp32-residual-connection with --sla and a pipeline: hidden states and K/V travel as one type",
+        )
+    batches = [
+        ("--global-batch-size", args.global_batch_size, args.micro_batch_size),
+        ("--eval-global-batch-size", args.eval_global_batch_size, args.eval_micro_batch_size),
+    ]
+    if args.rampup_batch_size is not None:
+        batches.append(("--rampup-batch-size", int(args.rampup_batch_size[0]), args.micro_batch_size))
+    for flag, batch_size, microbatch_size in batches:
+        num_microbatches = batch_size // (microbatch_size * args.data_parallel_size)
+        try:
+            Schedule(
+                args.pipeline_model_parallel_size,
+                args.virtual_pipeline_model_parallel_size or 1,
+                num_microbatches,
+                args.microbatch_group_size_per_vp_stage,
+            )
+        except ValueError as error:
+            raise FlagError(flag, batch_size, f"another size: {error}") from None
 
 
 def _check_projection(args: Namespace) -> None:

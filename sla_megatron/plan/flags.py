@@ -88,7 +88,7 @@ def rates(args: Namespace) -> Rates | None:
     """The rates that were given, in bytes, operations and seconds."""
     if args.link_gb_per_s is None:
         return None
-    return Rates(args.link_gb_per_s * 1e9, args.compute_tflops * 1e12, (args.link_latency_us or 0) * 1e-6)
+    return Rates(args.link_gb_per_s * 1e9, args.compute_tflops * 1e12, (args.link_latency_us or 0) / 1e6)
 
 
 def _check_plot(args: Namespace) -> None:

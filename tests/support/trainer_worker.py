@@ -1,7 +1,8 @@
 """On each rank: run Megatron's whole trainer for each requested run, one after the other in the same processes.
 
-Nothing of Megatron is replaced but by the CPU backend: this only listens, and shortens ``--mock-data``.  Each step's loss and gradient norm are
-written, exact, to ``<run>.jsonl`` as soon as they are known, so that they outlive a killed process.
+Nothing of Megatron is replaced but by the CPU backend: this only listens, and shortens what ``--mock-data`` shuffles.
+Each step's loss and gradient norm are written, exact, to ``<run>.jsonl`` as soon as they are known, so that they
+outlive a killed process.
 """
 
 from __future__ import annotations

@@ -111,6 +111,28 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ("--sla --perform-rl-step", 1, ("--perform-rl-step True:", "no reinforcement learning")),
     ("--fim-data", 1, ("--fim-data True:", "no --fim-data")),
     ("--hybrid-context-parallel", 1, ("--hybrid-context-parallel True:", "no --hybrid-context-parallel")),
+    # Pipelines.
+    (
+        "--sla --pipeline-model-parallel-size 2 --bf16 --fp32-residual-connection",
+        2,
+        ("--fp32-residual-connection True:", "travel as one type"),
+    ),
+    (
+        "--sla --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3 --global-batch-size 1",
+        2,
+        ("--global-batch-size 1:", "2 (pipeline size) <= 2 (microbatch group) <= 1 (microbatches)"),
+    ),
+    (
+        "--sla --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3 --global-batch-size 3",
+        2,
+        ("--global-batch-size 3:", "leave a last group of 1"),
+    ),
+    (
+        "--sla --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 4 "
+        "--eval-global-batch-size 1",
+        2,
+        ("--eval-global-batch-size 1:", "<= 1 (microbatches)"),
+    ),
     # What this entry point does not do, with --sla or without.
     ("--sft", 1, ("--sft True:", "no --sft")),
     (
@@ -173,6 +195,15 @@ GOOD: dict[str, tuple[int, SLAConfig]] = {
     ),
     "--sla --recompute-granularity full --recompute-method block --recompute-num-layers 2": (
         1,
+        SLAConfig(12, 12, (9,), 9),
+    ),
+    "--sla --pipeline-model-parallel-size 3": (3, SLAConfig(12, 12, (9,), 9)),
+    "--sla --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3 --global-batch-size 4": (
+        2,
+        SLAConfig(12, 12, (9,), 9),
+    ),
+    "--sla --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|t*9|ttt|L --global-batch-size 4": (
+        2,
         SLAConfig(12, 12, (9,), 9),
     ),
     "--sla --num-experts 4 --bf16 --use-distributed-optimizer": (1, SLAConfig(12, 12, (9,), 9)),
