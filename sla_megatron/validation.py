@@ -165,23 +165,31 @@ def _check_pipeline(args: Namespace) -> None:
             True,
             "no --fp32-residual-connection with --sla and a pipeline: hidden states and K/V travel as one type",
         )
-    batches = [
-        ("--global-batch-size", args.global_batch_size, args.micro_batch_size),
-        ("--eval-global-batch-size", args.eval_global_batch_size, args.eval_micro_batch_size),
-    ]
-    if args.rampup_batch_size is not None:
-        batches.append(("--rampup-batch-size", int(args.rampup_batch_size[0]), args.micro_batch_size))
+    flag = "--global-batch-size" if args.step_batch_size_schedule is None else "--step-batch-size-schedule"
+    batches = [(flag, size, args.micro_batch_size) for size in training_batch_sizes(args)]
+    batches.append(("--eval-global-batch-size", args.eval_global_batch_size, args.eval_micro_batch_size))
     for flag, batch_size, microbatch_size in batches:
-        num_microbatches = batch_size // (microbatch_size * args.data_parallel_size)
         try:
             Schedule(
                 args.pipeline_model_parallel_size,
                 args.virtual_pipeline_model_parallel_size or 1,
-                num_microbatches,
+                batch_size // (microbatch_size * args.data_parallel_size),
                 args.microbatch_group_size_per_vp_stage,
             )
         except ValueError as error:
             raise FlagError(flag, batch_size, f"another size: {error}") from None
+
+
+def training_batch_sizes(args: Namespace) -> list[int]:
+    """Samples of a training step, in the order in which they are used; ``--rampup-batch-size`` is ignored upstream."""
+    if args.step_batch_size_schedule is not None:
+        from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator as Steps
+
+        return [size for _, size in Steps._parse_schedule(args.step_batch_size_schedule, args.seq_length)]
+    samples = args.micro_batch_size * args.data_parallel_size
+    if args.decrease_batch_size_if_needed:
+        return [args.global_batch_size // samples * samples]
+    return [args.global_batch_size]
 
 
 def _check_projection(args: Namespace) -> None:

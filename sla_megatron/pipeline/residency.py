@@ -33,8 +33,17 @@ class Residency:
         return self.resident + self.arriving
 
 
-def residency(plan: RoutePlan, schedule: Schedule, rank: int, tensor_parallel_rank: int = 0) -> Residency:
-    """Run ``schedule`` on pipeline ``rank`` and note the most that it holds."""
+def residency(
+    plan: RoutePlan,
+    schedule: Schedule,
+    rank: int,
+    tensor_parallel_rank: int = 0,
+    early_receives: bool = False,
+) -> Residency:
+    """Run ``schedule`` on pipeline ``rank`` and note the most that it holds.
+
+    ``early_receives``: with ``--overlap-p2p-communication-warmup-flush``, which receives one payload further ahead.
+    """
     layout = plan.layout
     groups = {route.name: plan.groups_on(route, tensor_parallel_rank) for route in plan.routes}
     kept = {stage: 0 for stage in range(layout.num_stages)}
@@ -50,16 +59,20 @@ def residency(plan: RoutePlan, schedule: Schedule, rank: int, tensor_parallel_ra
         gone, come = (fetched, kept) if kind == "F" else (kept, fetched)
         now += come[stage] - gone[stage]
         peak = max(peak, now)
-    forward = _arrivals(schedule, is_leading=rank == 0)
-    backward = 0 if schedule.forward_only else _arrivals(schedule, is_leading=rank == layout.pipeline_size - 1)
+    forward = _arrivals(schedule, rank == 0, early_receives)
+    backward = _arrivals(schedule, rank == layout.pipeline_size - 1, early_receives)
+    if schedule.forward_only:
+        backward = 0
     stages = [layout.stage(rank, chunk) for chunk in range(layout.num_chunks)]
     widest_in = max(plan.hop_groups(stage - 1, tensor_parallel_rank) for stage in stages)
     widest_back = max(plan.hop_groups(stage, tensor_parallel_rank) for stage in stages)
     return Residency(peak, forward + backward, forward * widest_in + backward * widest_back)
 
 
-def _arrivals(schedule: Schedule, is_leading: bool) -> int:
+def _arrivals(schedule: Schedule, is_leading: bool, early_receives: bool) -> int:
     """Payloads of one direction that wait: upstream's ``fwd_recv_buffer_size``; the leading rank may be far behind."""
     if schedule.num_chunks == 1:
         return 0 if is_leading else 1
-    return schedule.group_size - schedule.pipeline_size + 1 if is_leading else 1
+    if is_leading:
+        return schedule.group_size - schedule.pipeline_size + 1
+    return 2 if early_receives else 1

@@ -182,7 +182,8 @@ def assumptions(job: Job, simulated: bool) -> str:
     if simulated:
         lines += [
             "The step follows from the two rates: GPUs and links are alike, and no transfer slows another rank's.",
-            "Tensor- and context-parallel communication is in the compute rate; a backward pass is twice its forward.",
+            "Tensor- and context-parallel communication is in the compute rate.",
+            "A backward pass is twice its forward pass and what it recomputes.",
             "Not modelled: gradient reduction, optimizer, data loading, embeddings, copies that pack and unpack K/V.",
             "Interleaved transfers meet compute as upstream's do: what arrives overlaps, what leaves is waited for.",
         ]

@@ -38,7 +38,7 @@ def settled_job() -> Job:
 
             from ..pipeline.megatron_layout import pipeline_layout
             from ..report import describe
-            from ..validation import sla_config_from_args
+            from ..validation import sla_config_from_args, training_batch_sizes
 
         with _quietly(), _in_one_line():
             args = _settled_args()
@@ -51,7 +51,7 @@ def settled_job() -> Job:
             work=_work(args),
             element_bytes=config.pipeline_dtype.itemsize,
             num_gpus=args.world_size,
-            global_batch_size=_global_batch_size(args),
+            global_batch_size=training_batch_sizes(args)[-1],
             group_size=args.microbatch_group_size_per_vp_stage,
             expert_gpus=args.expert_model_parallel_size * args.expert_tensor_parallel_size,
             communication=Communication(args.sla_plan_overlap, args.overlap_p2p_comm_warmup_flush),
@@ -112,7 +112,7 @@ def _fewest_gpus(args: Namespace) -> int:
 
 def _shape(args: Namespace) -> MicrobatchShape:
     return MicrobatchShape(
-        sequence_length=args.seq_length,
+        sequence_length=args.decoder_seq_length or args.seq_length,
         microbatch_size=args.micro_batch_size,
         hidden_size=args.hidden_size,
         head_size=args.kv_channels,
@@ -120,17 +120,6 @@ def _shape(args: Namespace) -> MicrobatchShape:
         context_parallel_size=args.context_parallel_size,
         sequence_parallel=args.sequence_parallel,
     )
-
-
-def _global_batch_size(args: Namespace) -> int:
-    """Samples of a step: of the last one, where the batch grows."""
-    if args.step_batch_size_schedule is not None:
-        last = args.step_batch_size_schedule.replace(",", " ").split()[-1]
-        return int(last.rpartition(":")[2])
-    samples = args.micro_batch_size * args.data_parallel_size
-    if args.decrease_batch_size_if_needed:
-        return args.global_batch_size // samples * samples
-    return args.global_batch_size
 
 
 def _work(args: Namespace) -> ModelWork:

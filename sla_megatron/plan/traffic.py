@@ -104,7 +104,8 @@ def rank_memory(job: Job) -> tuple[RankMemory, ...]:
     hidden = job.shape.payload_elements(0) * job.element_bytes
     found = []
     for rank in range(job.layout.pipeline_size):
-        held = [residency(job.plan, job.schedule, rank, tensor_rank) for tensor_rank in job.tensor_ranks]
+        early = job.communication.overlap_warmup_flush
+        held = [residency(job.plan, job.schedule, rank, tensor_rank, early) for tensor_rank in job.tensor_ranks]
         buffers = held[0].arrival_buffers
         found.append(
             RankMemory(

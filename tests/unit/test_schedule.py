@@ -292,9 +292,14 @@ def test_upstream_s_early_arrivals_are_as_counted(
         if schedule is None:
             continue
         for rank in range(size):
-            log = upstream.run(schedule, rank)
             buffers = residency(plan, schedule, rank).arrival_buffers
-            assert log.waiting_in_all <= sum(log.waiting.values()) == buffers
+            for flags in [{}, OVERLAPPING[0]] if chunks > 1 else [{}]:
+                log = upstream.run(schedule, rank, **flags)
+                assert log.waiting_in_all <= sum(log.waiting.values()) == buffers
+            if chunks > 1:
+                log = upstream.run(schedule, rank, **OVERLAPPING[1])
+                early = residency(plan, schedule, rank, early_receives=True).arrival_buffers
+                assert buffers <= sum(log.waiting.values()) == early
 
 
 # The restatement by itself.
