@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.support.launch import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PIPELINE = (ROOT / "docs" / "pipeline.md").read_text()
 
 
 def test_first_command_comes_early() -> None:
@@ -40,6 +42,24 @@ def test_own_run() -> None:
     assert run.returncode == 0, run.stderr[-4000:]
     assert "iteration       10/      10" in run.stdout
     assert [line for line in printed.splitlines() if line not in run.stdout.splitlines()] == []
+
+
+def _sla_plan(command: str) -> str:
+    """What a documented command prints, with the ``sla-plan`` of this environment."""
+    search = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    run = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, env=os.environ | search, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_plans() -> None:
+    """The README's command prints a ranking; the page on pipelines shows its command's whole output."""
+    (command,) = [block for block in BLOCKS if block.startswith("sla-plan")]
+    assert "Layouts of two pipeline ranks or more" in _sla_plan(command)
+    command, printed = re.findall(r"^```\w*\n((?:sla-plan|Model:).*?)^```", PIPELINE, flags=re.MULTILINE | re.DOTALL)
+    assert _sla_plan(command) == printed
 
 
 def test_every_path_in_the_tree_exists() -> None:
