@@ -62,21 +62,30 @@ def test_a_rank_that_dies_ends_the_job(tmp_path: Path) -> None:
         assert last["resumed"][what] == last["whole"][what][SAVE_INTERVAL:]
 
 
-def test_ranks_that_disagree_say_so(tmp_path: Path) -> None:
-    """Other flags on one rank, which would have it wait for tensors that never come: an error on both, with both."""
-    argvs = [_argv(sla_skip_distance=[distance, 2]) for distance in (6, 5)]
-    folder = tmp_path / "ranks"
+def _logs_of_a_failure(request: dict[str, Any], folder: Path) -> list[str]:
+    """What each rank printed, once both have ended with an error by themselves."""
     folder.mkdir()
-    request = {"disagree": {"argv_by_rank": argvs, "port": free_ports(1)[0]}}
-    (folder / "request.json").write_text(json.dumps(request))
+    (folder / "request.json").write_text(json.dumps({"run": request | {"port": free_ports(1)[0]}}))
     ranks = start_ranks(["-m", "tests.support.trainer_worker", str(folder)], 2, folder)
     try:
         for rank in ranks:
-            assert rank.wait(timeout=120) not in (0, None)
+            assert rank.wait(timeout=2 * SOON) not in (0, None)
     finally:
         kill_ranks(ranks)
-    for rank in range(2):
-        text = (folder / f"rank{rank}.log").read_text()
+    return [(folder / f"rank{rank}.log").read_text() for rank in range(2)]
+
+
+def test_ranks_that_disagree_say_so(tmp_path: Path) -> None:
+    """Other flags on one rank, which would have it wait for tensors that never come: an error on both, with both."""
+    argvs = [_argv(sla_skip_distance=[distance, 2]) for distance in (6, 5)]
+    for text in _logs_of_a_failure({"argv_by_rank": argvs}, tmp_path / "ranks"):
         assert "the ranks of one pipeline do not agree on skip-layer attention" in text
         assert "skip_distances=(6, 2)" in text
         assert "skip_distances=(5, 2)" in text
+
+
+def test_a_batch_of_another_length_says_so(tmp_path: Path) -> None:
+    """Both shapes, from the rank that would have sent it; the other does not wait for ever."""
+    request = {"argv": _argv(), "entry": "tests/support/short_batches.py"}
+    first, _ = _logs_of_a_failure(request, tmp_path / "ranks")
+    assert "shape (12, 2, 32), expected (16, 2, 32) from --seq-length" in first

@@ -98,7 +98,7 @@ def _check_plot(args: Namespace) -> None:
         raise FlagError("--plot", args.plot, "--link-gb-per-s and --compute-tflops beside it, to have a step to draw")
     _check_file("--plot", args.plot, args.overwrite)
     if find_spec("matplotlib") is None:
-        raise FlagError("--plot", args.plot, "matplotlib to be installed: pip install 'sla-megatron[plot]'")
+        raise FlagError("--plot", args.plot, "matplotlib to be installed: pip install matplotlib")
 
 
 def _check_file(flag: str, name: str, overwrite: bool) -> None:

@@ -61,7 +61,8 @@ def run(folder: Path, name: str, argv: list[str], entry: str = "sla", pipeline: 
     finally:
         sys.argv = old_argv
         heard.stop()
-        forget_megatron()
+    # Not after an error, which ends this rank: the others may be waiting for something else than to leave together.
+    forget_megatron()
     return {"status": status, "stderr": stderr.getvalue(), "stdout": stdout.getvalue(), **heard.answer()}
 
 
