@@ -80,11 +80,14 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     for name, (layout, flags) in HOW.items():
         requests[f"{name}.{layout}"] = _argv(TWO_RANKS[layout], **load | flags)
     requests["larger-batch.pp1"] = _argv(None, **load, global_batch_size=10, micro_batch_size=1)
-    # Precision: bf16 has 8 bits; fp16 starts at a loss scale that overflows, so that steps are skipped.
+    # Precision: bf16 has 8 bits, fp16 scales its loss.
     for layout in (None, *PIPELINES):
         split = TWO_RANKS[layout] if layout else None
         requests[f"bf16.{layout or 'pp1'}"] = _argv(split, **load, bf16=True)
-        requests[f"fp16.{layout or 'pp1'}"] = _argv(split, **load, fp16=True, initial_loss_scale=2.0**20, hysteresis=1)
+        requests[f"fp16.{layout or 'pp1'}"] = _argv(split, **load, fp16=True, initial_loss_scale=2.0**16)
+    # A loss scale that overflows at first, so that steps are skipped.
+    overflow = {"fp16": True, "initial_loss_scale": 2.0**20, "hysteresis": 1}
+    requests["overflow.pp2v2"] = _argv(TWO_RANKS["pp2v2"], **load | overflow)
     # Dropout's random numbers differ with the layout, but not from run to run.
     for name in ("dropout", "dropout-again"):
         dropout = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
@@ -135,7 +138,7 @@ def test_the_options_did_something(runs: dict[str, list[dict[str, Any]]]) -> Non
     growing = runs["growing-batches.pp2v2"][0]["steps"]
     assert [step["num_microbatches"] for step in growing if not step["forward_only"]] == [2, 4, 8, 8]
     assert len(_losses(runs["skipped-step.pp2"])["loss"]) == STEPS - 1
-    overflowed = [norm is None for norm in _losses(runs["fp16.pp2v2"])["grad_norm"]]
+    overflowed = [norm is None for norm in _losses(runs["overflow.pp2v2"])["grad_norm"]]
     assert set(overflowed) == {True, False}
     assert _losses(runs["moe.pp2"])["loss"] != _losses(runs["plain.pp2"])["loss"]
 
