@@ -23,7 +23,9 @@ EXTRAS_REQUIRE = {
     "te": ["transformer-engine[pytorch]"],
     # What sla-plan --plot draws with.
     "plot": ["matplotlib"],
-    "dev": ["pytest", "hypothesis", "ruff", "packaging", "matplotlib"],
+    # What examples/evaluate runs exported models with.
+    "eval": ["lm-eval"],
+    "dev": ["pytest", "hypothesis", "ruff", "packaging", "matplotlib", "lm-eval"],
 }
 
 setup(

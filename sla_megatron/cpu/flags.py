@@ -8,7 +8,8 @@ from argparse import Namespace
 from ..errors import OFF, FlagError, Refusal, refuse
 
 # Defaults that need CUDA: attribute, value on the CPU.  Changing one is reported, not refused: these are Megatron's
-# defaults, and none of them changes what is computed.
+# defaults, and none of them changes what is computed.  The fused GELU stays: it is another function, the tanh
+# approximation, and runs on CPUs too.
 _ON_CPU = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
@@ -16,7 +17,6 @@ _ON_CPU = {
     "no_persist_layer_norm": True,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,

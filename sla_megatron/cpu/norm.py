@@ -9,9 +9,38 @@ parameters must be summed over the tensor-parallel group; Megatron does that for
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
-_NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+
+class _ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    """Multiplies by one more than its weight (``--apply-layernorm-1p``), as Transformer Engine does."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+
+
+class _ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+    """The same of RMSNorm."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+_NORMS = {
+    ("LayerNorm", False): torch.nn.LayerNorm,
+    ("RMSNorm", False): torch.nn.RMSNorm,
+    ("LayerNorm", True): _ZeroCenteredLayerNorm,
+    ("RMSNorm", True): _ZeroCenteredRMSNorm,
+}
 
 
 def torch_norm(
@@ -28,12 +57,13 @@ def torch_norm(
     As upstream, the kind comes from ``config.normalization``, not from the unused arguments.
     Raises ``ValueError`` for another normalization, or for the variants that torch's norms do not have.
     """
-    if config.normalization not in _NORMS:
-        raise ValueError(f"--normalization {config.normalization}: the CPU backend has {', '.join(_NORMS)}")
-    for unsupported in ("layernorm_zero_centered_gamma", "persist_layer_norm", "memory_efficient_layer_norm"):
+    kind = _NORMS.get((config.normalization, config.layernorm_zero_centered_gamma))
+    if kind is None:
+        raise ValueError(f"--normalization {config.normalization}: the CPU backend has LayerNorm, RMSNorm")
+    for unsupported in ("persist_layer_norm", "memory_efficient_layer_norm"):
         if getattr(config, unsupported):
             raise ValueError(f"{unsupported} is not supported by torch's norms, which the CPU backend uses")
-    norm = _NORMS[config.normalization](normalized_shape=hidden_size, eps=eps)
+    norm = kind(normalized_shape=hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel
     return norm

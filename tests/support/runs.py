@@ -50,7 +50,6 @@ CPU_FLAGS = [
     "--no-persist-layer-norm",
     "--no-gradient-accumulation-fusion",
     "--no-masked-softmax-fusion",
-    "--no-bias-gelu-fusion",
     "--no-bias-swiglu-fusion",
     "--no-bias-dropout-fusion",
     "--no-rope-fusion",

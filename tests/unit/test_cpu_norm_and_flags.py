@@ -68,11 +68,10 @@ def test_the_norm_is_upstream_s(megatron_imported: None, kind: str) -> None:
     ("changes", "named"),
     [
         ({"normalization": "L2Norm"}, "--normalization L2Norm.*LayerNorm, RMSNorm"),
-        ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma"),
         ({"persist_layer_norm": True}, "persist_layer_norm"),
         ({"memory_efficient_layer_norm": True}, "memory_efficient_layer_norm"),
     ],
-    ids=["L2Norm", "zero-centered", "persistent", "memory-efficient"],
+    ids=["L2Norm", "persistent", "memory-efficient"],
 )
 @pytest.mark.usefixtures("megatron")
 def test_norms_that_torch_lacks_are_refused(changes: dict[str, object], named: str) -> None:
@@ -81,6 +80,25 @@ def test_norms_that_torch_lacks_are_refused(changes: dict[str, object], named: s
 
     with pytest.raises(ValueError, match=named):
         WrappedTorchNorm(config=config(**changes), hidden_size=8)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.usefixtures("megatron")
+def test_a_zero_centered_norm_starts_as_the_plain_one(kind: str) -> None:
+    """Its weight starts at zero and counts from one; the gradient is the plain norm's."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    plain = WrappedTorchNorm(config=config(normalization=kind), hidden_size=8)
+    centered = WrappedTorchNorm(config=config(normalization=kind, layernorm_zero_centered_gamma=True), hidden_size=8)
+    assert not centered.weight.any()
+    x, moved = torch.randn(4, 8), torch.randn(8)
+    with torch.no_grad():
+        plain.weight += moved
+        centered.weight += moved
+    assert torch.equal(centered(x), plain(x))
+    plain(x).square().sum().backward()
+    centered(x).square().sum().backward()
+    assert torch.equal(centered.weight.grad, plain.weight.grad)
 
 
 # The flags.
@@ -93,7 +111,6 @@ FITTED = {
     "no_persist_layer_norm": True,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,
@@ -103,7 +120,7 @@ FITTED = {
 #: The flags that ask for all of it.
 ASKED_FOR = (
     "--distributed-backend gloo --transformer-impl local --use-cpu-initialization --no-persist-layer-norm "
-    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion "
+    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion "
     "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --num-workers 0"
 )
 

@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron and folders of Hugging Face, each as the other."""

@@ -1,0 +1,7 @@
+"""What a user sees when a conversion cannot be done: one line, before anything has its final name."""
+
+from __future__ import annotations
+
+
+class ConvertError(Exception):
+    """Why a conversion stops, as one line that names the file, flag or tensor."""

@@ -1,0 +1,61 @@
+"""Write a torch_dist checkpoint that Megatron's trainer starts from: weights and arguments, marked as a release.
+
+Megatron's own model says what is to be saved, and its own function saves it, so that keys, shapes and extra state are
+those of a training run, for any layer spec and any sharding.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .architecture import argv_from_config
+from .megatron_model import args_of, build, fill, megatron_alone
+from .megatron_reader import TRACKER
+from .source import Source
+
+#: Megatron's default: rows of the vocabulary are padded to a multiple of it.
+VOCABULARY_MULTIPLE = 128
+
+
+def write_megatron(source: Source, folder: Path, dtype: torch.dtype, extra_flags: Sequence[str] = ()) -> Namespace:
+    """Write ``folder/release`` and the tracker file that names it; returns the arguments stored with it.
+
+    Args:
+        source: the weights.
+        folder: exists and is empty.
+        dtype: of the stored weights.
+        extra_flags: Megatron's, such as the tokenizer's.
+    """
+    with megatron_alone():
+        from megatron.core import dist_checkpointing
+
+        rows = vocabulary_rows(source)
+        args = args_of([*argv_from_config(source.config), *extra_flags], dtype)
+        args.padded_vocab_size = rows
+        model = build(args)
+        state = {
+            "args": args,
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "num_floating_point_operations_so_far": 0,
+            "model": fill(model, source, rows),
+        }
+        release = folder / "release"
+        release.mkdir()
+        content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        dist_checkpointing.save(state, str(release), content_metadata=content)
+    (folder / TRACKER).write_text("release")
+    return args
+
+
+def vocabulary_rows(source: Source) -> int:
+    """Rows of Megatron's vocabulary tensors: as many as were cut, or up to the next multiple of Megatron's default."""
+    size = source.config["vocab_size"]
+    padding = source.padding("model.embed_tokens.weight")
+    if padding is not None:
+        return size + len(padding)
+    return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -1,0 +1,236 @@
+"""SLA-GPT's attention, and the norm and rotary embedding that it needs.
+
+Shapes: b batch, s new tokens, S all tokens (past and new), h hidden, d head size, H query heads, G key/value groups,
+P groups that a layer has K/V weights for, N groups whose K/V it keeps (live ones, in the configuration's stored order).
+
+This file goes into exported folders: it needs torch, transformers and ``configuration_sla_gpt.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_sla_gpt import SlaGPTConfig
+
+#: Keys and values.
+KV = tuple[Tensor, Tensor]
+
+
+class SlaGPTNorm(nn.Module):
+    """LayerNorm or RMSNorm of the last dimension, computed in fp32 at least."""
+
+    def __init__(self, config: SlaGPTConfig, size: int) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.zero_centered = config.norm_zero_centered
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if config.normalization == "LayerNorm" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[.., size]`` to ``[.., size]``."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # Added in fp32: in bf16, 1 + weight would lose most of the weight.
+        weight = self.weight.to(dtype) + 1 if self.zero_centered else self.weight.to(dtype)
+        wide = x.to(dtype)
+        if self.bias is not None:
+            return nn.functional.layer_norm(wide, weight.shape, weight, self.bias.to(dtype), self.eps).to(x.dtype)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(x.dtype)
+
+
+# Rotary embedding.
+
+
+def rotary_frequencies(config: SlaGPTConfig, device: torch.device) -> Tensor:
+    """Angle per position of each pair, ``[rotary_dim / 2]``, fp32.
+
+    Computed where it is used: a buffer would be left empty by loading through the meta device, and rounded by
+    ``model.to(torch.bfloat16)``.
+    """
+    dim = config.rotary_dim
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    slowed = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slowed
+    # Llama 3: wavelengths short against the original context are kept, long ones are stretched, and it is linear in
+    # the number of turns within that context in between.
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(slowed, frequencies, kept)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn the first elements of each head.  x ``[b, heads, s, d]``; cos, sin ``[b or 1, 1, s, rotary_dim / 2]``."""
+    turned, kept = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+
+# Attention.
+
+
+class Pieces:
+    """Takes heads out in another order: by views, and a concatenation only where neighbours are torn apart.
+
+    An index tensor would do the same, but would be one more buffer to fill after loading, per device.
+
+    Args:
+        orders: lists of head indices; together each index at most once.
+        total: how many heads there are.
+        width: how many elements of the tensor's dimension belong to one index.
+    """
+
+    def __init__(self, orders: Sequence[Sequence[int]], total: int, width: int = 1) -> None:
+        starts = {0} | {order[0] for order in orders} | {order[-1] + 1 for order in orders}
+        starts |= {cut for order in orders for a, b in pairwise(order) if b != a + 1 for cut in (a + 1, b)}
+        starts = sorted(starts - {total})
+        self.sizes = [(b - a) * width for a, b in pairwise([*starts, total])]
+        piece_of = {start: piece for piece, start in enumerate(starts)}
+        self.pieces = [[piece_of[index] for index in order if index in piece_of] for order in orders]
+
+    def take(self, x: Tensor, dim: int) -> list[Tensor]:
+        """One tensor per order."""
+        split = x.split(self.sizes, dim)
+        return [_cat([split[piece] for piece in pieces], dim) for pieces in self.pieces]
+
+    def put_back(self, outputs: Sequence[Tensor], dim: int) -> Tensor:
+        """The tensors that ``take`` gave (or others of their sizes), together in the original order."""
+        split: dict[int, Tensor] = {}
+        for output, pieces in zip(outputs, self.pieces, strict=True):
+            split.update(zip(pieces, output.split([self.sizes[piece] for piece in pieces], dim), strict=True))
+        return _cat([split[piece] for piece in sorted(split)], dim)
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out.  query ``[b, heads, s, d]``, key and value ``[b, groups, S, d]``, mask additive."""
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask.unsqueeze(1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+    output = (weights @ value.unsqueeze(2)).flatten(1, 2)
+    return output.transpose(1, 2).contiguous(), weights.flatten(1, 2)
+
+
+class SlaGPTAttention(nn.Module):
+    """Self-attention that reads its own K/V and those of earlier layers."""
+
+    is_causal = True
+
+    def __init__(self, config: SlaGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = d = config.head_dim
+        self.num_key_value_groups = per_group = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = d**-0.5
+
+        # The configuration counts layers from 1.
+        number = layer_idx + 1
+        reads = config.reads(number)
+        self.query_pieces = Pieces(list(reads.values()), config.num_key_value_heads, per_group)
+        projected, stored = config.projected_groups(number), config.stored_groups(number)
+        self.stored_pieces = Pieces([[projected.index(g) for g in stored]], len(projected)) if stored else None
+        # Where in the stored order the groups that this layer reads itself are.
+        own = [stored.index(g) for g in reads.get(number, ())]
+        self.own_groups = slice(own[0], own[-1] + 1) if own else None
+
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, len(projected) * d, bias=bias) if projected else None
+        self.v_proj = nn.Linear(config.hidden_size, len(projected) * d, bias=bias) if projected else None
+        self.o_proj = nn.Linear(config.num_attention_heads * d, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = SlaGPTNorm(config, d) if config.qk_layernorm else None
+        self.k_norm = SlaGPTNorm(config, d) if config.qk_layernorm and projected else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sources: Sequence[KV],
+        attention_mask: Tensor | None = None,
+        rotary: KV | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, KV | None]:
+        """Attend.
+
+        Args:
+            hidden_states: ``[b, s, h]``.
+            sources: of each earlier layer that this one reads, ascending, the keys and values ``[b, groups, S, d]`` of
+                the groups that it reads.
+            rotary: cosine and sine, each ``[b or 1, 1, s, rotary_dim / 2]``.
+
+        Returns:
+            the output ``[b, s, h]``; the weights ``[b, H, s, S]`` where the implementation gives them; the layer's own
+            keys and values, ``[b, N, S, d]`` each, ``None`` where nothing reads them.
+        """
+        query = self._position(self._heads(self.q_proj(hidden_states)), self.q_norm, rotary)
+        own = self._project_kv(hidden_states, rotary)
+        if own is not None and past_key_values is not None:
+            own = past_key_values.update(*own, self.layer_idx)
+
+        read = [tuple(t.to(query.device) for t in source) for source in sources]
+        if self.own_groups is not None:
+            read.append(tuple(t[:, self.own_groups] for t in own))
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        results = [
+            attend(self, part, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+            for part, (key, value) in zip(self.query_pieces.take(query, dim=1), read, strict=True)
+        ]
+        output = self.query_pieces.put_back([result[0] for result in results], dim=2)
+        weights = [result[1] for result in results]
+        weights = None if weights[0] is None else self.query_pieces.put_back(weights, dim=1)
+        return self.o_proj(output.flatten(2)), weights, own
+
+    def _project_kv(self, hidden_states: Tensor, rotary: KV | None) -> KV | None:
+        """The keys and values that some layer reads: ``[b, N, s, d]`` each, in the stored order."""
+        if self.stored_pieces is None:
+            return None
+        [key] = self.stored_pieces.take(self._heads(self.k_proj(hidden_states)), dim=2)
+        [value] = self.stored_pieces.take(self._heads(self.v_proj(hidden_states)), dim=2)
+        return self._position(key, self.k_norm, rotary), value.transpose(1, 2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """``[b, s, heads * d]`` to ``[b, s, heads, d]``."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def _position(self, x: Tensor, norm: nn.Module | None, rotary: KV | None) -> Tensor:
+        """Normalise and rotate: ``[b, s, heads, d]`` to ``[b, heads, s, d]``."""
+        x = (x if norm is None else norm(x)).transpose(1, 2)
+        return x if rotary is None else apply_rotary(x, *rotary, self.config.rotary_interleaved)

@@ -1,0 +1,155 @@
+"""Generation with the Hugging Face model: the same tokens with and without a cache, and what the cache holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
+from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
+
+from .hf_models import VOCABULARY, build, relative_error, tiny, tokens
+
+#: Pruned: six layers, all groups skip by 3, so that layers 4 to 6 have no keys and values at all.
+NO_OWN_KV = {"sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3], "sla_kv_projection": "pruned"}
+MODELS = {
+    "dense": {"sla_skip_distances": [], "sla_skip_groups": []},
+    "full": {},
+    "pruned": {"sla_kv_projection": "pruned", "position_embedding_type": "learned_absolute"},
+    "no own K/V": NO_OWN_KV,
+    "no own K/V, full": NO_OWN_KV | {"sla_kv_projection": "full"},
+}
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "top_k": 20, "temperature": 1.3},
+    "beams": {"do_sample": False, "num_beams": 4, "num_return_sequences": 2},
+}
+
+
+def model_of(name: str, **changes: Any) -> SlaGPTForCausalLM:
+    return build(tiny(**(MODELS[name] | changes)))
+
+
+def generate(model: SlaGPTForCausalLM, prompt: Tensor, new: int = 8, **how: Any) -> Tensor:
+    torch.manual_seed(5)
+    how.setdefault("attention_mask", torch.ones_like(prompt))
+    return model.generate(prompt, min_new_tokens=new, max_new_tokens=new, pad_token_id=0, **how)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cache_changes_no_token(name: str, way: str) -> None:
+    model = model_of(name)
+    cached = generate(model, tokens(), **WAYS[way])
+    assert cached.shape == (2 * WAYS[way].get("num_return_sequences", 1), 11 + 8)
+    assert cached.equal(generate(model, tokens(), **WAYS[way], use_cache=False))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_padded_batch_gives_each_prompt_its_own_tokens(name: str, implementation: str) -> None:
+    model = model_of(name)
+    model.set_attn_implementation(implementation)
+    prompts = [tokens(1, length, seed=length) for length in (3, 7, 5)]
+    batch, mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        batch[row, 7 - prompt.shape[1] :], mask[row, 7 - prompt.shape[1] :] = prompt, 1
+    alone = [generate(model, prompt, do_sample=False)[0, -8:] for prompt in prompts]
+    assert generate(model, batch, attention_mask=mask, do_sample=False)[:, -8:].equal(torch.stack(alone))
+    # A forward pass counts positions from the first real token too, although nobody gives it any.
+    with torch.no_grad():
+        logits = model(batch, attention_mask=mask).logits
+        for row, prompt in enumerate(prompts):
+            assert relative_error(logits[row, -prompt.shape[1] :], model(prompt).logits[0]) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["full", "no own K/V"])
+def test_other_ways_of_generating(name: str) -> None:
+    """A cache of fixed size, and a draft model, whose rejected tokens are cropped from the cache."""
+    model, greedy = model_of(name), {"do_sample": False}
+    expected = generate(model, tokens(1), **greedy)
+    assert generate(model, tokens(1), **greedy, cache_implementation="static", disable_compile=True).equal(expected)
+    draft = build(tiny(num_hidden_layers=2, sla_skip_distances=[1]), seed=3)
+    assert generate(model, tokens(1), **greedy, assistant_model=draft).equal(expected)
+
+
+# What the cache holds.
+
+
+def cache_bytes(cache: Cache) -> int:
+    held = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in held)
+    return sum(t.nbytes for t in held)
+
+
+@pytest.mark.parametrize("mode", ["full", "pruned"])
+@pytest.mark.parametrize("groups", [[], [1, 2, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("distances", [[4], [2, 4], [1]])
+def test_each_live_group_is_cached_once_and_nothing_else(mode: str, groups: list[int], distances: list[int]) -> None:
+    config = tiny(sla_kv_projection=mode, sla_skip_groups=groups, sla_skip_distances=distances)
+    # The definition: a group is live where its own layer or a later one reads it.
+    sources = {(config.source(layer, g), g) for layer in range(1, 7) for g in range(4)}
+    dense = tiny(sla_skip_distances=[], sla_skip_groups=[])
+    for each, groups_held in ((config, len(sources)), (dense, 6 * 4)):
+        out = build(each, dtype=torch.float32).generate(
+            tokens(3, 5), max_new_tokens=4, min_new_tokens=4, pad_token_id=0, return_dict_in_generate=True
+        )
+        # Five tokens and four new ones, of which the last is never run.
+        assert cache_bytes(out.past_key_values) == 2 * 3 * 8 * each.head_dim * 4 * groups_held
+
+
+def test_the_paper_s_model_caches_27_of_144_groups_less() -> None:
+    config = SlaGPTConfig(
+        vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=32,
+        sla_skip_distances=[9], sla_skip_groups=[g for g in range(12) if g % 4],
+    )  # fmt: skip
+    with torch.no_grad():
+        cache = build(config)(tokens(1, 8), use_cache=True).past_key_values
+    assert cache_bytes(cache) == 2 * 8 * 4 * 8 * (144 - 27)
+
+
+def caches(config: SlaGPTConfig) -> list[DynamicCache]:
+    """As generation makes it, and as a user may, without the configuration."""
+    return [DynamicCache(config=config), DynamicCache()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", [0, 1])
+@torch.no_grad()
+def test_rearranged_caches_go_on_as_if_they_had_been_built_so(name: str, kind: int) -> None:
+    model, batch, more = model_of(name), tokens(3, 9), tokens(6, 2, seed=8)
+
+    def after(cache: Cache, rows: Tensor, length: int) -> None:
+        assert cache.get_seq_length() == length
+        new = more[: rows.shape[0]]
+        expected = model(torch.cat([rows, new], dim=1)).logits[:, -2:]
+        assert relative_error(model(new, past_key_values=cache).logits, expected) <= 1e-10
+
+    def filled() -> Cache:
+        cache = caches(model.config)[kind]
+        model(batch, past_key_values=cache, use_cache=True)
+        return cache
+
+    after(filled(), batch, 9)
+    order = torch.tensor([2, 0, 0])
+    (cache := filled()).reorder_cache(order)
+    after(cache, batch[order], 9)
+    (cache := filled()).batch_select_indices(torch.tensor([1]))
+    after(cache, batch[1:2], 9)
+    (cache := filled()).batch_repeat_interleave(2)
+    after(cache, batch.repeat_interleave(2, dim=0), 9)
+    (cache := filled()).crop(-4)
+    after(cache, batch[:, :-4], 5)
+
+
+@torch.no_grad()
+def test_layers_without_live_groups_store_nothing() -> None:
+    model = model_of("no own K/V")
+    for cache in caches(model.config):
+        model(tokens(), past_key_values=cache, use_cache=True)
+        assert [layer.keys is None for layer in cache.layers] == [number > 3 for number in range(1, len(cache) + 1)]

@@ -1,0 +1,210 @@
+"""Losses, gradients, precisions and attention kernels of the Hugging Face model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
+
+from .hf_models import LENGTH, VOCABULARY, build, relative_error, tiny, tokens
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """No compiled code of other tests, and none left for them."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+EVERY_GROUP = {"sla_skip_groups": [0, 1, 2, 3]}
+
+
+def test_loss_is_shifted_and_leaves_out_masked_labels() -> None:
+    model, batch = build(tiny(), dtype=torch.float32), tokens()
+    labels = batch.clone()
+    labels[0, 4:7] = -100
+    out = model(batch, labels=labels)
+    expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(out.loss, expected)
+    # As the Trainer calls it, with the number of labels in all of a step's batches.
+    out = model(batch, labels=labels, num_items_in_batch=torch.tensor(34))
+    torch.testing.assert_close(out.loss, expected * 17 / 34)
+
+
+def test_logits_to_keep() -> None:
+    model, batch = build(tiny()), tokens()
+    with torch.no_grad():
+        every = model(batch).logits
+        torch.testing.assert_close(model(batch, logits_to_keep=2).logits, every[:, -2:])
+        chosen = torch.tensor([0, 5])
+        torch.testing.assert_close(model(batch, logits_to_keep=chosen).logits, every[:, chosen])
+
+
+def test_embeddings_instead_of_tokens() -> None:
+    model, batch = build(tiny(position_embedding_type="learned_absolute")), tokens()
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(batch)
+        torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(batch).logits)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(batch, inputs_embeds=embedded)
+
+
+def test_more_tokens_than_learned_positions() -> None:
+    model = build(tiny(position_embedding_type="learned_absolute", max_position_embeddings=12))
+    cache = model(tokens(length=12), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="13 tokens, but positions are learned for max_position_embeddings=12"):
+        model(tokens(length=1), past_key_values=cache)
+
+
+def test_a_later_token_changes_no_earlier_logits() -> None:
+    model, batch = build(tiny()), tokens()
+    changed = batch.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % VOCABULARY
+    with torch.no_grad():
+        before, after = model(batch).logits, model(changed).logits
+    torch.testing.assert_close(before[:, :6], after[:, :6])
+    assert (before[:, 6:] - after[:, 6:]).abs().amax(-1).min() > 1e-3
+
+
+def gradients(model: SlaGPTForCausalLM, batch: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    F.cross_entropy(model(batch).logits.flatten(0, 1), batch.flatten()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("changes", [{}, {"sla_kv_projection": "pruned", **EVERY_GROUP}], ids=["full", "no own K/V"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(changes: dict, reentrant: bool) -> None:
+    model, batch = build(tiny(**changes)).train(), tokens()
+    expected = gradients(model, batch)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    assert model.is_activation_checkpointing
+    found = gradients(model, batch)
+    assert set(found) == set(expected)
+    assert max(relative_error(found[name], expected[name]) for name in expected) <= 1e-12
+
+
+def test_compiled_model(compiler: None) -> None:
+    changes = {"num_hidden_layers": 3, "sla_skip_distances": [1, 2]}
+    model, batch = build(tiny(**changes)), tokens()
+    expected, expected_gradients = model(batch, use_cache=False).logits, gradients(model, batch)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits = compiled(batch, use_cache=False).logits
+    assert relative_error(logits, expected) <= 1e-12
+    model.zero_grad()
+    F.cross_entropy(logits.flatten(0, 1), batch.flatten()).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert max(relative_error(found[name], expected_gradients[name]) for name in expected_gradients) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+def test_half_precision(dtype: torch.dtype, normalization: str) -> None:
+    config = tiny(normalization=normalization, qk_layernorm=True, norm_zero_centered=True, initializer_range=0.1)
+    model = build(config, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        logits = model.to(dtype)(tokens()).logits
+    assert logits.dtype == dtype
+    assert relative_error(logits.float(), expected) <= 16 * torch.finfo(dtype).eps
+
+
+# Which attention is called with what.
+
+
+def calls(model: SlaGPTForCausalLM, monkeypatch: pytest.MonkeyPatch, **inputs: Any) -> tuple[list[dict], Any]:
+    """Every call of the attention function that a forward makes, and its result."""
+    made = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def record(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        made.append({"layer": module.layer_idx + 1, "query": query, "key": key, "value": value})
+        return sdpa(module, query, key, value, *args, **kwargs)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", record)
+        return made, model(**inputs)
+
+
+@pytest.mark.parametrize("mode", ["full", "pruned"])
+def test_one_call_per_source_on_views_of_the_cache(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(sla_kv_projection=mode)
+    made, out = calls(build(config), monkeypatch, input_ids=tokens(), use_cache=True)
+    reads = {layer: config.reads(layer) for layer in range(1, 7)}
+    assert [call["layer"] for call in made] == [layer for layer in reads for _ in reads[layer]]
+    for call, (source, groups) in zip(made, [item for read in reads.values() for item in read.items()], strict=True):
+        stored, cached = config.stored_groups(source), out.past_key_values.layers[source - 1]
+        assert call["query"].shape == (2, 2 * len(groups), LENGTH, 4)
+        for name, whole in (("key", cached.keys), ("value", cached.values)):
+            expected = whole[:, stored.index(groups[0]) : stored.index(groups[-1]) + 1]
+            assert call[name].data_ptr() == expected.data_ptr()
+            assert call[name].shape == expected.shape and call[name].stride() == expected.stride()
+
+
+def test_a_layer_that_reads_one_source_rearranges_no_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = calls(build(tiny(sla_skip_distances=[])), monkeypatch, input_ids=tokens(), use_cache=False)
+    assert len(made) == 6
+    assert all(call["query"].shape[1] == 8 and call["key"].shape[1] == 4 for call in made)
+
+
+@pytest.mark.parametrize("mode", ["full", "pruned"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_eager_attention_is_sdpa(mode: str, padded: bool) -> None:
+    config = tiny(sla_kv_projection=mode)
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, : 3 if padded else 0] = 0
+    model = build(config)
+    with torch.no_grad():
+        expected = model(tokens(), attention_mask=mask).logits
+        model.set_attn_implementation("eager")
+        found = model(tokens(), attention_mask=mask).logits
+    assert relative_error(found[mask.bool()], expected[mask.bool()]) <= 1e-10
+
+
+def test_attention_weights_come_in_the_order_of_the_heads() -> None:
+    model = build(tiny())
+    model.set_attn_implementation("eager")
+    layer, head = 5, 3  # A skip head, of group 1 in the sixth layer.
+    q_proj = model.model.layers[layer].self_attn.q_proj
+    with torch.no_grad():
+        q_proj.weight.unflatten(0, (8, 4))[head] = 0
+        q_proj.bias.unflatten(0, (8, 4))[head] = 0
+        out = model(tokens(), output_attentions=True, output_hidden_states=True)
+    assert [tuple(weights.shape) for weights in out.attentions] == [(2, 8, LENGTH, LENGTH)] * 6
+    assert len(out.hidden_states) == 7
+    uniform = torch.ones(LENGTH, LENGTH, dtype=torch.float64).tril()
+    uniform = uniform / uniform.sum(-1, keepdim=True)
+    is_uniform = [torch.allclose(out.attentions[layer][0, h], uniform) for h in range(8)]
+    assert is_uniform == [h == head for h in range(8)]
+
+
+# Initial weights.
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_initial_weights(zero_centered: bool, tied: bool) -> None:
+    torch.manual_seed(0)
+    model = SlaGPTForCausalLM(
+        tiny(initializer_range=0.05, tie_word_embeddings=tied, norm_zero_centered=zero_centered, qk_layernorm=True)
+    )
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    for name, tensor in model.named_parameters():
+        if name.endswith("bias"):
+            assert not tensor.any(), name
+        elif "norm" in name:
+            assert (tensor == (0 if zero_centered else 1)).all(), name
+        else:
+            error = 5 * 0.05 / math.sqrt(2 * tensor.numel())
+            assert tensor.std().item() == pytest.approx(0.05, abs=error), name
