@@ -40,6 +40,7 @@ setup(
         "console_scripts": [
             "sla-pretrain = sla_megatron.pretrain_gpt:main",
             "sla-plan = sla_megatron.plan.cli:main",
+            "sla-convert = sla_megatron.convert.cli:main",
         ]
     },
 )

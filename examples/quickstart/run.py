@@ -1,4 +1,4 @@
-"""Quickstart: train a dense and a skip-layer-attention GPT on this Python's own sources, and compare them.
+"""Quickstart: train a dense and a skip-layer GPT on this Python's own sources, compare them, export one.
 
     make quickstart                                            # both, tensor-parallel over two processes
     python -m examples.quickstart.run --train-iters 320        # the same from the repository root; continues
@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from examples.quickstart import build_dataset, flags, launch, workdir
 from examples.quickstart.corpus import CorpusError
+from examples.quickstart.export import export
 from examples.quickstart.training_log import Result, summarise, table
 from sla_megatron.config import KV_PROJECTIONS
 from sla_megatron.errors import FlagError, flag_of
@@ -131,7 +132,7 @@ def train_one(model: str, args: argparse.Namespace, ranks: int, dataset: build_d
     return result
 
 
-def report(args: argparse.Namespace, dense: Result, sla: Result) -> str:
+def report(args: argparse.Namespace, dense: Result, sla: Result, exported: str) -> str:
     """The table, where things are, and what to do next."""
     make = "make quickstart QUICKSTART_ARGS="
     longer = f"--out {args.out} --train-iters {2 * args.train_iters}"
@@ -143,6 +144,7 @@ is the median over the lines, and varies with whatever else the machine is doing
   checkpoints  {args.out}/dense/checkpoints  {args.out}/sla/checkpoints
   logs         {args.out}/dense.log  {args.out}/sla.log  (the first line is the command to run by hand)
   curves       {Path(sys.executable).parent}/tensorboard --logdir {args.out}
+{exported}
 Next
   train longer, from these checkpoints      {make}"{longer}"
   leave out the projections nobody reads    {make}"--out runs/pruned --sla-kv-projection pruned"
@@ -171,7 +173,8 @@ def quickstart(args: argparse.Namespace) -> None:
         workdir.write_json(args.out / workdir.SETTINGS, settings(args, ranks))
         dataset = build_dataset.build(args.out / "data", int(args.corpus_mb * 1e6), args.vocab_size)
         dense, sla = (train_one(model, args, ranks, dataset) for model in workdir.MODELS)
-        text = report(args, dense, sla)
+        exported = export(args.out / "sla" / "checkpoints", args.out / "sla" / "hf")
+        text = report(args, dense, sla, exported)
         (args.out / "summary.txt").write_text(text.lstrip())
         print(text, flush=True)
 

@@ -106,8 +106,10 @@ def write_model_files(folder: Path, config: Mapping[str, Any], dtype: torch.dtyp
         "AutoModelForCausalLM": f"{module}.SlaGPTForCausalLM",
     }
     name = str(dtype).removeprefix("torch.")
+    # transformers warns of a field of this name, even of an empty one.
+    fields = {field: value for field, value in config.items() if field != "rope_scaling" or value is not None}
     kind = {"architectures": ["SlaGPTForCausalLM"], "auto_map": auto_map, "dtype": name}
-    write_json(folder / "config.json", kind | dict(config) | dict(special))
+    write_json(folder / "config.json", kind | fields | dict(special))
     write_json(folder / "generation_config.json", {"do_sample": False} | dict(special))
     for file in CODE_FILES:
         shutil.copyfile(_HF_CODE / file, folder / file)

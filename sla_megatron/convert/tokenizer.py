@@ -114,7 +114,7 @@ def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None) -> 
         for path in set(folder.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
-    ties = "; where two cuts of a text score the same, it may take the other" if has_ties(tokenizer) else ""
+    ties = "; of two encodings of a text that score the same it may take the other" if has_ties(tokenizer) else ""
     return f"{_name(settings)}, {tokenizer.vocab_size} tokens{ties}"
 
 

@@ -63,8 +63,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def has_ties(tokenizer: Any) -> bool:
     """Whether a text may have two best encodings: the same pieces in another order, as of ``---`` into ``-``, ``--``.
 
-    So it is with unigram models. sentencepiece takes what its single precision makes the larger sum over all the text
-    so far, the ``tokenizers`` library what its double precision does, mostly the first.
+    So it is with unigram models. sentencepiece adds up scores in single precision, over all the text so far, and takes
+    what rounding makes the larger sum; the ``tokenizers`` library adds in double precision, and takes the first. In a
+    text of tens of thousands of tokens rounding may even cover a real, small difference between two encodings.
     """
     return tokenizer.library == "sentencepiece" and _proto(tokenizer).trainer_spec.model_type == UNIGRAM
 
@@ -122,6 +123,9 @@ def _edit(path: Path, changes: dict[str, Any], keep_none: bool = False) -> None:
 def sentencepiece_equivalent(serialized: bytes) -> Tokenizer:
     """The equivalent of a sentencepiece model, given as the contents of its file.
 
+    Texts encode the same, but for two cases of the library's own: ties of unigram models (``has_ties``), and, where the
+    model maps characters (not ``identity``), combining marks that no composed character covers, such as one on ``²``.
+
     Raises:
         UnsupportedModel: if the model is neither unigram nor BPE.
     """
@@ -158,6 +162,7 @@ def _unigram(proto: Any) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=unknown, byte_fallback=byte_fallback))
     names = [piece.piece for piece in proto.pieces if piece.type not in (NORMAL, USER_DEFINED)]
     strange = {character for name in names for character in name} - known
+    names = [name for name in names if not strange.isdisjoint(name)]
     if strange:
         # No price is low enough for a name with characters that have no piece: such a name is cut where one stands.
         cuts = _any_of(strange) if byte_fallback else "|".join(_cut(name, known) for name in names)
@@ -166,12 +171,14 @@ def _unigram(proto: Any) -> Tokenizer:
 
 
 def _cut(name: str, known: set[str]) -> str:
-    """A pattern for the first run of unknown characters in ``name``, with those before: a run is one unknown token."""
+    """A pattern for the first unknown characters in ``name``, with those around them: a run is one unknown token."""
     unknown = f"[^{''.join(map(_escape, sorted(known)))}]" if known else r"[\s\S]"
-    start = next((i for i, character in enumerate(name) if character not in known), len(name))
+    start = next(i for i, character in enumerate(name) if character not in known)
     end = next((i for i in range(start, len(name)) if name[i] in known), len(name))
     before, run, after = map(_escape, (name[:start], name[start:end], name[end:]))
-    return f"(?<={before}){run}(?={after})" if before else f"{unknown}*{run}(?={after})"
+    if before:
+        return f"(?<={before}){run}(?={after})" if after else f"(?<={before}){run}{unknown}*"
+    return f"{unknown}*{run}(?={after})"
 
 
 def _bpe(proto: Any, symbols: list[str], encode: Callable[[str], list[str]]) -> Tokenizer:

@@ -1,0 +1,144 @@
+"""Checkpoints of real, sharded training runs: exported, compared, brought back, trained on; the command; its memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.convert_models import save_random_checkpoint
+from tests.support.launch import ROOT
+from tests.support.pipelines import FOUR_RANKS, MODELS
+from tests.support.runs import argv, train_on_all_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
+
+SAVED_AT = 2
+#: Of 128 rows of the vocabulary, 7 are padding.
+VOCABULARY = 121
+
+RUNS = {
+    "gqa-full-long-and-short": "tp2pp2v2",
+    "mha-pruned-two-long": "tp2pp2",
+    "mha-full-short": "pp4v2",
+    "gqa-pruned-two-short": "tp2pp2v2",
+}
+
+
+def _flags(name: str, **flags: Any) -> list[str]:
+    base = {"vocab_size": VOCABULARY, "eval_iters": 0, "lr": 1e-2, "train_iters": SAVED_AT}
+    return argv(**MODELS[name].argv() | base | FOUR_RANKS[RUNS[name]].argv() | flags)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``<name>/megatron``: after two steps on four ranks, with optimizer state; ``<name>/hf`` and ``<name>/back``."""
+    from sla_megatron.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
+    from sla_megatron.convert.hf_reader import HFSource
+
+    folder = tmp_path_factory.mktemp("trained")
+    saves = {name: {"argv": _flags(name, save=folder / name / "megatron", save_interval=SAVED_AT)} for name in RUNS}
+    train_on_all_ranks(saves, 4, folder / "ranks")
+    for name in RUNS:
+        megatron_to_hf(open_megatron(folder / name / "megatron"), folder / name / "hf")
+        hf_to_megatron(HFSource(folder / name / "hf"), folder / name / "back")
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_logits_of_a_sharded_run(trained: Path, name: str) -> None:
+    """Saved at TP=2 x PP=2 and interleaved: Megatron's logits and the export's."""
+    from sla_megatron.convert.commands import open_megatron
+    from sla_megatron.convert.verify import THRESHOLD, compare
+
+    source = open_megatron(trained / name / "megatron")
+    assert source.config["vocab_size"] == VOCABULARY
+    assert compare(source, trained / name / "hf").relative <= THRESHOLD
+
+
+def test_training_goes_on_from_what_came_back(trained: Path, tmp_path: Path) -> None:
+    """The same losses and gradient norms, bit for bit, as from the original's weights: padded rows came back too."""
+    starts = {}
+    for name in RUNS:
+        original = {"load": trained / name / "megatron", "finetune": True, "no_load_optim": True, "no_load_rng": True}
+        starts[f"{name}.original"] = {"argv": _flags(name, **original)}
+        starts[f"{name}.back"] = {"argv": _flags(name, load=trained / name / "back")}
+    answers = train_on_all_ranks(starts, 4, tmp_path / "ranks")
+    for name in RUNS:
+        for ours, theirs in zip(answers[f"{name}.back"], answers[f"{name}.original"], strict=True):
+            assert ours["status"] == theirs["status"] == 0, ours["stderr"]
+            assert ours["iteration"] == [1, 2]
+            for what in ("loss", "grad_norm"):
+                assert ours[what] == theirs[what]
+
+
+def _convert(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sla_megatron.convert.cli", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_the_command(trained: Path, tmp_path: Path) -> None:
+    """Export with verification, in shards and another type; describe; verify, which finds other weights."""
+    name = "gqa-full-long-and-short"
+    checkpoint = trained / name / "megatron"
+    run = _convert("megatron-to-hf", checkpoint, tmp_path / "out", "--verify", "--max-shard-size", "20KB")
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"logits equal; relative error \d\.\d\de-0[678], largest difference", run.stdout)
+    assert len(list((tmp_path / "out").glob("model-0*.safetensors"))) > 5
+
+    from transformers import AutoModelForCausalLM
+
+    run = _convert("megatron-to-hf", checkpoint / "iter_0000002", tmp_path / "half", "--dtype", "bf16")
+    assert run.returncode == 0, run.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", trust_remote_code=True).dtype == torch.bfloat16
+
+    run = _convert("describe", checkpoint)
+    assert "num_key_value_heads: 4" in run.stdout
+    assert re.search(r"layers\.7\.self_attn\.k_proj\.weight +16x32  key +decoder\.layers\.self_attention", run.stdout)
+
+    # The bf16 weights differ by their rounding, 4e-3.
+    run = _convert("verify", checkpoint, tmp_path / "half")
+    assert run.returncode == 1
+    assert "logits NOT equal (threshold 1e-05)" in run.stdout
+    assert _convert("verify", checkpoint, tmp_path / "half", "--threshold", "0.05").returncode == 0
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from sla_megatron.convert.commands import megatron_to_hf, open_megatron
+source = open_megatron(Path(sys.argv[1]))
+# One tensor, so that what reading needs is loaded.
+source.get("model.norm.weight")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+megatron_to_hf(source, Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))
+print(before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A model of 200 MB in shards of 20 MB: the peak is less than 1.5 shards above what the libraries take."""
+    shard = 20_000_000
+    flags = {"num_layers": 16, "hidden_size": 512, "ffn_hidden_size": 2048, "num_attention_heads": 8}
+    save_random_checkpoint(tmp_path / "megatron", flags)
+    script = tmp_path / "measure.py"
+    script.write_text(MEMORY)
+    run = subprocess.run(
+        [sys.executable, script, tmp_path / "megatron", tmp_path / "out", str(shard)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert run.returncode == 0, run.stderr
+    before, peak = map(int, run.stdout.split()[-2:])
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("model-*.safetensors"))
+    assert written > 9 * shard
+    # Copying files and writing the configuration load modules of their own: 30 MB.
+    assert peak - before < 1.5 * shard + 30_000_000
