@@ -177,11 +177,15 @@ def test_perplexity_is_that_of_the_model_and_of_megatron(folder: Path, model: An
 
 def test_another_loss_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Megatron's loss of the checkpoint is not the one that it is compared with: exit status 1."""
+    checkpoint, size = (
+        folder / "checkpoints",
+        json.loads((folder / "exported" / "config.json").read_text())["vocab_size"],
+    )
     batches = perplexity.windows(torch.arange(80), LENGTH)
-    with perplexity.megatron_logits(folder / "checkpoints", 99, LENGTH) as logits:
+    with perplexity.megatron_logits(checkpoint, size, LENGTH) as logits:
         loss = perplexity.mean_loss(logits, batches, "")
-    assert perplexity.compare(folder / "checkpoints", batches, 99, loss) == 0
-    assert perplexity.compare(folder / "checkpoints", batches, 99, loss * (1 + 2e-5)) == 1
+    assert perplexity.compare(checkpoint, batches, size, loss) == 0
+    assert perplexity.compare(checkpoint, batches, size, loss * (1 + 2e-5)) == 1
     assert "losses NOT equal (threshold 1e-05): difference" in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """
     text = read_text(args.text)
     if not (args.hf / "config.json").is_file():
-        raise EvaluationError(f"{args.hf}: no config.json; expected a folder that sla-convert megatron-to-hf wrote")
+        raise EvaluationError(f"{args.hf}: no config.json; expected what sla-convert megatron-to-hf wrote")
     if args.megatron is not None and not args.megatron.is_dir():
         raise EvaluationError(f"{args.megatron}: no such checkpoint folder")
     tokens = tokenize(args.hf, text)
@@ -221,8 +222,11 @@ def megatron_logits(checkpoint: Path, vocab_size: int, length: int) -> Iterator[
 
     try:
         folder = checkpoint_folder(checkpoint)
+        # Megatron, when it is imported, lists the libraries that are not there.
+        with warnings.catch_warnings(action="ignore"):
+            stored = stored_args(folder)
         # The vocabulary's size is the export's, so that the tokenizer that the run had need not be here.
-        source = MegatronSource(folder, stored_args(folder), vocab_size)
+        source = MegatronSource(folder, stored, vocab_size)
         if source.config["max_position_embeddings"] < length:
             most = source.config["max_position_embeddings"]
             raise EvaluationError(f"{folder}: --max-position-embeddings {most}, the exported model has {length}")

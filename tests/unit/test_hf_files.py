@@ -22,7 +22,7 @@ from sla_megatron.config import SLAConfig
 from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM, SlaGPTModel
 
-from .hf_models import build, relative_error, tiny, tokens
+from .hf_models import build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
 from .strategies import sla_configs
 
 LLAMA3 = {

@@ -16,7 +16,7 @@ from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 from tests.reference import ReferenceGPT
 
-from .hf_models import LENGTH, VOCABULARY, build, relative_error, tiny, tokens
+from .hf_models import LENGTH, VOCABULARY, build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
 
 HIDDEN, INNER = 24, 40
 
