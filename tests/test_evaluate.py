@@ -204,6 +204,8 @@ def test_what_cannot_be_evaluated_is_one_line(folder: Path, tmp_path: Path, caps
     """Exit status 2, and the path at fault."""
     shutil.copytree(folder / "exported", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     shutil.copytree(folder / "exported", tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder / "exported", tmp_path / "garbled")
+    (tmp_path / "garbled" / "tokenizer.json").write_text("{")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin1"))
     good, text = ["--hf", str(folder / "exported")], str(folder / "text.txt")
@@ -212,7 +214,8 @@ def test_what_cannot_be_evaluated_is_one_line(folder: Path, tmp_path: Path, caps
         ([str(tmp_path / "empty.txt"), *good], "empty.txt: the file is empty"),
         ([str(tmp_path / "latin1.txt"), *good], "latin1.txt: not UTF-8 at byte 3"),
         ([text, "--hf", str(tmp_path / "nowhere")], "nowhere: no config.json"),
-        ([text, "--hf", str(tmp_path / "bare")], "bare: no tokenizer that loads"),
+        ([text, "--hf", str(tmp_path / "bare")], "bare: no tokenizer; "),
+        ([text, "--hf", str(tmp_path / "garbled")], "garbled: its tokenizer does not load: "),
         ([text, "--hf", str(tmp_path / "broken")], "broken: "),
         ([text, *good, "--megatron", str(tmp_path / "nowhere")], "nowhere: no such checkpoint folder"),
         ([text, *good, "--megatron", str(tmp_path)], f"{tmp_path}: no torch_dist checkpoint"),

@@ -14,6 +14,7 @@ from tests.support.launch import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+HUGGING_FACE = (ROOT / "docs" / "huggingface.md").read_text()
 PIPELINE = (ROOT / "docs" / "pipeline.md").read_text()
 
 
@@ -44,11 +45,11 @@ def test_own_run() -> None:
     assert [line for line in printed.splitlines() if line not in run.stdout.splitlines()] == []
 
 
-def _sla_plan(command: str) -> str:
-    """What a documented command prints, with the ``sla-plan`` of this environment."""
+def _printed(command: str, folder: Path = ROOT) -> str:
+    """What a documented command prints, with the commands of this environment."""
     search = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     run = subprocess.run(
-        ["sh", "-c", command], cwd=ROOT, env=os.environ | search, capture_output=True, text=True, timeout=120
+        ["sh", "-c", command], cwd=folder, env=os.environ | search, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -57,9 +58,21 @@ def _sla_plan(command: str) -> str:
 def test_the_plans() -> None:
     """The README's command prints a ranking; the page on pipelines shows its command's whole output."""
     (command,) = [block for block in BLOCKS if block.startswith("sla-plan")]
-    assert "Layouts of two pipeline ranks or more" in _sla_plan(command)
+    assert "Layouts of two pipeline ranks or more" in _printed(command)
     command, printed = re.findall(r"^```\w*\n((?:sla-plan|Model:).*?)^```", PIPELINE, flags=re.MULTILINE | re.DOTALL)
-    assert _sla_plan(command) == printed
+    assert _printed(command) == printed
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore")
+def test_the_export(tmp_path: Path) -> None:
+    """The README's command, which the page on Hugging Face has too, on a checkpoint."""
+    from tests.support.convert_models import save_random_checkpoint
+
+    save_random_checkpoint(tmp_path / "checkpoints", {"sla": True, "sla_skip_distance": [3]})
+    (command,) = [block for block in BLOCKS if block.startswith("sla-convert")]
+    assert command in HUGGING_FACE
+    assert "logits equal" in _printed(command, tmp_path)
 
 
 def test_every_path_in_the_tree_exists() -> None:

@@ -131,14 +131,15 @@ def tokenize(folder: Path, text: str) -> Tensor:
     import torch
     from transformers import AutoTokenizer
 
+    if not (folder / "tokenizer_config.json").is_file():
+        raise EvaluationError(
+            f"{folder}: no tokenizer; a checkpoint of NullTokenizer has none: save one into the folder"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    # What transformers raises where there is no tokenizer depends on which file it misses first.
+    # Broken files and tokenizers of other kinds: many kinds of errors, of several libraries.
     except Exception as error:
-        raise EvaluationError(
-            f"{folder}: no tokenizer that loads (a checkpoint of NullTokenizer has none; save one into the folder): "
-            f"{one_line(error)}"
-        ) from error
+        raise EvaluationError(f"{folder}: its tokenizer does not load: {one_line(error)}") from error
     # verbose: a text longer than the model's window is what this is for.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:

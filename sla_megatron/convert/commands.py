@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ def stored_args(folder: Path) -> Namespace:
     """
     from ..device import megatron_device
 
-    with redirect_stdout(StringIO()), megatron_device(["--device", "cpu"]):
+    # Megatron's modules warn of what this machine lacks.
+    with catch_warnings(action="ignore"), redirect_stdout(StringIO()), megatron_device(["--device", "cpu"]):
         # Importing it registers the types that the arguments hold.
         import megatron.training.checkpointing  # noqa: F401
         from megatron.core import dist_checkpointing
@@ -142,7 +144,9 @@ def _tokenizer_flags(source: Source) -> list[str]:
     if source.args is not None:
         given = {name: getattr(source.args, name, None) for name in names}
     elif (source.path / "tokenizer_config.json").exists():
-        given = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": source.path.absolute()}
+        # transformers asks before it reads a folder that holds code, though the tokenizer needs none of it.
+        code = ["--trust-remote-code"] if list(source.path.glob("*.py")) else []
+        return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(source.path.absolute()), *code]
     else:
         given = {"tokenizer_type": "NullTokenizer", "vocab_size": source.config["vocab_size"]}
     return [text for name, value in given.items() if value for text in (flag_of(name), str(value))]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from torch import Tensor
@@ -164,7 +165,9 @@ class MegatronSource:
         if target.numel() == 0:
             return target
         try:
-            load({}, storage_reader=self._reader, planner=_Slice(key, offsets, target), no_dist=True)
+            # It warns that it runs in one process, which is what it is asked to do.
+            with catch_warnings(action="ignore"):
+                load({}, storage_reader=self._reader, planner=_Slice(key, offsets, target), no_dist=True)
         except (Exception, CheckpointException) as error:
             # torch wraps what an unreadable file raises in one of its own, of many lines, which is no Exception.
             raise ConvertError(f"{self.path}: {key} cannot be read: {last_line(error)}") from error
