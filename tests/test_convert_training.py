@@ -112,33 +112,57 @@ def test_the_command(trained: Path, tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from sla_megatron.convert.commands import megatron_to_hf, open_megatron
-source = open_megatron(Path(sys.argv[1]))
-# One tensor, so that what reading needs is loaded.
-source.get("model.norm.weight")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-megatron_to_hf(source, Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))
-print(before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+from sla_megatron.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
+from sla_megatron.convert.hf_reader import HFSource
+from sla_megatron.convert.megatron_model import megatron_alone
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def main(direction, source, out, shard):
+    # What the libraries take is loaded before.
+    if direction == "megatron-to-hf":
+        source = open_megatron(source)
+        source.get("model.norm.weight")
+        before = peak()
+        megatron_to_hf(source, out, max_shard_bytes=shard)
+    else:
+        with megatron_alone():
+            pass
+        before = peak()
+        hf_to_megatron(HFSource(source), out)
+    print(peak() - before)
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
 """
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """A model of 200 MB in shards of 20 MB: the peak is less than 1.5 shards above what the libraries take."""
+def test_memory(tmp_path: Path) -> None:
+    """A model of 200 MB: to Hugging Face, in shards of 20 MB, and back, where all of it is one file.
+
+    The peak is less than 1.5 times the largest file above what the libraries take, but for 30 MB: copying files and
+    writing configurations load modules of their own.
+    """
     shard = 20_000_000
     flags = {"num_layers": 16, "hidden_size": 512, "ffn_hidden_size": 2048, "num_attention_heads": 8}
     save_random_checkpoint(tmp_path / "megatron", flags)
     script = tmp_path / "measure.py"
     script.write_text(MEMORY)
-    run = subprocess.run(
-        [sys.executable, script, tmp_path / "megatron", tmp_path / "out", str(shard)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert run.returncode == 0, run.stderr
-    before, peak = map(int, run.stdout.split()[-2:])
-    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("model-*.safetensors"))
-    assert written > 9 * shard
-    # Copying files and writing the configuration load modules of their own: 30 MB.
-    assert peak - before < 1.5 * shard + 30_000_000
+
+    def added(*words: str | Path) -> int:
+        run = subprocess.run(
+            [sys.executable, script, *words, str(shard)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert run.returncode == 0, run.stderr
+        return int(run.stdout.split()[-1])
+
+    exporting = added("megatron-to-hf", tmp_path / "megatron", tmp_path / "hf")
+    whole = sum(path.stat().st_size for path in (tmp_path / "hf").glob("model-*.safetensors"))
+    assert whole > 9 * shard
+    assert exporting < 1.5 * shard + 30_000_000
+    assert added("hf-to-megatron", tmp_path / "hf", tmp_path / "back") < 1.5 * whole + 30_000_000

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,37 +210,20 @@ def megatron_logits(checkpoint: Path, vocab_size: int, length: int) -> Iterator[
         vocab_size: rows of the vocabulary that are not padding.
         length: the longest window.
     """
-    import torch
-
-    from sla_megatron.convert.architecture import argv_from_config
     from sla_megatron.convert.commands import stored_args
     from sla_megatron.convert.errors import ConvertError
-    from sla_megatron.convert.megatron_model import args_of, build, fill, megatron_alone
     from sla_megatron.convert.megatron_reader import MegatronSource, checkpoint_folder
-    from sla_megatron.convert.megatron_writer import vocabulary_rows
+    from sla_megatron.convert.verify import megatron_model
     from sla_megatron.errors import FlagError
 
     try:
         folder = checkpoint_folder(checkpoint)
-        # Megatron, when it is imported, lists the libraries that are not there.
-        with warnings.catch_warnings(action="ignore"):
-            stored = stored_args(folder)
         # The vocabulary's size is the export's, so that the tokenizer that the run had need not be here.
-        source = MegatronSource(folder, stored, vocab_size)
+        source = MegatronSource(folder, stored_args(folder), vocab_size)
         if source.config["max_position_embeddings"] < length:
             most = source.config["max_position_embeddings"]
             raise EvaluationError(f"{folder}: --max-position-embeddings {most}, the exported model has {length}")
-        with megatron_alone():
-            flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab_size)]
-            args = args_of([*argv_from_config(source.config), *flags], torch.float32)
-            args.padded_vocab_size = vocabulary_rows(source)
-            model = build(args)
-            fill(model, source, args.padded_vocab_size)
-
-            def logits(tokens: Tensor) -> Tensor:
-                positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-                return model(tokens, positions, None)[..., :vocab_size]
-
+        with megatron_model(source) as logits:
             yield logits
     except (ConvertError, FlagError) as error:
         raise EvaluationError(str(error)) from error

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
-from ..config import compact_ranges, default_num_skip_groups, default_skip_distance
+from ..config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
 from ..errors import flag_of
+from ..validation import parse_layers
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
 from .hf_reader import vocabulary_tensors
@@ -171,16 +172,15 @@ class WithSLA:
         layers: str | None = None,
         kv_projection: str | None = None,
     ) -> None:
-        from ..validation import parse_layers
-
         if dense.config["sla_skip_distances"]:
             raise ConvertError(f"{dense.path}: it is a skip-layer model already")
         groups, count = dense.config["num_key_value_heads"], dense.config["num_hidden_layers"]
+        skipping = default_num_skip_groups(groups) if num_skip_groups is None else num_skip_groups
+        if not 0 <= skipping <= groups:
+            raise ConvertError(f"--sla-num-skip-groups {skipping}: expected an integer from 0 to {groups}")
         chosen = dense.config | {
             "sla_skip_distances": list(distances or [default_skip_distance(count)]),
-            "sla_skip_groups": list(
-                range(default_num_skip_groups(groups) if num_skip_groups is None else num_skip_groups)
-            ),
+            "sla_skip_groups": list(evenly_spread(skipping, groups)),
             "sla_layers": list(parse_layers(layers, count) if layers else range(1, count + 1)),
             "sla_kv_projection": kv_projection or "full",
         }
@@ -189,7 +189,7 @@ class WithSLA:
         except ValueError as error:
             raise ConvertError(str(error)) from error
         self.dense, self.path, self.args = dense, dense.path, dense.args
-        self.config = chosen | {"sla_skip_groups": list(sla.skip_groups), "sla_layers": list(sla.consumer_layers)}
+        self.config = chosen | {"sla_layers": list(sla.consumer_layers)}
         self._entries = {entry.hf: entry for entry in entries(self.config)}
 
     def dtype(self, name: str) -> torch.dtype:

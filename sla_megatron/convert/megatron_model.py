@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..device import megatron_device
+from .assemble import Assembler
 from .errors import ConvertError
 
 #: What the run that goes on will choose for itself; here it only has to be built.  The flags are Megatron's.
@@ -121,8 +122,6 @@ def fill(model: Any, source: Any, vocabulary_rows: int) -> dict[str, Any]:
     Raises:
         ConvertError: if the model has a tensor that the source says nothing about.
     """
-    from .assemble import Assembler
-
     state, tensors = sharded_tensors(model)
     assembler = Assembler(source, vocabulary_rows)
     with torch.no_grad():

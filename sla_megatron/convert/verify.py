@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,16 +47,29 @@ def compare(source: Source, folder: Path, num_sequences: int = 2, seed: int = 1)
 
 def megatron_logits(source: Source, tokens: Tensor) -> Tensor:
     """``[b, s, vocabulary]`` for tokens ``[b, s]``, from Megatron's own model in fp32, without padded rows."""
+    with megatron_model(source) as logits:
+        return logits(tokens).clone()
+
+
+@contextmanager
+def megatron_model(source: Source) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the block, Megatron's own model of ``source`` in fp32, as a function of tokens ``[b, s]``.
+
+    Its result is the logits ``[b, s, vocabulary]``, without padded rows.
+    """
     with megatron_alone(), torch.no_grad():
-        rows = vocabulary_rows(source)
         size = source.config["vocab_size"]
         flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size)]
         args = args_of([*argv_from_config(source.config), *flags], torch.float32)
-        args.padded_vocab_size = rows
+        args.padded_vocab_size = vocabulary_rows(source)
         model = build(args)
-        fill(model, source, rows)
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return model(tokens, positions, None)[..., :size].clone()
+        fill(model, source, args.padded_vocab_size)
+
+        def logits(tokens: Tensor) -> Tensor:
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            return model(tokens, positions, None)[..., :size]
+
+        yield logits
 
 
 def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
