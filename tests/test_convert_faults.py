@@ -154,7 +154,14 @@ def test_a_config_of_another_model(convert: Callable[..., str], tmp_path: Path) 
     path.write_text(json.dumps(config | {"intermediate_size": 64}))
     assert "model.layers.0.mlp.up_proj.weight has shape (128, 32)" in convert("hf-to-megatron", "copy/hf", "out")
     path.write_text(json.dumps(config | {"model_type": "mamba"}))
-    assert "model_type mamba: expected sla_gpt, llama or gpt2" in convert("hf-to-megatron", "copy/hf", "out")
+    line = convert("hf-to-megatron", "copy/hf", "out")
+    assert "model_type mamba: expected sla_gpt, llama, mistral, qwen2, qwen3, gpt2" in line
+
+
+def test_a_sliding_window(convert: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "copy/hf/config.json"
+    path.write_text(json.dumps({"model_type": "mistral", "sliding_window": 8}))
+    assert "sliding_window 8: expected none" in convert("hf-to-megatron", "copy/hf", "out")
 
 
 def test_overwriting_on_request(good: Path, tmp_path: Path) -> None:

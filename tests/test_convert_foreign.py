@@ -20,8 +20,8 @@ def _gpt2(folder: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(folder)
 
 
-def _llama(folder: Path, **changes: Any) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _llama(folder: Path, kind: str = "Llama", **changes: Any) -> None:
+    import transformers
 
     settings = dict(
         vocab_size=100,
@@ -33,7 +33,8 @@ def _llama(folder: Path, **changes: Any) -> None:
         max_position_embeddings=24,
         initializer_range=0.3,
     )
-    model = LlamaForCausalLM(LlamaConfig(**settings | changes))
+    config = getattr(transformers, f"{kind}Config")(**settings | changes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms and biases too: at 1 and 0 they would hide mistakes.
@@ -47,6 +48,9 @@ FOREIGN = {
     "llama": (_llama, {}),
     "llama-tied-wide-heads": (_llama, {"tie_word_embeddings": True, "head_dim": 12}),
     "llama-biases": (_llama, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (_llama, {"kind": "Mistral", "sliding_window": None}),
+    "qwen2": (_llama, {"kind": "Qwen2"}),
+    "qwen3": (_llama, {"kind": "Qwen3", "head_dim": 12}),
 }
 
 

@@ -14,7 +14,7 @@ _DENSE: Config = {"sla_skip_distances": [], "sla_skip_groups": [], "sla_layers":
 
 
 class Llama:
-    """Llama and what shares its tensors: names are ours, but for the MLP's gate, which is too.
+    """Llama and its family, whose tensors have the names of our format.
 
     Raises:
         ConvertError: for a field that changes what is computed and that Megatron's GPT does not have.
@@ -23,9 +23,15 @@ class Llama:
     #: Buffers that old exports stored.
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
+    #: Biases of queries, keys and values that the architecture always has; the others follow ``attention_bias``.
+    qkv_bias = False
+    qk_norm = False
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         if config.get("pretraining_tp", 1) != 1:
             raise ConvertError(f"pretraining_tp {config['pretraining_tp']}: not supported")
+        if config.get("use_sliding_window", config.get("sliding_window") is not None):
+            raise ConvertError(f"sliding_window {config.get('sliding_window')}: expected none")
 
     def config(self, theirs: Mapping[str, Any]) -> Config:
         """Their fields as ours."""
@@ -59,11 +65,11 @@ class Llama:
             "rotary_percent": 1.0,
             "rotary_interleaved": False,
             "rope_scaling": scaling,
-            "attention_bias": bias,
+            "attention_bias": bias or self.qkv_bias,
             "attention_output_bias": bias,
             "mlp_bias": bool(theirs.get("mlp_bias", False)),
             "gated_mlp": True,
-            "qk_layernorm": False,
+            "qk_layernorm": self.qk_norm,
             "tie_word_embeddings": bool(theirs.get("tie_word_embeddings", False)),
         }
 
@@ -78,6 +84,18 @@ class Llama:
     def tensor(self, ours: str, stored: Tensor) -> Tensor:
         """Our tensor from theirs."""
         return stored
+
+
+class Qwen2(Llama):
+    """Biases of queries, keys and values."""
+
+    qkv_bias = True
+
+
+class Qwen3(Llama):
+    """Norms of queries and keys."""
+
+    qk_norm = True
 
 
 class GPT2:
@@ -184,4 +202,10 @@ class GPT2:
 Foreign = Llama | GPT2
 
 #: ``model_type`` -> how its models are read.
-FOREIGN: Mapping[str, Callable[[Mapping[str, Any]], Foreign]] = {"llama": Llama, "gpt2": GPT2}
+FOREIGN: Mapping[str, Callable[[Mapping[str, Any]], Foreign]] = {
+    "llama": Llama,
+    "mistral": Llama,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "gpt2": GPT2,
+}

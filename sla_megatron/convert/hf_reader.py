@@ -101,7 +101,7 @@ def _foreign(config: Mapping[str, Any], path: Path) -> Foreign | None:
         sla_of(config)
         return None
     if kind not in FOREIGN:
-        raise ConvertError(f"{path}: model_type {kind}: expected {MODEL_TYPE}, {' or '.join(FOREIGN)}")
+        raise ConvertError(f"{path}: model_type {kind}: expected {MODEL_TYPE}, {', '.join(FOREIGN)}")
     return FOREIGN[kind](config)
 
 
