@@ -15,6 +15,10 @@ INSTALL_REQUIRES = [
     "megatron-core[training]>=0.19,<0.20",
     "datasets",
     "sentencepiece",
+    # Exports are models of transformers 5, whose caches they use.
+    "transformers>=5",
+    "safetensors",
+    "tqdm",
     # Training writes its logs with it, and megatron-core's training extra does not ask for it.
     "tensorboard",
 ]
