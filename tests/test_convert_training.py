@@ -65,12 +65,13 @@ def test_logits_of_a_sharded_run(trained: Path, name: str) -> None:
 def test_training_goes_on_from_what_came_back(trained: Path, tmp_path: Path) -> None:
     """The same losses and gradient norms, bit for bit, as from the original's weights: padded rows came back too."""
     starts = {}
-    for name in RUNS:
+    names = list(RUNS)[:2]
+    for name in names:
         original = {"load": trained / name / "megatron", "finetune": True, "no_load_optim": True, "no_load_rng": True}
         starts[f"{name}.original"] = {"argv": _flags(name, **original)}
         starts[f"{name}.back"] = {"argv": _flags(name, load=trained / name / "back")}
     answers = train_on_all_ranks(starts, 4, tmp_path / "ranks")
-    for name in RUNS:
+    for name in names:
         for ours, theirs in zip(answers[f"{name}.back"], answers[f"{name}.original"], strict=True):
             assert ours["status"] == theirs["status"] == 0, ours["stderr"]
             assert ours["iteration"] == [1, 2]
