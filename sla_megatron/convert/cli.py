@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_options(export)
     export.set_defaults(command=_megatron_to_hf)
 
-    back = commands.add_parser("hf-to-megatron", help="our export, a dense Llama or GPT-2, to a checkpoint")
+    back = commands.add_parser(
+        "hf-to-megatron", help="our export, or a dense model of Llama's family or GPT-2, to a checkpoint"
+    )
     back.add_argument("hf", type=Path)
     back.add_argument("out", type=Path)
     _add_output_options(back)
@@ -123,12 +125,10 @@ def _shard_bytes(text: str) -> int:
 # Each command imports what it needs: torch and Megatron take seconds, which --help and a bad path need not cost.
 
 
-def _open(args: argparse.Namespace, path: Path) -> Any:
+def _checkpoint(args: argparse.Namespace, path: Path) -> Any:
+    """The checkpoint in ``path``, opened as :func:`_add_checkpoint_options` allows."""
     from .commands import open_megatron
-    from .hf_reader import HFSource
 
-    if (path / "config.json").exists():
-        return HFSource(path)
     return open_megatron(path, args.tokenizer_model, dict(args.override))
 
 
@@ -139,11 +139,11 @@ def _dtype(args: argparse.Namespace) -> Any:
 
 
 def _megatron_to_hf(args: argparse.Namespace) -> int:
-    from .commands import megatron_to_hf, open_megatron
+    from .commands import megatron_to_hf
     from .output import require_free
 
     require_free(args.out, args.overwrite)
-    source = open_megatron(args.checkpoint, args.tokenizer_model, dict(args.override))
+    source = _checkpoint(args, args.checkpoint)
     carried = megatron_to_hf(source, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.tokenizer_model)
     print(f"{args.out}: written; tokenizer: {carried}")
     return _compare(args, source, args.out) if args.verify else 0
@@ -162,11 +162,11 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
 
 
 def _dense_to_sla(args: argparse.Namespace) -> int:
-    from .commands import WithSLA, hf_to_megatron, open_megatron
+    from .commands import WithSLA, hf_to_megatron
     from .output import require_free
 
     require_free(args.out, args.overwrite)
-    dense = open_megatron(args.checkpoint, args.tokenizer_model, dict(args.override))
+    dense = _checkpoint(args, args.checkpoint)
     source = WithSLA(dense, args.sla_skip_distance, args.sla_num_skip_groups, args.sla_layers, args.sla_kv_projection)
     hf_to_megatron(source, args.out, _dtype(args), args.overwrite)
     print(f"{args.out}: written; --load with the same --sla flags starts from it at iteration 0")
@@ -175,15 +175,15 @@ def _dense_to_sla(args: argparse.Namespace) -> int:
 
 def _describe(args: argparse.Namespace) -> int:
     from .commands import describe
+    from .hf_reader import HFSource
 
-    print(describe(_open(args, args.model)))
+    is_export = (args.model / "config.json").exists()
+    print(describe(HFSource(args.model) if is_export else _checkpoint(args, args.model)))
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .commands import open_megatron
-
-    return _compare(args, open_megatron(args.checkpoint, args.tokenizer_model, dict(args.override)), args.hf)
+    return _compare(args, _checkpoint(args, args.checkpoint), args.hf)
 
 
 def _compare(args: argparse.Namespace, source: Any, folder: Path) -> int:

@@ -185,11 +185,11 @@ class WithSLA:
             "sla_kv_projection": kv_projection or "full",
         }
         try:
-            sla = sla_of(chosen)
+            self._sla = sla_of(chosen)
         except ValueError as error:
             raise ConvertError(str(error)) from error
         self.dense, self.path, self.args = dense, dense.path, dense.args
-        self.config = chosen | {"sla_layers": list(sla.consumer_layers)}
+        self.config = chosen | {"sla_layers": list(self._sla.consumer_layers)}
         self._entries = {entry.hf: entry for entry in entries(self.config)}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -202,7 +202,7 @@ class WithSLA:
         if entry.part not in (KEY, VALUE):
             return tensor
         head = self.config["head_dim"]
-        live = sla_of(self.config).projected_groups(entry.layer + 1)
+        live = self._sla.projected_groups(entry.layer + 1)
         return torch.cat([tensor[group * head : (group + 1) * head] for group in live])
 
     def padding(self, name: str) -> Tensor | None:
