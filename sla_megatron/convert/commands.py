@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
 from ..errors import flag_of
+from ..tokenizers import TokenizerError
 from ..validation import parse_layers
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
@@ -27,7 +28,7 @@ from .megatron_reader import MegatronSource, checkpoint_folder, last_line
 from .megatron_writer import write_megatron
 from .output import finished_folder
 from .source import Source
-from .tokenizer import TokenizerError, carry_tokenizer, vocabulary_size
+from .tokenizer import carry_tokenizer, vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,41 +10,20 @@ import json
 import os
 import random
 import shutil
-import socket
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
 
+from ..tokenizers import DEFAULTS, SENTENCEPIECE, TokenizerError, build, decode, is_path, tokenizer_name
 from .tokenizer_formats import UnsupportedModel, has_ties, save_tokenizer, symbols_of
 
-SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 SUPPORTED = (*SENTENCEPIECE, "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer", "NullTokenizer")
 
-# Megatron's defaults, for checkpoints that store fewer arguments than Megatron reads today.
-_DEFAULTS: dict[str, Any] = {
-    "tokenizer_model": None,
-    "vocab_file": None,
-    "merge_file": None,
-    "vocab_size": None,
-    "metadata_path": None,
-    "special_tokens": None,
-    "chat_template": None,
-    "tiktoken_pattern": None,
-    "tiktoken_num_special_tokens": 1000,
-    "tokenizer_sentencepiece_legacy": False,
-    "tokenizer_sentencepiece_ignore_extra_whitespaces": True,
-    "tokenizer_hf_no_use_fast": False,
-    "tokenizer_hf_no_include_special_tokens": False,
-    "trust_remote_code": False,
-}
 # The size of the vocabulary that GPT2BPETokenizer gets from the Hub.
 _GPT2_TOKENS = 50257
-_HUB_TIMEOUT = 3.0
 
 _SAMPLES = (
     "",
@@ -82,10 +61,6 @@ _RANDOM_TEXTS = 200
 _RANDOM_LENGTH = 12
 
 
-class TokenizerError(Exception):
-    """Why a checkpoint's tokenizer cannot be read or carried along, as one line."""
-
-
 def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None) -> str:
     """Write the tokenizer that ``args`` name into ``folder``, such that ``AutoTokenizer`` loads it.
 
@@ -109,13 +84,13 @@ def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None) -> 
     try:
         problem = _write(tokenizer, folder, settings.trust_remote_code)
         if problem is not None:
-            raise TokenizerError(f"{_name(settings)} cannot be carried along: {problem}")
+            raise TokenizerError(f"{tokenizer_name(settings)} cannot be carried along: {problem}")
     except BaseException:
         for path in set(folder.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     ties = "; of two encodings of a text that score the same it may take the other" if has_ties(tokenizer) else ""
-    return f"{_name(settings)}, {tokenizer.vocab_size} tokens{ties}"
+    return f"{tokenizer_name(settings)}, {tokenizer.vocab_size} tokens{ties}"
 
 
 def _write(tokenizer: Any, folder: Path, trust_remote_code: bool) -> str | None:
@@ -138,7 +113,7 @@ def vocabulary_size(args: Namespace, model: str | None = None) -> int:
 
 def _settings(args: Namespace, model: str | None) -> Namespace:
     """The arguments that Megatron's ``build_tokenizer`` reads, complete, with ``model`` in its place."""
-    settings = Namespace(**{**_DEFAULTS, **vars(args), "pad_vocab_size": False})
+    settings = Namespace(**{**DEFAULTS, **vars(args), "pad_vocab_size": False})
     kind = getattr(args, "tokenizer_type", None)
     if kind is None:
         raise TokenizerError("the checkpoint names no tokenizer (--tokenizer-type)")
@@ -157,15 +132,11 @@ def _settings(args: Namespace, model: str | None) -> Namespace:
         settings.tokenizer_model = model or settings.tokenizer_model
         if not settings.tokenizer_model:
             raise TokenizerError(f"the checkpoint's {kind} has no model: --tokenizer-model PATH")
-        if not os.path.exists(settings.tokenizer_model) and (kind != "HuggingFaceTokenizer" or _is_path(settings)):
+        if not os.path.exists(settings.tokenizer_model) and (
+            kind != "HuggingFaceTokenizer" or is_path(settings.tokenizer_model)
+        ):
             raise TokenizerError(_gone("tokenizer model", settings.tokenizer_model))
     return settings
-
-
-def _is_path(settings: Namespace) -> bool:
-    """Whether a name cannot be one of the Hub's, which are ``model`` or ``owner/model``."""
-    name = str(settings.tokenizer_model)
-    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 def _place_gpt2_files(settings: Namespace, model: str | None) -> None:
@@ -191,39 +162,17 @@ def _gone(what: str, path: str) -> str:
     return f"{what} {path} of the checkpoint is not there: --tokenizer-model PATH"
 
 
-def _name(settings: Namespace) -> str:
-    source = settings.vocab_file if settings.tokenizer_type == "GPT2BPETokenizer" else settings.tokenizer_model
-    return f"{settings.tokenizer_type} {source}" if source else settings.tokenizer_type
-
-
 def _megatron_tokenizer(settings: Namespace) -> Any:
     """The object that Megatron trains with."""
-    if settings.tokenizer_type == "GPT2BPETokenizer":
-        tokenizer = _megatron_gpt2(settings)
-    elif settings.tokenizer_type == "HuggingFaceTokenizer":
-        with _hub(needed=not os.path.exists(settings.tokenizer_model)):
-            tokenizer = _build(settings)
-    else:
-        tokenizer = _build(settings)
+    gpt2 = settings.tokenizer_type == "GPT2BPETokenizer"
+    tokenizer = _megatron_gpt2(settings) if gpt2 else build(settings)
     rows = getattr(settings, "padded_vocab_size", None)
     if rows is not None and tokenizer.vocab_size > rows:
         raise TokenizerError(
-            f"{_name(settings)} has {tokenizer.vocab_size} tokens, the checkpoint's vocabulary {rows}: "
+            f"{tokenizer_name(settings)} has {tokenizer.vocab_size} tokens, the checkpoint's vocabulary {rows}: "
             "it is not the tokenizer of this checkpoint: --tokenizer-model PATH"
         )
     return tokenizer
-
-
-def _build(settings: Namespace) -> Any:
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-    try:
-        # Without a process group Megatron wonders about its rank.
-        with warnings.catch_warnings(action="ignore"):
-            return build_tokenizer(settings)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise TokenizerError(f"{_name(settings)} cannot be read: {reason}") from error
 
 
 def _megatron_gpt2(settings: Namespace) -> Any:
@@ -232,50 +181,23 @@ def _megatron_gpt2(settings: Namespace) -> Any:
     Megatron loads the Hub's ``gpt2`` and hands it the files; transformers ignores those where a ``tokenizer.json``
     comes with it, as it does on the Hub.
     """
-    with _hub(needed=not os.path.exists("gpt2")):
-        try:
-            return _build(settings)
-        except TokenizerError:
-            pass
+    with suppress(TokenizerError):
+        return build(settings)
     for path in (settings.vocab_file, settings.merge_file):
         if not path or not Path(path).is_file():
             raise TokenizerError(_gone("vocabulary", path or "(--vocab-file, --merge-file)"))
-    with TemporaryDirectory() as folder, _hub(needed=False):
+    with TemporaryDirectory() as folder:
         shutil.copy(settings.vocab_file, Path(folder, "vocab.json"))
         shutil.copy(settings.merge_file, Path(folder, "merges.txt"))
         Path(folder, "config.json").write_text(json.dumps({"model_type": "gpt2"}))
         from_files = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": folder}
-        tokenizer = _build(Namespace(**{**vars(settings), **from_files, "metadata_path": None}))
+        tokenizer = build(Namespace(**{**vars(settings), **from_files, "metadata_path": None}))
     if tokenizer.vocab_size < _GPT2_TOKENS <= (getattr(settings, "padded_vocab_size", None) or 0):
         raise TokenizerError(
-            f"{_name(settings)} has {tokenizer.vocab_size} tokens, the checkpoint those of the Hub's gpt2, "
+            f"{tokenizer_name(settings)} has {tokenizer.vocab_size} tokens, the checkpoint those of the Hub's gpt2, "
             "which Megatron takes in place of the file: put it into the Hugging Face cache"
         )
     return tokenizer
-
-
-@contextmanager
-def _hub(needed: bool) -> Iterator[None]:
-    """Within the block the Hub is asked only if it is needed and there; retries would take a minute for each file."""
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = offline or not (needed and _answers(constants.ENDPOINT))
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-
-
-def _answers(endpoint: str) -> bool:
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    url = urlsplit(endpoint)
-    try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=_HUB_TIMEOUT).close()
-    except OSError:
-        return False
-    return True
 
 
 def _first_difference(tokenizer: Any, folder: Path, trust_remote_code: bool) -> str | None:
@@ -311,16 +233,9 @@ def _text_difference(tokenizer: Any, saved: Any) -> str | None:
                 f"{text!r} would become {given[at : at + 8]} from token {at} on, Megatron has {expected[at : at + 8]}"
             )
         # An unknown token has no text; every library shows its own sign.
-        if unknown not in expected and (there := saved.decode(expected)) != (here := _decoded(tokenizer, expected)):
+        if unknown not in expected and (there := saved.decode(expected)) != (here := decode(tokenizer, expected)):
             return f"the tokens of {text!r} would be decoded as {there!r}, Megatron has {here!r}"
     return None
-
-
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    if tokenizer.library in ("huggingface", "megatron"):
-        # Megatron's own decoding joins the tokens without what the Hugging Face tokenizer does to them.
-        return tokenizer._tokenizer.tokenizer.decode(ids)
-    return tokenizer.detokenize(ids)
 
 
 def _texts(tokenizer: Any) -> Iterator[str]:
