@@ -1,0 +1,12 @@
+"""``sla-data``: from any text to Megatron's indexed format.
+
+inputs.py      the flags that say where text is, and the sources they mean
+blocks.py      a source cut into blocks that do not depend on who works on them
+documents.py   a block's documents and faults
+encoding.py    documents to token ids, by Megatron's tokenizer
+shards.py      one block's result on disk
+workers.py     processes that turn blocks into shards
+workdir.py     what is done already: lock, settings, shards
+tokenizing.py  the whole job: resume, run, report
+merging.py     shards to the final files: split, duplicates
+"""

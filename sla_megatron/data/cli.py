@@ -1,0 +1,51 @@
+"""``sla-data``: from any text to Megatron's indexed format.
+
+sla-data tokenizer --input corpus.jsonl --vocab-size 32000 --output tokenizer.model
+sla-data tokenize --input corpus.jsonl --output-prefix data/corpus \\
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --workers 8
+sla-data inspect data/corpus
+sla-data merge --output-prefix data/all data/corpus data/more
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import FlagError
+from ..tokenizers import TokenizerError
+from . import inspect_command, merge_command, tokenize_command, tokenizer_command
+from .errors import DataError
+
+COMMANDS = (tokenizer_command, tokenize_command, inspect_command, merge_command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.  What cannot be done ends it: one line on stderr, exit status 2; an unsound data set, 1."""
+    parser = argparse.ArgumentParser(
+        prog="sla-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add_command(commands)
+    args = parser.parse_args(argv)
+    # Nothing here needs a GPU; without one, libraries look for it in vain.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    # Megatron wonders aloud which rank it is.
+    os.environ.setdefault("RANK", "0")
+    try:
+        status = args.command(args)
+    except (DataError, FlagError, TokenizerError) as error:
+        print(f"sla-data: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("sla-data: interrupted; the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(130)
+    if status:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

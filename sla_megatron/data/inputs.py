@@ -1,0 +1,208 @@
+"""The flags that say where text is, and the sources that they mean."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import itertools
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .blocks import Block, Cut
+from .documents import Document, Fault, read_documents
+from .errors import DataError
+from .sources import COMPRESSIONS, Source, Table, TextFile, first_line
+
+FORMATS = ("jsonl", "text", "document", "parquet")
+_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
+_MB = 10**6
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--input``, ``--dataset`` and how documents lie in them."""
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="files, patterns or folders: JSON lines (.jsonl .json .ndjson), text (.txt), either with .gz .zst .bz2 "
+        "after it, or .parquet; in this order, the files of a pattern or folder by name",
+    )
+    group.add_argument(
+        "--dataset", metavar="NAME", help="in place of files: the Hub's name of a data set, or a saved one"
+    )
+    group.add_argument("--dataset-config", metavar="NAME")
+    group.add_argument("--dataset-split", metavar="NAME", default="train", help="default train")
+    group.add_argument("--dataset-revision", metavar="NAME")
+    group.add_argument("--streaming", action="store_true", help="read a Hub data set without storing it")
+    group.add_argument("--format", choices=FORMATS, help="of --input, where the names do not tell; text: a document a "
+                       "line, document: a document a file")  # fmt: skip
+    group.add_argument("--field", default="text", help="key or column that holds the text; default text")
+    group.add_argument(
+        "--max-document-mb", type=_megabytes, default=64 * _MB, metavar="MB", help="larger ones are faults; default 64"
+    )
+    group.add_argument(
+        "--shard-mb", type=_megabytes, default=16 * _MB, metavar="MB", help="text in one shard; default 16"
+    )
+
+
+def _megabytes(text: str) -> int:
+    size = float(text) if text.replace(".", "", 1).isdigit() else 0
+    if round(size * _MB) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected megabytes greater than 0")
+    return round(size * _MB)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All of the text of a job, in order.
+
+    ``block_bytes`` is about how much text a block has, ``limit`` the most bytes that a document may have.
+    """
+
+    sources: list[Source]
+    field: str
+    block_bytes: int
+    limit: int
+
+    @property
+    def unit(self) -> str:
+        """Of :attr:`work`: B, or rows of a data set."""
+        return self.sources[0].unit
+
+    @property
+    def work(self) -> float | None:
+        """The sum over the sources, None if one is unknown."""
+        works = [source.work for source in self.sources]
+        return None if None in works else sum(works)
+
+    def identity(self) -> dict[str, Any]:
+        """What the blocks depend on; JSON can hold it."""
+        sources = [{**source.identity(), "kind": source.kind} for source in self.sources]
+        return {"sources": sources, "field": self.field, "shard_bytes": self.block_bytes, "max_bytes": self.limit}
+
+    def blocks(self, number: int = 0, source: int = 0, start: int = 0, done: float = 0) -> Iterator[Block]:
+        """The blocks from ``number`` on, which begins at ``start`` of ``source``, of whose work ``done`` is done."""
+        for index in range(source, len(self.sources)):
+            cuts = self.sources[index].cuts(start, self.block_bytes, self.limit)
+            for (cut, behind), last in _with_last(cuts):
+                yield Block(number, index, cut.start, cut.end, cut.payload, last, behind - done)
+                number, done = number + 1, behind
+            start, done = 0, 0
+
+    def documents(self, block: Block) -> Iterator[Document | Fault]:
+        """What is in ``block``, in order."""
+        if block.payload is None:
+            yield Fault(1, "too-large", f"{block.end - block.start} bytes")
+            return
+        kind = self.sources[block.source].kind
+        yield from read_documents(block.payload, kind, self.field, self.limit, first=block.start == 0)
+
+
+def _with_last(cuts: Iterator[tuple[Cut, float]]) -> Iterator[tuple[tuple[Cut, float], bool]]:
+    """Each item with whether it is the last, which takes one item more in memory."""
+    previous = next(cuts, None)
+    for item in itertools.chain(cuts, [None]):
+        if previous is not None:
+            yield previous, item is None
+        previous = item
+
+
+def inputs_from_args(args: Namespace) -> Inputs:
+    """The sources that the flags mean; ``DataError`` for what is not there or cannot be told."""
+    if bool(args.input) == bool(args.dataset):
+        raise DataError("--input and --dataset: expected one of them")
+    if args.streaming and not args.dataset:
+        raise DataError("--streaming: expected with --dataset; files are always streamed")
+    sources = [_dataset(args)] if args.dataset else [_file(path, args) for path in _files(args.input)]
+    return Inputs(sources, args.field, args.shard_mb, args.max_document_mb)
+
+
+def _files(given: list[str]) -> list[Path]:
+    files: list[Path] = []
+    for name in given:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+        elif path.exists():
+            found = [path]
+        else:
+            found = sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
+        if not found:
+            raise DataError(f"--input {name}: expected files of text: {', '.join(_SUFFIXES)}")
+        files += found
+    if twice := next((path for i, path in enumerate(files) if path in files[:i]), None) if len(files) < 1000 else None:
+        raise DataError(f"--input {twice}: expected each file once")
+    return files
+
+
+def _format(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
+    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def _file(path: Path, args: Namespace) -> Source:
+    kind = args.format or _format(path)
+    if kind is None:
+        raise DataError(f"--input {path}: its name does not tell what it is: expected --format {{{','.join(FORMATS)}}}")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"--input {path}: {error.strerror}") from error
+    return _parquet(path, args.field) if kind == "parquet" else TextFile(path, kind)
+
+
+def _parquet(path: Path, field: str) -> Table:
+    import datasets
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            rows, columns = file.metadata.num_rows, file.schema_arrow.names
+    except (ArrowException, OSError) as error:
+        raise DataError(f"--input {path}: {first_line(error)}") from error
+    if field not in columns:
+        raise DataError(f"--field {field}: {path} has the columns {', '.join(columns)}")
+    status = path.stat()
+    described = {"file": str(path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns, "rows": rows}
+    data = datasets.load_dataset(
+        "parquet", data_files=[glob.escape(str(path))], split="train", streaming=True, columns=[field]
+    )
+    return Table(str(path), data, field, float(status.st_size), "B", described)
+
+
+def _dataset(args: Namespace) -> Table:
+    import datasets
+
+    split, config = args.dataset_split, args.dataset_config
+    name = args.dataset + (f" {config}" if config else "") + f" {split}"
+    try:
+        if os.path.isfile(os.path.join(args.dataset, "dataset_dict.json")):
+            data = datasets.load_from_disk(os.path.join(args.dataset, split))
+        elif os.path.isfile(os.path.join(args.dataset, "state.json")):
+            data = datasets.load_from_disk(args.dataset)
+        else:
+            data = datasets.load_dataset(
+                args.dataset, config, split=split, streaming=args.streaming, revision=args.dataset_revision
+            )
+    except Exception as error:  # The library's, the Hub's or the network's.
+        raise DataError(f"--dataset {name}: {first_line(error)}") from error
+    columns = data.column_names
+    if columns is not None and args.field not in columns:
+        raise DataError(f"--field {args.field}: {name} has the columns {', '.join(columns)}")
+    rows = None if args.streaming else len(data)
+    described = {
+        "dataset": args.dataset,
+        "config": config,
+        "split": split,
+        "revision": args.dataset_revision,
+        "rows": rows,
+        # Of the data on this machine; a streamed one has none.
+        "fingerprint": None if args.streaming else getattr(data, "_fingerprint", None),
+    }
+    return Table(name, data.select_columns([args.field]), args.field, rows, "rows", described)
