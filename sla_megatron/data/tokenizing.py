@@ -250,7 +250,7 @@ def _choices(
 
 
 def _write_faults(job: Job, workdir: Workdir, records: list[ShardRecord]) -> None:
-    """Every document that was left out, one JSON line each, in ``prefix.faults.jsonl``; no file if there is none."""
+    """Every document that was left out, one JSON line each, in ``prefix.faults``; no file if there is none."""
     path = faults_path(job.prefix)
     path.unlink(missing_ok=True)
     if not any(record.faults for record in records):
@@ -269,4 +269,4 @@ def _write_faults(job: Job, workdir: Workdir, records: list[ShardRecord]) -> Non
 
 
 def faults_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".faults.jsonl")
+    return prefix.with_name(prefix.name + ".faults")
