@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy
 import pytest
-import sentencepiece
 
 from examples.quickstart import build_dataset, corpus
+from sla_megatron.data import tokenize_command
+from sla_megatron.data.quiet import quiet
+from sla_megatron.data.training_tokenizer import EOS_ID, PAD_ID
 
 
 @pytest.fixture
@@ -62,42 +65,12 @@ def test_fingerprint_sees_text_order_and_boundaries() -> None:
     assert len(set(prints)) == 4 and corpus.fingerprint(["ab", "c"]) == prints[0]
 
 
-# Tokenizer and data set
-
-UNUSUAL = [
-    "",
-    "plain",
-    "  two  spaces  ",
-    "\ttabs\tand\n\n\nnewlines\r\n",
-    "def f(x):\n        return {'a': x}\n",
-    "é e\u0301 ﬁ Ａ ½",  # nothing is normalised
-    "数字 עברית 🏳️‍🌈 𝔘",
-    "\u0000\u000b\u2028\ufeff\u00a0",
-    "<s> </s> <unk> <pad> <0x0A>",  # spelled out, not control tokens
-]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> sentencepiece.SentencePieceProcessor:
-    model = build_dataset.train_tokenizer(corpus.read_documents(10**6), 1024)
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-@pytest.mark.parametrize("text", UNUSUAL, ids=range(len(UNUSUAL)))
-def test_tokenizer_round_trip(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> None:
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert not {build_dataset.UNK_ID, build_dataset.BOS_ID, build_dataset.EOS_ID, build_dataset.PAD_ID} & set(ids)
-
-
-def test_tokenizer_is_deterministic() -> None:
-    documents = corpus.read_documents(10**6)
-    assert build_dataset.train_tokenizer(documents, 600) == build_dataset.train_tokenizer(documents, 600)
+# Data set
 
 
 def test_dataset_reads_back_as_the_token_ids(library: Path, tmp_path: Path) -> None:
     dataset = build_dataset.build(tmp_path / "data", 10**7, 512, say=lambda line: None, root=library)
-    with build_dataset.quiet():
+    with quiet():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
         from megatron.core.tokenizers import MegatronTokenizer
 
@@ -111,7 +84,7 @@ def test_dataset_reads_back_as_the_token_ids(library: Path, tmp_path: Path) -> N
         assert ids.tolist() == [*tokenizer.tokenize(text), tokenizer.eod]
     assert sum(len(ids) for ids in indexed) == dataset.tokens
     assert tokenizer.vocab_size == dataset.vocab_size == 512
-    assert (tokenizer.eod, tokenizer.pad) == (build_dataset.EOS_ID, build_dataset.PAD_ID)
+    assert (tokenizer.eod, tokenizer.pad) == (EOS_ID, PAD_ID)
     assert indexed[0].dtype == numpy.uint16
 
 
@@ -119,7 +92,8 @@ def test_finished_dataset_is_used_again(library: Path, tmp_path: Path) -> None:
     said: list[str] = []
     first = build_dataset.build(tmp_path / "data", 10**7, 512, say=said.append, root=library)
     before = {path.name: path.stat().st_mtime_ns for path in first.directory.iterdir()}
-    assert set(before) == {"tokenizer.model", "corpus.bin", "corpus.idx", build_dataset.MANIFEST}
+    made = {"corpus.jsonl", "tokenizer.model", "corpus.bin", "corpus.idx", "corpus.json", build_dataset.MANIFEST}
+    assert set(before) == made
     assert build_dataset.build(tmp_path / "data", 10**7, 512, say=said.append, root=library) == first
     assert said[-1] == f"using the data set in {tmp_path / 'data'}"
     assert {path.name: path.stat().st_mtime_ns for path in first.directory.iterdir()} == before
@@ -136,16 +110,51 @@ def test_nothing_else_is_overwritten(library: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_interrupted_build_leaves_nothing(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(documents: list[str], model: bytes, prefix: Path) -> int:
-        prefix.with_suffix(".bin").write_bytes(b"half")
+def test_interrupted_build_goes_on(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    data, said = tmp_path / "out" / "data", []
     with monkeypatch.context() as patched:
-        patched.setattr(build_dataset, "write_indexed", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            build_dataset.build(tmp_path / "out" / "data", 10**7, 512, say=lambda line: None, root=library)
+        patched.setattr(tokenize_command, "tokenize", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            build_dataset.build(data, 10**7, 512, say=lambda line: None, root=library)
+    assert "tokens" not in build_dataset.load_manifest(data)
+    model = (data / "tokenizer.model").stat()
+    with pytest.raises(build_dataset.DatasetError, match="other text or settings"):
+        build_dataset.build(data, 10**7, 600, say=lambda line: None, root=library)
+    dataset = build_dataset.build(data, 10**7, 512, say=said.append, root=library)
+    assert dataset.documents == 30 and (data / "tokenizer.model").stat() == model
+    assert [line.split()[2] for line in said if line.startswith("$ sla-data")] == ["tokenize"]
+    again = build_dataset.build(tmp_path / "again", 10**7, 512, say=said.append, root=library)
+    for name in ("tokenizer.model", "corpus.bin", "corpus.idx", build_dataset.MANIFEST):
+        assert (data / name).read_bytes() == (again.directory / name).read_bytes()
+
+
+def test_text_is_written_as_a_whole(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_dataset, "flush", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset.build(tmp_path / "out" / "data", 10**7, 512, say=lambda line: None, root=library)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_too_large_a_vocabulary(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build_dataset.build(tmp_path / "data", 10**7, 32_000, say=lambda line: None, root=library)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("sla-data: error: --vocab-size 32000: expected at most ")
+
+
+def test_environment_is_left_alone(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training comes after it in the same process, and needs the GPUs that sla-data hides from itself."""
+    for name in ("CUDA_VISIBLE_DEVICES", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    build_dataset.build(tmp_path / "data", 10**7, 512, say=lambda line: None, root=library)
+    assert dict(os.environ) == before
 
 
 def test_build_after_a_killed_one(library: Path, tmp_path: Path) -> None:

@@ -155,8 +155,8 @@ Next
 def quickstart(args: argparse.Namespace) -> None:
     """Data, dense run, SLA run, table.
 
-    Raises FlagError, WorkdirError, DatasetError or CorpusError (one line each), or TrainingFailed (the end
-    of a log).
+    Raises FlagError, WorkdirError, DatasetError or CorpusError (one line each), TrainingFailed (the end of a log),
+    or SystemExit where sla-data has said its line.
     """
     ranks = choose_ranks(args)
     check_sla(args, ranks)
@@ -192,7 +192,7 @@ def finished(args: argparse.Namespace) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 1 after one line (or the end of training's log) on stderr."""
+    """Exit code 0, or 1 after one line (or the end of training's log) on stderr, or sla-data's after its line."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     # So that a terminated quickstart ends its training processes instead of leaving them behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -38,7 +38,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     add_input_arguments(parser)
     group = parser.add_argument_group("sample")
     group.add_argument("--sample-mb", type=_megabytes, default=200 * 10**6, metavar="MB", help="of text to train on: "
-                       "documents from all of the input, each as likely as any other; default 200")  # fmt: skip
+                       "documents from all of the input, each as likely as any other; default 200, for which bpe "
+                       "takes about 2.5 GB of memory")  # fmt: skip
     group.add_argument("--seed", type=_seed, default=0, metavar="N", help="another seed, another sample; default 0")
     group.add_argument("--on-error", choices=("fatal", "skip"), default="fatal", help="for faulty documents")
     _add_model_arguments(parser)

@@ -12,12 +12,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.quickstart.build_dataset import train_tokenizer
 from sla_megatron import tokenizers
 from sla_megatron.convert import tokenizer as carried
 from sla_megatron.convert import tokenizer_formats
 from sla_megatron.convert.tokenizer import carry_tokenizer, vocabulary_size
 from sla_megatron.convert.tokenizer_formats import has_ties
+from sla_megatron.data.training_tokenizer import ModelSettings, train_model
 from sla_megatron.tokenizers import TokenizerError
 from tests.support.tokenizers import (
     CORPUS,
@@ -150,8 +150,8 @@ def test_sentencepiece(name: str, tmp_path: Path) -> None:
     no_trace(tmp_path / "out", tmp_path)
 
 
-def test_quickstart_model_gives_back_every_text(tmp_path: Path) -> None:
-    (tmp_path / "a.model").write_bytes(train_tokenizer(["\n".join(CORPUS)], 600))
+def test_model_of_sla_data_gives_back_every_text(tmp_path: Path) -> None:
+    (tmp_path / "a.model").write_bytes(train_model(["\n".join(CORPUS).encode()], ModelSettings(600)))
     args = Namespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "a.model"))
     _, saved = check(args, tmp_path / "out", examples=150)
     text = "def f(x):\n    return x  # é 中 😀 </s>\n"
