@@ -116,6 +116,7 @@ def build(args: argparse.Namespace, device: str, size: int, chunks: int, distanc
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from sla_megatron.config import SLAConfig, default_num_skip_groups
+    from sla_megatron.cpu.flags import CONFIG_ON_CPU
     from sla_megatron.model import SLAGPTModelBuilder, SLAGPTModelConfig
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -135,13 +136,7 @@ def build(args: argparse.Namespace, device: str, size: int, chunks: int, distanc
         batch_p2p_comm=chunks == 1,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
+        **CONFIG_ON_CPU,
     )
     shape = {"transformer": transformer, "vocab_size": VOCABULARY, "seq_length": args.seq_length}
     if distance is None:

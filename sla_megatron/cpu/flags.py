@@ -23,6 +23,18 @@ _ON_CPU = {
     "num_workers": 0,
 }
 
+#: The same for a model that is built without flags: fields of a ``TransformerConfig``.  They run on GPUs too.
+CONFIG_ON_CPU = {
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "persist_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+}
+
 # What was asked for and cannot be done.
 _NEEDS_GPU: tuple[Refusal, ...] = (
     ("transformer_impl", ("local", "transformer_engine"), "local without a GPU, which is chosen by itself"),

@@ -160,6 +160,8 @@ def transformer_config(case: dict[str, Any]) -> Any:
     import torch.nn.functional as F
     from megatron.core.transformer import TransformerConfig
 
+    from sla_megatron.cpu.flags import CONFIG_ON_CPU
+
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -186,16 +188,9 @@ def transformer_config(case: dict[str, Any]) -> Any:
         attention_dropout=0.0,
         tensor_model_parallel_size=case["tp"],
         sequence_parallel=case["sequence_parallel"],
-        transformer_impl=case.get("transformer_impl", "local"),
         bf16=case.get("bf16", False),
         params_dtype=torch.bfloat16 if case.get("bf16") else torch.float32,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        **CONFIG_ON_CPU | {"transformer_impl": case.get("transformer_impl", "local")},
         **recompute,
         **gated,
     )
