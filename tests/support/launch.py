@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on, below those that the system hands out by itself: gloo takes many of these."""
-    found: list[int] = []
+    found: set[int] = set()
     while len(found) < count:
         port = random.randrange(10_000, 30_000)
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
-            found.append(port)
-    return found
+            found.add(port)
+    return list(found)
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
