@@ -12,7 +12,7 @@ from tests.support.convert_models import AXES, VOCABULARY, generated, save_rando
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
-GRID = generated(36)
+GRID = generated(24)
 
 
 def test_the_grid_has_every_value_of_every_axis() -> None:

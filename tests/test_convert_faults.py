@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from sla_megatron.convert import cli
 from tests.support.convert_models import save_random_checkpoint
 from tests.support.launch import ROOT
 
@@ -42,8 +43,6 @@ def convert(
     shutil.copytree(good, tmp_path / "copy")
 
     def run(*command: str) -> str:
-        from sla_megatron.convert import cli
-
         before = _fingerprint(tmp_path)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["sla-convert", *command])
@@ -177,11 +176,9 @@ def test_overwriting_on_request(good: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "sla_megatron.convert.cli", *words]
-
-
-def test_a_full_disk(good: Path, tmp_path: Path) -> None:
+def test_a_full_disk(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """On a file system of 64 KiB: one line, and nothing is left on it."""
     small = tmp_path / "small"
     small.mkdir()
@@ -189,10 +186,11 @@ def test_a_full_disk(good: Path, tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("no small file system can be mounted here")
     try:
-        command = _command("megatron-to-hf", str(good / "megatron"), str(small / "out"))
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert run.returncode == 2
-        assert "cannot be written: [Errno 28] No space left on device" in run.stderr.splitlines()[-1]
+        monkeypatch.setattr(sys, "argv", ["sla-convert", "megatron-to-hf", str(good / "megatron"), str(small / "out")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        assert "cannot be written: [Errno 28] No space left on device" in capsys.readouterr().err.splitlines()[-1]
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -200,12 +198,14 @@ def test_a_full_disk(good: Path, tmp_path: Path) -> None:
 
 def test_sigkill(tmp_path: Path) -> None:
     """A conversion that is killed while it writes leaves no result under its name, and the source as it was."""
+    from sla_megatron.convert.commands import megatron_to_hf, open_megatron
+
     source, out = tmp_path / "megatron", tmp_path / "out"
     # Large enough that it is still writing when it is killed.
     save_random_checkpoint(source, {"num_layers": 24, "hidden_size": 256, "ffn_hidden_size": 2048})
     before = _fingerprint(source)
     process = subprocess.Popen(
-        _command("megatron-to-hf", str(source), str(out)),
+        [sys.executable, "-m", "sla_megatron.convert.cli", "megatron-to-hf", str(source), str(out)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -219,6 +219,5 @@ def test_sigkill(tmp_path: Path) -> None:
     assert not out.exists()
     assert _fingerprint(source) == before
     # The next attempt is not in its way.
-    run = subprocess.run(_command("megatron-to-hf", str(source), str(out)), cwd=ROOT, capture_output=True, timeout=120)
-    assert run.returncode == 0
+    megatron_to_hf(open_megatron(source), out)
     assert (out / "config.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from argparse import Namespace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,25 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def _drawn(draw: random.Random) -> dict[str, str]:
+    chosen = {axis: draw.choice(list(values)) for axis, values in AXES.items()}
+    return chosen | ({"projection": "full"} if chosen["sla"] == "dense" else {})
+
+
+def _pairs(chosen: dict[str, str]) -> set[tuple[str, str]]:
+    return set(combinations(chosen.values(), 2))
+
+
 def generated(count: int, seed: int = 1) -> dict[str, dict[str, Any]]:
-    """``count`` combinations of one value an axis, drawn at random but the same each time: name -> flags."""
+    """``count`` combinations of one value an axis, the same each time: name -> flags.
+
+    Each is the one, of many drawn at random, with most pairs of values that none before it has.
+    """
     draw, found = random.Random(seed), {}
+    seen: set[tuple[str, str]] = set()
     while len(found) < count:
-        chosen = {axis: draw.choice(list(values)) for axis, values in AXES.items()}
-        if chosen["sla"] == "dense":
-            chosen["projection"] = "full"
+        chosen = max((_drawn(draw) for _ in range(200)), key=lambda drawn: len(_pairs(drawn) - seen))
+        seen |= _pairs(chosen)
         flags = {name: value for axis, value in chosen.items() for name, value in AXES[axis][value].items()}
         if flags.get("sla_num_skip_groups") == "all":
             flags["sla_num_skip_groups"] = flags.get("num_query_groups", HEADS)
