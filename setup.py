@@ -25,7 +25,7 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     "te": ["transformer-engine[pytorch]"],
-    # What sla-plan --plot draws with.
+    # What --plot of sla-plan and sla-data draws with.
     "plot": ["matplotlib"],
     # What examples/evaluate runs exported models with.
     "eval": ["lm-eval"],
@@ -45,6 +45,7 @@ setup(
             "sla-pretrain = sla_megatron.pretrain_gpt:main",
             "sla-plan = sla_megatron.plan.cli:main",
             "sla-convert = sla_megatron.convert.cli:main",
+            "sla-data = sla_megatron.data.cli:main",
         ]
     },
 )

@@ -191,7 +191,9 @@ def _dataset(args: Namespace) -> Table:
                 args.dataset, config, split=split, streaming=args.streaming, revision=args.dataset_revision
             )
     except Exception as error:  # The library's, the Hub's or the network's.
-        raise DataError(f"--dataset {name}: {first_line(error)}") from error
+        script = "scripts are no longer supported" in str(error)
+        hint = ": expected --dataset-revision refs/convert/parquet, the Hub's own conversion" if script else ""
+        raise DataError(f"--dataset {name}: {first_line(error)}{hint}") from error
     columns = data.column_names
     if columns is not None and args.field not in columns:
         raise DataError(f"--field {args.field}: {name} has the columns {', '.join(columns)}")
