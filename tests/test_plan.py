@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from sla_megatron.plan.compute import ModelWork
 from sla_megatron.plan.job import Job
 from sla_megatron.plan.program import RECEIVE, RUN, SEND, WAIT, Communication, Pipeline, operations
 from sla_megatron.plan.traffic import hop_traffic, totals
-from tests.support.launch import ROOT
 from tests.unit import test_schedule
 
 # Of Megatron's own making.
@@ -37,16 +35,28 @@ MODEL = [
 ]
 
 
-def sla_plan(*argv: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run the command as a launcher with other ranks would."""
-    return subprocess.run(
-        [sys.executable, "-m", "sla_megatron.plan.cli", *MODEL, *argv],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "RANK": "3", "WORLD_SIZE": "16"} | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+SlaPlan = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def sla_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> SlaPlan:
+    """The command as a launcher with other ranks would start it, but in this process, which has Megatron imported.
+
+    Documented commands are started as processes in test_readme.py.
+    """
+
+    def run(*argv: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["sla-plan", *MODEL, *argv])
+        monkeypatch.setenv("RANK", "3")
+        monkeypatch.setenv("WORLD_SIZE", "16")
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = ended.code
+        return subprocess.CompletedProcess(sys.argv, status, *capsys.readouterr())
+
+    return run
 
 
 def error_line(done: subprocess.CompletedProcess) -> str:
@@ -62,7 +72,7 @@ def error_line(done: subprocess.CompletedProcess) -> str:
 # The command
 
 
-def test_interleaved_run_with_everything(tmp_path: Path) -> None:
+def test_interleaved_run_with_everything(sla_plan: SlaPlan, tmp_path: Path) -> None:
     """Distance 18 of 24 layers, 6 of 8 groups: layers 1-6 are read by 19-24, six stages of three layers on."""
     argv = "--sla --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 4"
     argv += " --num-layers-per-virtual-pipeline-stage 3 --global-batch-size 16 --device cuda"
@@ -95,7 +105,7 @@ def test_interleaved_run_with_everything(tmp_path: Path) -> None:
     assert "arguments" not in done.stdout
 
 
-def test_thousands_of_gpus_uneven_stages_and_experts_as_json() -> None:
+def test_thousands_of_gpus_uneven_stages_and_experts_as_json(sla_plan: SlaPlan) -> None:
     argv = "--sla --disable-bias-linear --tensor-model-parallel-size 8 --pipeline-model-parallel-size 6"
     argv += " --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --num-layers 22"
     argv += " --sla-skip-distance 16 --num-experts 8 --moe-router-topk 2 --expert-model-parallel-size 2"
@@ -118,17 +128,17 @@ def test_thousands_of_gpus_uneven_stages_and_experts_as_json() -> None:
     assert forward[5] - forward[0] == pytest.approx(2 * 4096 * 2048 * 51200 / 8 / 400e12)
 
 
-def test_one_pipeline_stage() -> None:
+def test_one_pipeline_stage(sla_plan: SlaPlan) -> None:
     done = sla_plan("--sla", "--global-batch-size", "4")
     assert done.returncode == 0, done.stderr
     assert "One pipeline stage: nothing crosses." in done.stdout
 
 
-def test_without_sla() -> None:
+def test_without_sla(sla_plan: SlaPlan) -> None:
     assert "add --sla" in error_line(sla_plan("--pipeline-model-parallel-size", "4"))
 
 
-def test_what_megatron_refuses() -> None:
+def test_what_megatron_refuses(sla_plan: SlaPlan) -> None:
     line = error_line(sla_plan("--sla", "--pipeline-model-parallel-size", "5"))
     assert line == (
         "sla-megatron: error: Megatron does not accept these flags: "
