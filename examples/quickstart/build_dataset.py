@@ -10,12 +10,11 @@ An interrupted build goes on; nothing that is finished is made again.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -127,17 +126,4 @@ def _finish(directory: Path, vocab_size: int, made_from: dict, say: Callable[[st
 def sla_data(argv: list[str], say: Callable[[str], None]) -> None:
     """Runs one of sla-data's commands in this process. Raises SystemExit, after its line on stderr, if it fails."""
     say(f"$ sla-data {shlex.join(argv)}")
-    with environment_kept():
-        cli.main(argv)
-
-
-@contextlib.contextmanager
-def environment_kept() -> Iterator[None]:
-    """Takes back what is set in the environment inside the block: sla-data hides GPUs, which training needs."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
+    cli.main(argv)

@@ -9,4 +9,8 @@ workers.py     processes that turn blocks into shards
 workdir.py     what is done already: lock, settings, shards
 tokenizing.py  the whole job: resume, run, report
 merging.py     shards to the final files: split, duplicates
+
+training_tokenizer.py   a sentencepiece model of a sample of the documents
+inspection.py           whether an index and its data agree; contents.py what is in them
+*_command.py            each command's flags, and what it prints
 """

@@ -10,9 +10,10 @@ sla-data merge --output-prefix data/all data/corpus data/more
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..errors import FlagError
 from ..tokenizers import TokenizerError
@@ -31,20 +32,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     for module in COMMANDS:
         module.add_command(commands)
     args = parser.parse_args(argv)
-    # Nothing here needs a GPU; without one, libraries look for it in vain.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-    # Megatron wonders aloud which rank it is.
-    os.environ.setdefault("RANK", "0")
     try:
-        status = args.command(args)
+        with _environment():
+            status = args.command(args)
     except (DataError, FlagError, TokenizerError) as error:
         print(f"sla-data: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("sla-data: interrupted; the same command goes on", file=sys.stderr, flush=True)
+        print("sla-data: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     if status:
         sys.exit(status)
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Within the block no GPU is looked for, and Megatron need not wonder aloud which rank it is."""
+    before = dict(os.environ)
+    os.environ.update({"CUDA_VISIBLE_DEVICES": "", "RANK": "0"})
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 if __name__ == "__main__":

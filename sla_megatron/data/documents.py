@@ -38,6 +38,11 @@ class Fault:
     detail: str
 
 
+def fault_message(name: str, line: int, fault: Fault) -> str:
+    """One line for a fault that ends the command, at ``line`` of the source ``name``."""
+    return f"{name}:{line}: {FAULTS[fault.kind]} ({fault.detail}): expected a document, or --on-error skip"
+
+
 def count_lines(payload: bytes, kind: str) -> tuple[int, int]:
     """How many lines (or rows) a block has, and how many of them are blank: no documents, and no faults."""
     if kind == "rows":

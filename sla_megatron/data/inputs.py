@@ -43,14 +43,15 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
                        "line, document: a document a file")  # fmt: skip
     group.add_argument("--field", default="text", help="key or column that holds the text; default text")
     group.add_argument(
-        "--max-document-mb", type=_megabytes, default=64 * _MB, metavar="MB", help="larger ones are faults; default 64"
+        "--max-document-mb", type=megabytes, default=64 * _MB, metavar="MB", help="larger ones are faults; default 64"
     )
     group.add_argument(
-        "--shard-mb", type=_megabytes, default=16 * _MB, metavar="MB", help="text in one shard; default 16"
+        "--shard-mb", type=megabytes, default=16 * _MB, metavar="MB", help="text in one shard; default 16"
     )
 
 
-def _megabytes(text: str) -> int:
+def megabytes(text: str) -> int:
+    """A flag's megabytes as bytes."""
     size = float(text) if text.replace(".", "", 1).isdigit() else 0
     if round(size * _MB) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected megabytes greater than 0")
@@ -169,7 +170,7 @@ def _parquet(path: Path, field: str) -> Table:
     if field not in columns:
         raise DataError(f"--field {field}: {path} has the columns {', '.join(columns)}")
     status = path.stat()
-    described = {"file": str(path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns, "rows": rows}
+    described = {"file": str(path.absolute()), "bytes": status.st_size, "modified_ns": status.st_mtime_ns, "rows": rows}
     data = datasets.load_dataset(
         "parquet", data_files=[glob.escape(str(path))], split="train", streaming=True, columns=[field]
     )

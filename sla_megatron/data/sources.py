@@ -61,7 +61,7 @@ class TextFile:
 
     def identity(self) -> dict[str, Any]:
         status = self.path.stat()
-        return {"file": str(self.path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        return {"file": str(self.path.absolute()), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
     def cuts(self, start: int, block_bytes: int, limit: int) -> Iterator[tuple[Cut, float]]:
         with file_errors(self.name), self.path.open("rb") as file, self._text(file, start) as read:

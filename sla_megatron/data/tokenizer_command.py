@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from .documents import FAULTS
-from .inputs import add_input_arguments, inputs_from_args
+from .inputs import add_input_arguments, inputs_from_args, megabytes
 from .training_tokenizer import (
     COVERAGE,
     MODEL_TYPES,
@@ -37,7 +37,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     add_input_arguments(parser)
     group = parser.add_argument_group("sample")
-    group.add_argument("--sample-mb", type=_megabytes, default=200 * 10**6, metavar="MB", help="of text to train on: "
+    group.add_argument("--sample-mb", type=megabytes, default=200 * 10**6, metavar="MB", help="of text to train on: "
                        "documents from all of the input, each as likely as any other; default 200, for which bpe "
                        "takes about 2.5 GB of memory")  # fmt: skip
     group.add_argument("--seed", type=_seed, default=0, metavar="N", help="another seed, another sample; default 0")
@@ -83,13 +83,6 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of unigram; another number changes its scores in their last digits, and so the file; default 16",
     )
-
-
-def _megabytes(text: str) -> int:
-    size = round(float(text) * 10**6) if text.replace(".", "", 1).isdecimal() else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected megabytes greater than 0")
-    return size
 
 
 def _whole(text: str, least: int, most: int) -> int:

@@ -16,7 +16,7 @@ import numpy
 from tqdm import tqdm
 
 from .blocks import Block
-from .documents import FAULTS
+from .documents import FAULTS, fault_message
 from .encoding import Encoder
 from .errors import DataError, file_errors
 from .inputs import Inputs
@@ -187,10 +187,7 @@ def _blocks_left(inputs: Inputs, records: dict[int, ShardRecord]) -> Iterator[Bl
 def _fatal(inputs: Inputs, records: dict[int, ShardRecord], error: FatalFault) -> DataError:
     fault = error.fault
     line = fault.line + sum(r.lines for r in records.values() if r.source == error.source and r.number < error.number)
-    return DataError(
-        f"{inputs.sources[error.source].name}:{line}: {FAULTS[fault.kind]} ({fault.detail}): expected a document, or "
-        "--on-error skip, which goes on from here"
-    )
+    return DataError(fault_message(inputs.sources[error.source].name, line, fault) + ", which goes on from here")
 
 
 def _summary(job: Job, records: list[ShardRecord], encoder: Encoder) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
-from .documents import FAULTS, Fault, count_lines
+from .documents import Fault, count_lines, fault_message
 from .errors import DataError, file_errors
 from .inputs import Inputs
 from .shards import flush
@@ -165,7 +165,8 @@ def read_sample(inputs: Inputs, sample: Sample, fatal: bool) -> Read:
             for document in inputs.documents(block):
                 if isinstance(document, Fault):
                     if fatal:
-                        raise _fatal(inputs.sources[block.source].name, lines[block.source] + document.line, document)
+                        name, line = inputs.sources[block.source].name, lines[block.source] + document.line
+                        raise DataError(fault_message(name, line, document))
                     read.faults[document.kind] += 1
                     continue
                 sample.add(document.encoded)
@@ -177,10 +178,6 @@ def read_sample(inputs: Inputs, sample: Sample, fatal: bool) -> Read:
             bar.set_postfix_str(f"{read.documents:,} documents", refresh=False)
             bar.update(block.work)
     return read
-
-
-def _fatal(name: str, line: int, fault: Fault) -> DataError:
-    return DataError(f"{name}:{line}: {FAULTS[fault.kind]} ({fault.detail}): expected a document, or --on-error skip")
 
 
 def train_model(documents: Iterable[bytes], settings: ModelSettings) -> bytes:
