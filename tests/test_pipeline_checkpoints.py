@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.pipelines import FOUR_RANKS, MODELS, TWO_RANKS, Layout
-from tests.support.runs import CLOSE, argv, train_on_all_ranks
+from tests.support.runs import CLOSE, argv, figures, train_on_all_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -25,8 +25,13 @@ LOADED = {
     "tp2": Layout(1, (8,), tensor=2),
     "tp2pp2v2": FOUR_RANKS["tp2pp2v2"],
     "pp2-uneven": TWO_RANKS["pp2-uneven"],
+    "same": SAVED,
 }
-CHECKPOINT_MODELS = ("gqa-full-long-and-short", "mha-pruned-two-long")
+#: Each layout with one of the two models; both in another number of stages, interleaved and under TP=2.
+CHECKPOINTS = {
+    "gqa-full-long-and-short": ("pp4v2", "tp2", "same"),
+    "mha-pruned-two-long": ("pp4", "tp2pp2v2", "pp2-uneven"),
+}
 
 #: 16 layers, one to a virtual stage: distance 12 is three times round the ring, so that K/V never leave their rank.
 RANK_LOCAL = {"num_layers": 16, "sla_skip_distance": [12], "pipeline_model_parallel_size": 4}
@@ -40,15 +45,14 @@ def _argv(model: str, split: Layout | None, **flags: Any) -> list[str]:
 
 def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     requests = {}
-    for model in CHECKPOINT_MODELS:
+    for model, layouts in CHECKPOINTS.items():
         saves = {"save": folder / model, "save_interval": SAVED_AT}
         requests[f"{model}.whole"] = _argv(model, SAVED, **SHARDED, **saves)
-        for name, split in LOADED.items():
+        for name in layouts:
             loads = {"load": folder / model, "ckpt_step": SAVED_AT}
-            requests[f"{model}.{name}"] = _argv(model, split, **SHARDED, **loads)
-        requests[f"{model}.same"] = _argv(model, SAVED, **SHARDED, load=folder / model, ckpt_step=SAVED_AT)
+            requests[f"{model}.{name}"] = _argv(model, LOADED[name], **SHARDED, **loads)
     # From one checkpoint: other schedules and optimizers than test_pipeline.py's.
-    model = CHECKPOINT_MODELS[0]
+    model = next(iter(CHECKPOINTS))
     load = {"load": folder / model, "ckpt_step": SAVED_AT, "finetune": True, "no_load_optim": True, "no_load_rng": True}
     interleaved = FOUR_RANKS["pp4v2"]
     requests["plain"] = _argv(model, interleaved, **load)
@@ -65,20 +69,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     return train_on_all_ranks(_requests(folder), 4, folder / "ranks")
 
 
-def _losses(answers: list[dict[str, Any]]) -> dict[str, list[float]]:
-    assert [answer["status"] for answer in answers] == [0] * len(answers), answers[0]["stderr"]
-    last = next(answer for answer in answers if answer["loss"] and answer["loss"][0] is not None)
-    return {what: last[what] for what in ("iteration", "loss", "grad_norm")}
-
-
-@pytest.mark.parametrize("name", [*LOADED, "same"])
-@pytest.mark.parametrize("model", CHECKPOINT_MODELS)
+@pytest.mark.parametrize(("model", "name"), [(model, name) for model, names in CHECKPOINTS.items() for name in names])
 def test_goes_on_in_another_layout(runs: dict[str, list[dict[str, Any]]], model: str, name: str) -> None:
     """Weights and distributed optimizer state, saved at PP=2: training goes on as if uninterrupted.
 
     In the same layout bit for bit.
     """
-    whole, resumed = _losses(runs[f"{model}.whole"]), _losses(runs[f"{model}.{name}"])
+    whole, resumed = figures(runs[f"{model}.whole"]), figures(runs[f"{model}.{name}"])
     assert resumed["iteration"] == list(range(SAVED_AT + 1, LAST + 1))
     for what in ("loss", "grad_norm"):
         tolerance = 0 if name == "same" else CLOSE
@@ -88,7 +85,7 @@ def test_goes_on_in_another_layout(runs: dict[str, list[dict[str, Any]]], model:
 @pytest.mark.parametrize("name", ["no-overlap", "early-receives", "distributed-optimizer"])
 def test_other_schedules_and_optimizers(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
     """Messages batched or received early, and a distributed optimizer that overlaps its own: the same training."""
-    plain, found = _losses(runs["plain"]), _losses(runs[name])
+    plain, found = figures(runs["plain"]), figures(runs[name])
     for what in ("loss", "grad_norm"):
         assert found[what] == pytest.approx(plain[what], rel=CLOSE)
 

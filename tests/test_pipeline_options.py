@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.pipelines import MODELS, TWO_RANKS, Layout
-from tests.support.runs import argv, train_on_all_ranks
+from tests.support.runs import argv, figures, train_on_all_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -71,7 +71,7 @@ def _argv(split: Layout | None, **flags: Any) -> list[str]:
 
 def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     load = {"load": folder / "seed", "finetune": True, "no_load_optim": True, "no_load_rng": True}
-    requests = {}
+    requests = _seeds(folder)
     for name, flags in COMPARED.items():
         saved = {"load": folder / name} if name in SEEDS else {}
         requests[f"{name}.pp1"] = _argv(None, **load | flags | saved)
@@ -99,30 +99,22 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: {"argv": flags, "pipeline": True} for name, flags in requests.items()}
 
 
-def _seeds(folder: Path) -> dict[str, dict[str, Any]]:
-    """The checkpoints that the runs start from."""
+def _seeds(folder: Path) -> dict[str, list[str]]:
+    """The runs that save the checkpoints which the others start from."""
     once = {"train_iters": 1, "eval_iters": 0, "save_interval": 1}
-    return {name: {"argv": _argv(None, **flags | once | {"save": folder / name})} for name, flags in SEEDS.items()}
+    return {f"{name}.seed": _argv(None, **flags | once | {"save": folder / name}) for name, flags in SEEDS.items()}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("options")
-    train_on_all_ranks(_seeds(folder), 2, folder / "seeds")
     return train_on_all_ranks(_requests(folder), 2, folder / "ranks")
 
 
-def _losses(answers: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The figures of the rank that knows the loss."""
-    assert [answer["status"] for answer in answers] == [0] * len(answers), answers[0]["stderr"]
-    last = next(answer for answer in answers if any(loss is not None for loss in answer["loss"]))
-    return {what: last[what] for what in ("iteration", "loss", "grad_norm", "evaluations")}
-
-
 def _assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float = CLOSE) -> None:
-    found_losses, expected_losses = _losses(found), _losses(expected)
-    for what, values in expected_losses.items():
-        assert found_losses[what] == pytest.approx(values, rel=tolerance), what
+    ours = figures(found)
+    for what, values in figures(expected).items():
+        assert ours[what] == pytest.approx(values, rel=tolerance), what
 
 
 @pytest.mark.parametrize(("name", "layout"), COMPARISONS)
@@ -137,10 +129,10 @@ def test_the_options_did_something(runs: dict[str, list[dict[str, Any]]]) -> Non
     assert {(step["forward_only"], step["num_microbatches"]) for step in evaluations} == {(False, 4), (True, 16)}
     growing = runs["growing-batches.pp2v2"][0]["steps"]
     assert [step["num_microbatches"] for step in growing if not step["forward_only"]] == [2, 4, 8, 8]
-    assert len(_losses(runs["skipped-step.pp2"])["loss"]) == STEPS - 1
-    overflowed = [norm is None for norm in _losses(runs["overflow.pp2v2"])["grad_norm"]]
+    assert len(figures(runs["skipped-step.pp2"])["loss"]) == STEPS - 1
+    overflowed = [norm is None for norm in figures(runs["overflow.pp2v2"])["grad_norm"]]
     assert set(overflowed) == {True, False}
-    assert _losses(runs["moe.pp2"])["loss"] != _losses(runs["plain.pp2"])["loss"]
+    assert figures(runs["moe.pp2"])["loss"] != figures(runs["plain.pp2"])["loss"]
 
 
 @pytest.mark.parametrize("name", HOW)
@@ -155,7 +147,7 @@ def test_however_it_is_run(runs: dict[str, list[dict[str, Any]]], name: str) -> 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(runs: dict[str, list[dict[str, Any]]], precision: str, layout: str) -> None:
     """Losses within a few of bf16's 8 bits, 4e-3, of PP=1; K/V cross in that precision."""
-    found, plain = _losses(runs[f"{precision}.{layout}"]), _losses(runs[f"{precision}.pp1"])
+    found, plain = figures(runs[f"{precision}.{layout}"]), figures(runs[f"{precision}.pp1"])
     known = [(ours, theirs) for ours, theirs in zip(found["loss"], plain["loss"], strict=True) if theirs is not None]
     assert known
     for ours, theirs in known:
@@ -164,13 +156,13 @@ def test_half_precision(runs: dict[str, list[dict[str, Any]]], precision: str, l
 
 def test_dropout_repeats_bit_for_bit(runs: dict[str, list[dict[str, Any]]]) -> None:
     """The same run twice, dropout on."""
-    assert _losses(runs["dropout.pp2v2"]) == _losses(runs["dropout-again.pp2v2"])
-    assert _losses(runs["dropout.pp2v2"])["loss"] != _losses(runs["plain.pp2v2"])["loss"]
+    assert figures(runs["dropout.pp2v2"]) == figures(runs["dropout-again.pp2v2"])
+    assert figures(runs["dropout.pp2v2"])["loss"] != figures(runs["plain.pp2v2"])["loss"]
 
 
 def test_a_pipeline_without_kv_is_upstreams(runs: dict[str, list[dict[str, Any]]]) -> None:
     """A distance beyond the last layer trains as the dense model, bit for bit, and sends what it sends."""
-    assert _losses(runs["beyond.pp2v2"]) == _losses(runs["dense.pp2v2"])
+    assert figures(runs["beyond.pp2v2"]) == figures(runs["dense.pp2v2"])
     for beyond, dense in zip(runs["beyond.pp2v2"], runs["dense.pp2v2"], strict=True):
         assert [step["sent"] for step in beyond["steps"]] == [step["sent"] for step in dense["steps"]]
 

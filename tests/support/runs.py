@@ -84,6 +84,16 @@ def train_on_all_ranks(
     return {name: [answer[name] for answer in answers] for name in requests}
 
 
+def figures(answers: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """A run's iterations, losses, gradient norms and evaluations, all ranks having ended well.
+
+    Of a pipeline the last stage alone knows the loss; a step that was skipped, with fp16, has none.
+    """
+    assert [answer["status"] for answer in answers] == [0] * len(answers), answers[0]["stderr"]
+    last = next(answer for answer in answers if any(loss is not None for loss in answer["loss"]))
+    return {what: last[what] for what in ("iteration", "loss", "grad_norm", "evaluations")}
+
+
 def train(requests: dict[str, dict[str, Any]], world_size: int, folder: Path) -> dict[str, dict[str, Any]]:
     """:func:`train_on_all_ranks`, rank 0's answers."""
     return {name: answers[0] for name, answers in train_on_all_ranks(requests, world_size, folder).items()}
