@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,33 @@ from tests.support.pipelines import (
     TWO_RANKS,
     expected_wire,
 )
-from tests.support.runs import argv, train, train_on_all_ranks
+from tests.support.runs import argv, figures, train_on_all_ranks
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 10
+STEPS = 5
 
-# fp32 rounding, 6e-8, in sums of another order; ten small optimizer steps do not amplify it tenfold.
+# fp32 rounding, 6e-8, in sums of another order; five small optimizer steps do not amplify it tenfold.
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
 # Some gradients are zero but for rounding, as that of a key norm's bias: it adds the same to all of a query's scores.
 NOTHING = 1e-8
 
-#: Every model in these; every second one in the layouts of four ranks, which take longest, and in the uneven ones.
-EVERY_MODEL = ("pp2", "pp2v2", "pp2v4")
-CASES = [(model, layout) for layout in EVERY_MODEL for model in MODELS]
-CASES += [(model, layout) for layout in LAYOUTS if layout not in EVERY_MODEL for model in list(MODELS)[1::2]]
-REPEATED = [("gqa-full-long-and-short", layout) for layout in LAYOUTS]
+#: Two models each, of which one has MHA, full projections or long distances where the other has GQA, pruned or short.
+OPPOSITES = (
+    ("gqa-pruned-two-short", "mha-full-long"),
+    ("mha-pruned-two-long", "gqa-full-short"),
+    ("gqa-pruned-long", "mha-full-short"),
+    ("gqa-full-long-and-short", "mha-pruned-short"),
+)
+#: All models interleaved on two ranks; in every other layout two that are opposites.
+CASES = [(model, "pp2v2") for models in OPPOSITES for model in models]
+CASES += [
+    (model, layout)
+    for layout, models in zip([layout for layout in LAYOUTS if layout != "pp2v2"], cycle(OPPOSITES))
+    for model in models
+]
+REPEATED = [next(case for case in CASES if case[1] == layout) for layout in LAYOUTS]
 
 
 def _flags(model: str, folder: Path, **flags: Any) -> list[str]:
@@ -76,12 +87,8 @@ class Runs:
         self.answers |= train_on_all_ranks(requests, world_size, folder)
         self._where |= dict.fromkeys(requests, folder)
 
-    def losses(self, name: str) -> dict[str, list[float]]:
-        """Loss, gradient norm and evaluations of each step; the last stage alone knows the loss."""
-        answers = self.answers[name]
-        assert [answer["status"] for answer in answers] == [0] * len(answers), answers[0]["stderr"]
-        last = next(answer for answer in answers if answer["loss"] and answer["loss"][0] is not None)
-        return {what: last[what] for what in ("loss", "grad_norm", "evaluations")}
+    def figures(self, name: str) -> dict[str, list[Any]]:
+        return figures(self.answers[name])
 
     def gradients(self, name: str) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -94,24 +101,25 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("pipeline")
     once = {"train_iters": 1, "eval_iters": 0, "save_interval": 1, "tensor_model_parallel_size": 1}
+    # In the same processes as what starts from them.
     seeds = {
-        model: {"argv": argv(**settings.argv() | once | {"save": folder / model})} for model, settings in MODELS.items()
+        f"{model}.seed": {"argv": argv(**settings.argv() | once | {"save": folder / model}), "pipeline": True}
+        for model, settings in MODELS.items()
     }
-    train(seeds, 2, folder / "seeds")
     runs = Runs(folder)
     plain = {
         f"{model}.pp1": {"argv": _flags(model, folder, tensor_model_parallel_size=1), "pipeline": True}
         for model in MODELS
     }
-    runs.add(plain | _requests(folder, TWO_RANKS), 2, folder / "two")
+    runs.add(seeds | plain | _requests(folder, TWO_RANKS), 2, folder / "two")
     runs.add(_requests(folder, FOUR_RANKS), 4, folder / "four")
     return runs
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_trains_as_without_a_pipeline(runs: Runs, model: str, layout: str) -> None:
-    """Ten steps: loss, gradient norm and evaluations; and every parameter's gradient in the first."""
-    found, plain = runs.losses(f"{model}.{layout}"), runs.losses(f"{model}.pp1")
+    """Five steps: loss, gradient norm and evaluations; and every parameter's gradient in the first."""
+    found, plain = runs.figures(f"{model}.{layout}"), runs.figures(f"{model}.pp1")
     assert len(found["loss"]) == STEPS
     for what in ("loss", "grad_norm", "evaluations"):
         assert found[what] == pytest.approx(plain[what], rel=LOSS_TOLERANCE), what
@@ -126,7 +134,7 @@ def test_trains_as_without_a_pipeline(runs: Runs, model: str, layout: str) -> No
 @pytest.mark.parametrize(("model", "layout"), REPEATED)
 def test_repeats_bit_for_bit(runs: Runs, model: str, layout: str) -> None:
     """The order in which gradients are summed is fixed."""
-    assert runs.losses(f"{model}.{layout}.repeated") == runs.losses(f"{model}.{layout}")
+    assert runs.figures(f"{model}.{layout}.repeated") == runs.figures(f"{model}.{layout}")
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
