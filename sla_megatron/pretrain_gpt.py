@@ -58,7 +58,7 @@ def _pretrain() -> None:
     args = parse_and_validate_args(
         extra_args_provider=add_device_arg,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
-        check=_require_pretraining,
+        check=require_pretraining,
     )
     model_config = gpt_config_from_args(args)
     report_model(model_config)
@@ -70,7 +70,7 @@ def _pretrain() -> None:
     )
 
 
-def _require_pretraining(args: argparse.Namespace) -> None:
+def require_pretraining(args: argparse.Namespace) -> None:
     """Refuse what this entry point does not do, rather than ignore it."""
     refuse(args, _NOT_HERE)
 

@@ -65,7 +65,7 @@ def _settled_args() -> Namespace:
     def check(args: Namespace) -> None:
         if not args.sla:
             raise PlanError("without --sla only hidden states cross between pipeline stages: add --sla to plan for it")
-        args.rank, args.world_size = 0, args.num_gpus or _fewest_gpus(args)
+        args.rank, args.world_size = 0, args.num_gpus or fewest_gpus(args)
         # Validation switches it off without virtual stages; layouts that have them are suggested too.
         args.sla_plan_overlap = args.overlap_p2p_comm
 
@@ -102,7 +102,7 @@ def _in_one_line() -> Iterator[None]:
         raise PlanError(f"Megatron does not accept these flags: {' '.join(text.split())}") from error
 
 
-def _fewest_gpus(args: Namespace) -> int:
+def fewest_gpus(args: Namespace) -> int:
     """The smallest world size that the parallel sizes divide."""
     pipeline = args.pipeline_model_parallel_size
     dense = args.tensor_model_parallel_size * args.context_parallel_size

@@ -54,7 +54,7 @@ def settle(
         capsys.readouterr()
         args, status = None, 0
         try:
-            args = arguments.parse_and_validate_args(add_device_arg, check=pretrain_gpt._require_pretraining)
+            args = arguments.parse_and_validate_args(add_device_arg, check=pretrain_gpt.require_pretraining)
         except SystemExit as exit:
             status = exit.code
         assert settled == ([] if args is None else [args])
