@@ -1,0 +1,85 @@
+"""Versions of what the job runs on; they must be the same on all nodes."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from argparse import Namespace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from .finding import Fault, Skipped
+
+OLDEST_PYTHON = (3, 12)
+OLDEST_TORCH = (2, 6)
+
+
+def python_version(found: tuple[int, ...] = sys.version_info[:3]) -> str:
+    """Python's, at least :data:`OLDEST_PYTHON`."""
+    if found[:2] < OLDEST_PYTHON:
+        raise Fault(f"{_dotted(found)}: expected {_dotted(OLDEST_PYTHON)} or newer")
+    return f"{_dotted(found)} ({platform.machine()})"
+
+
+def torch_versions(device: str) -> str:
+    """torch's, at least :data:`OLDEST_TORCH`, and those of CUDA and NCCL that it was built with."""
+    import torch
+
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
+        raise Fault(f"{torch.__version__}: expected {_dotted(OLDEST_TORCH)} or newer")
+    if torch.version.cuda is None:
+        if device == "cuda":
+            raise Fault(f"{torch.__version__} is built without CUDA: expected a CUDA build, or --device cpu")
+        return f"{torch.__version__}, without CUDA"
+    if not torch.distributed.is_nccl_available():
+        if device == "cuda":
+            raise Fault(f"{torch.__version__} is built without NCCL: expected a build with it, or --device cpu")
+        return f"{torch.__version__}, CUDA {torch.version.cuda}, without NCCL"
+    nccl = torch.cuda.nccl.version()
+    return f"{torch.__version__}, CUDA {torch.version.cuda}, NCCL {_dotted(nccl)}"
+
+
+def transformer_engine(args: Namespace, device: str) -> str:
+    """Transformer Engine is there where ``--transformer-impl`` asks for it."""
+    installed = _installed("transformer-engine", "transformer_engine")
+    if installed is not None:
+        used = "used" if args.transformer_impl == "transformer_engine" and device == "cuda" else "not used"
+        return f"{installed}, {used}: --transformer-impl {args.transformer_impl}"
+    if device == "cpu":
+        raise Skipped("not installed; without a GPU the local implementation is used")
+    if args.transformer_impl == "transformer_engine":
+        raise Fault("not installed: expected transformer-engine, or --transformer-impl local")
+    return f"not installed, not needed: --transformer-impl {args.transformer_impl}"
+
+
+def apex(args: Namespace, device: str) -> str:
+    """Apex is there where a flag cannot do without it; Megatron replaces the rest of it by itself."""
+    has_fused_gradients = find_spec("fused_weight_gradient_mlp_cuda") is not None
+    if device == "cuda" and args.transformer_impl == "local" and args.gradient_accumulation_fusion:
+        if not has_fused_gradients:
+            raise Fault(
+                "its fused_weight_gradient_mlp_cuda is not installed: expected it with --transformer-impl local, or "
+                "--no-gradient-accumulation-fusion"
+            )
+    installed = _installed("apex", "apex")
+    if installed is not None:
+        return installed
+    if device == "cpu":
+        raise Skipped("not installed; torch's norms and optimizers are used")
+    if _installed("transformer-engine", "transformer_engine") is not None:
+        return "not installed; Transformer Engine's optimizers are used"
+    return "not installed; torch's norms and optimizers are used"
+
+
+def _installed(distribution: str, module: str) -> str | None:
+    """The version of ``module``; None if it is not there."""
+    if find_spec(module) is None:
+        return None
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
