@@ -1,0 +1,287 @@
+"""launch/slurm.sbatch on a real Slurm of three nodes on this machine: whatever happens, the result is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.support.launch import ROOT, free_ports, rank_environment
+from tests.support.runs import argv
+from tests.support.slurm import Cluster, cluster, missing
+
+pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")]
+
+ITERATIONS, SAVE_INTERVAL = 30, 5
+FLAGS = [
+    *argv(
+        sla=True,
+        sla_skip_distance=2,
+        hidden_size=64,
+        seq_length=64,
+        max_position_embeddings=64,
+        global_batch_size=16,
+        train_iters=ITERATIONS,
+        save_interval=SAVE_INTERVAL,
+        pipeline_model_parallel_size=2,
+        no_create_attention_mask_in_dataloader=True,
+    ),
+    *("--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm"), 3) as made:
+        yield made
+
+
+def submit(slurm: Cluster, run: Path, *flags: str, nodes: int = 2, **environment: str) -> str:
+    """Submit the unmodified script: the job's number."""
+    names = {"RUN_DIR": str(run), "PYTHON": sys.executable, "NPROC": "2"} | environment
+    options = ["--parsable", f"--nodes={nodes}", "--job-name=gpt", f"--output={run}.log"]
+    return slurm.command("sbatch", *options, "launch/slurm.sbatch", *flags, cwd=ROOT, **names).strip()
+
+
+def log(run: Path) -> str:
+    path = Path(f"{run}.log")
+    return path.read_text() if path.exists() else ""
+
+
+def losses(text: str) -> dict[int, str]:
+    """The loss that each iteration printed, as it was printed; the last time counts."""
+    found = re.findall(r"iteration +(\d+)/ *\d+ .*lm loss: (\S+)", text)
+    return {int(iteration): loss for iteration, loss in found}
+
+
+def weights(checkpoints: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint, optimizer state included."""
+    folder = checkpoints / f"iter_{ITERATIONS:07d}"
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    load(state, checkpoint_id=folder, no_dist=True)
+    return state
+
+
+def same_result(run: Path, undisturbed: Path) -> None:
+    """Bit for bit: the losses as they were printed, and every tensor of the last checkpoint."""
+    ours, expected = losses(log(run)), losses(log(undisturbed))
+    assert ours and {i: ours[i] for i in ours} == {i: expected[i] for i in ours}
+    assert ours[ITERATIONS] == expected[ITERATIONS]
+    ours, expected = weights(run / "checkpoints"), weights(undisturbed / "checkpoints")
+    assert ours.keys() == expected.keys() and len(ours) > 20
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Cluster) -> Path:
+    """The run of a job that nothing happens to."""
+    run = slurm.folder / "runs" / "undisturbed"
+    run.parent.mkdir()
+    job = submit(slurm, run, *FLAGS)
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["JobState"] == "COMPLETED", log(run)[-5000:]
+    return run
+
+
+def test_two_nodes_train_as_plain_torchrun_does(undisturbed: Path, tmp_path: Path) -> None:
+    """TP=2 x PP=2 over two nodes: the losses of four processes that one torchrun starts."""
+    text = log(undisturbed)
+    assert "sla-job: first start: no checkpoint yet" in text
+    assert f"sla-job: attempt 1 finished: iteration {ITERATIONS} is saved" in text
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
+    command += ["--master-port", str(free_ports(1)[0]), "-m", "sla_megatron.pretrain_gpt"]
+    flags = ["--train-iters", str(ITERATIONS // 3), "--lr-decay-iters", "20"]
+    plain = subprocess.run(
+        [*command, *FLAGS, *flags], cwd=ROOT, env=rank_environment(0, 1, 0), capture_output=True, text=True, timeout=300
+    )
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    expected = losses(plain.stdout)
+    assert len(expected) == ITERATIONS // 3
+    assert {i: losses(text)[i] for i in expected} == expected
+    files = sorted(p.relative_to(undisturbed / "logs").parts for p in (undisturbed / "logs").rglob("stdout.log"))
+    assert len(files) == 4 and {parts[1].rpartition("-")[2] for parts in files} == {"node1", "node2"}
+    chain = json.loads((undisturbed / "chain.json").read_text())["attempts"]
+    assert [(a["began_at"], a["ended_at"], a["how"]) for a in chain] == [(0, ITERATIONS, "finished")]
+
+
+class Watch:
+    """What a job's log says after something was done to it."""
+
+    def __init__(self, slurm: Cluster, job: str, run: Path) -> None:
+        self.slurm, self.job, self.run, self.seen = slurm, job, run, 0
+
+    def until(self, pattern: str, seconds: float = 240) -> re.Match[str]:
+        """Wait for ``pattern`` in what was logged since the last match, and return it."""
+        deadline = time.monotonic() + seconds
+        while (found := re.compile(pattern).search(log(self.run), self.seen)) is None:
+            assert time.monotonic() < deadline, f"no {pattern!r} in\n{log(self.run)[self.seen :][-6000:]}"
+            time.sleep(0.05)
+        self.seen = found.end()
+        return found
+
+    def training(self) -> int:
+        """Wait for the next iteration of a new attempt that is not its first."""
+        self.until(r"sla-job: attempt \d+ of this run")
+        first = int(self.until(r"iteration +(\d+)/ *\d+ .*lm loss")[1])
+        return int(self.until(rf"iteration +({first + 1})/ *\d+ .*lm loss")[1])
+
+
+def ranks_on(node: str) -> list[int]:
+    """Processes of the node's step, by what Slurm put into their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                environment = (folder / "environ").read_bytes()
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"SLURMD_NODENAME=" + node.encode() + b"\0" in environment and b"sla_megatron.pretrain_gpt" in command:
+                found.append(int(folder.name))
+    return found
+
+
+def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Path) -> None:
+    """One job is told to leave, loses a node's processes, loses a node, is preempted, and finishes all the same."""
+    run = slurm.folder / "runs" / "disturbed"
+    job = submit(slurm, run, *FLAGS)
+    watch = Watch(slurm, job, run)
+
+    # The early signal, as Slurm sends it before the time limit.
+    watch.training()
+    slurm.command("scancel", "--batch", "--signal=USR1", job)
+    watch.until(r"slurm.sbatch: USR1 came: the ranks save and exit \(step \d+\.\d+\)")
+    saved = int(watch.until(r"sla-job: attempt 1 ended by a signal: iteration (\d+) is saved")[1])
+    assert saved % SAVE_INTERVAL or saved >= 3
+    watch.until(f"resuming from iteration {saved}")
+
+    # One node's processes die in mid-step.
+    watch.training()
+    victims = ranks_on("node2")
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    saved = int(watch.until(r"sla-job: attempt 2 failed with status \d+: iteration (\d+) is saved")[1])
+    watch.until(f"resuming from iteration {saved}")
+
+    # A node goes down: Slurm itself requeues the job, without a word to it.
+    watch.training()
+    slurm.command("scontrol", "update", "nodename=node1", "state=down", "reason=test")
+    watch.until("sla-job: attempt 3 ended without a word: its node failed, or the job was killed")
+    # Unless it has come back by itself.
+    slurm.command("scontrol", "update", "nodename=node1", "state=resume", check=False)
+
+    # A job of a partition that preempts takes all nodes.
+    watch.training()
+    nodes = ["--nodes=3", "--partition=urgent", f"--output={slurm.folder}/urgent.log"]
+    urgent = slurm.command("sbatch", "--parsable", *nodes, "--wrap=sleep 1").strip()
+    watch.until(r"sla-job: attempt 4 ended by a signal: iteration (\d+) is saved")
+    slurm.until(urgent, {"COMPLETED"})
+
+    known = slurm.until(job, {"COMPLETED", "FAILED", "CANCELLED"})
+    assert known["JobState"] == "COMPLETED", log(run)[-5000:]
+    assert log(run).count("sla-job: attempt 5 of this run") == 1
+    same_result(run, undisturbed)
+
+
+def test_a_checkpoint_that_was_cut_off(slurm: Cluster, undisturbed: Path) -> None:
+    """The newest has lost the end of a file and the tracker points to it: the job goes on from the one before."""
+    run = slurm.folder / "runs" / "cut"
+    shutil.copytree(undisturbed / "checkpoints", run / "checkpoints")
+    saved = run / "checkpoints"
+    for iteration in range(4 * SAVE_INTERVAL, ITERATIONS + 1, SAVE_INTERVAL):
+        shutil.rmtree(saved / f"iter_{iteration:07d}")
+    broken, good = 3 * SAVE_INTERVAL, 2 * SAVE_INTERVAL
+    part = saved / f"iter_{broken:07d}" / "__1_0.distcp"
+    part.write_bytes(part.read_bytes()[:-100])
+    (saved / "latest_checkpointed_iteration.txt").write_text(str(broken))
+    job = submit(slurm, run, *FLAGS)
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["JobState"] == "COMPLETED", log(run)[-5000:]
+    assert f"iter_{broken:07d} is not complete: __1_0.distcp ends at byte" in log(run)
+    assert f"resuming from iteration {good}" in log(run)
+    assert len(list(saved.glob(f"incomplete_iter_{broken:07d}_*"))) == 1
+    assert min(losses(log(run))) == good + 1
+    same_result(run, undisturbed)
+
+
+def test_lost_checkpoints_are_not_replaced_by_random_weights(slurm: Cluster, undisturbed: Path) -> None:
+    run = slurm.folder / "runs" / "lost"
+    shutil.copytree(undisturbed, run)
+    for folder in (run / "checkpoints").glob("iter_*"):
+        shutil.rmtree(folder)
+    job = submit(slurm, run, *FLAGS)
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["JobState"] == "FAILED"
+    assert f"had a checkpoint of iteration {ITERATIONS} and has no complete one now (no iter_* folder)" in log(run)
+    assert not losses(log(run))
+
+
+def wrapper(folder: Path, training: str) -> str:
+    """An interpreter that runs ``training``, a shell's line, in the place of torchrun."""
+    path = folder / "python"
+    path.write_text(
+        f'#!/bin/bash\n[[ "$*" != *torch.distributed.run* ]] || {{ {training}; }}\nexec {sys.executable} "$@"\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_crash_loop_stops(slurm: Cluster, tmp_path: Path) -> None:
+    run = slurm.folder / "runs" / "crashing"
+    python = wrapper(tmp_path, "echo crashing; exit 7")
+    job = submit(slurm, run, *FLAGS, PYTHON=python, MAX_FAILURES="2")
+    known = slurm.until(job, {"COMPLETED", "FAILED"})
+    assert (known["JobState"], known["ExitCode"]) == ("FAILED", "7:0"), log(run)
+    assert log(run).count("sla-job: attempt 1 failed with status 7: nothing is saved, no more than it began with") == 1
+    assert "sla-job: stopping: 2 attempts in a row failed without a new checkpoint" in log(run)
+    # Submitted anew, it is tried again.
+    job = submit(slurm, run, *FLAGS, PYTHON=python, MAX_FAILURES="1")
+    slurm.until(job, {"FAILED"})
+    assert "sla-job: attempt 3 of this run" in log(run)
+
+
+def test_an_unhealthy_node_is_excluded(slurm: Cluster, tmp_path: Path) -> None:
+    run = slurm.folder / "runs" / "unhealthy"
+    python = wrapper(tmp_path, "echo trained on $SLURMD_NODENAME; exit 7")
+    check = '[ "$SLURMD_NODENAME" != node1 ]'
+    job = submit(slurm, run, *FLAGS, PYTHON=python, MAX_FAILURES="1", HEALTH_CHECK=check)
+    slurm.until(job, {"FAILED"})
+    assert "slurm.sbatch: excluding node1, and going on elsewhere" in log(run)
+    assert set(re.findall(r"trained on (\w+)", log(run))) == {"node2", "node3"}
+
+
+def test_a_cancelled_job_stays_cancelled(slurm: Cluster, tmp_path: Path) -> None:
+    run = slurm.folder / "runs" / "cancelled"
+    python = wrapper(tmp_path, "trap 'exit 1' TERM; echo training; sleep 100 & wait")
+    job = submit(slurm, run, *FLAGS, PYTHON=python)
+    Watch(slurm, job, run).until("training")
+    slurm.command("scancel", job)
+    slurm.until(job, {"CANCELLED"})
+    time.sleep(2)
+    assert slurm.job(job)["JobState"] == "CANCELLED" and "requeueing" not in log(run)
+
+
+def test_bad_flags_end_the_job_before_anything_is_trained(slurm: Cluster) -> None:
+    run = slurm.folder / "runs" / "bad"
+    job = submit(slurm, run, *FLAGS, "--load", "elsewhere")
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+    assert "sla-job: error: --load elsewhere: expected the folder of --save" in log(run)
+    job = submit(slurm, run, PRESETS="nothing")
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+    assert "sla-megatron: error: PRESETS: no preset nothing" in log(run)
