@@ -18,10 +18,16 @@ from .config import KV_PROJECTIONS
 from .cpu import cpu_backend_is_active
 from .cpu.flags import fit_to_cpu
 from .errors import FlagError, one_line_errors
-from .seams import require_megatron, require_parameters
+from .seams import Reliance, require_megatron
 from .validation import refuse_unsupported, resolve_sla_args
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
+
+PARSING = Reliance(
+    "megatron.training.arguments:parse_and_validate_args",
+    "its steps are spelled out here, to settle the --sla flags between two of them",
+    ("extra_args_provider", "ignore_unknown_args", "args_defaults"),
+)
 
 
 def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
@@ -97,10 +103,11 @@ def settled_args(
 
     Raises:
         FlagError: for what cannot be accepted.
+        MegatronVersionError: if Megatron is of a version that this was not checked with.
     """
     args_defaults = args_defaults or {}
     require_megatron()
-    _require_known_upstream()
+    PARSING.require()
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         parser = _with_working_help(add_sla_args(parser))
@@ -132,11 +139,6 @@ def _with_working_help(parser: ArgumentParser) -> ArgumentParser:
         except (KeyError, TypeError, ValueError):
             action.help = action.help.replace("%", "%%")
     return parser
-
-
-def _require_known_upstream() -> None:
-    names = ("extra_args_provider", "ignore_unknown_args", "args_defaults")
-    require_parameters(upstream.parse_and_validate_args, names, "megatron.training.arguments:parse_and_validate_args")
 
 
 def _integer(flag: str, accepted: str) -> Callable[[str], int]:

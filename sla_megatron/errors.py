@@ -24,7 +24,11 @@ def flag_of(name: str) -> str:
     return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
-class FlagError(Exception):
+class StartError(Exception):
+    """A run cannot start; the message is all that its user needs to know, in one line."""
+
+
+class FlagError(StartError):
     """A flag whose value cannot be accepted: one line that names flag, value and what would be accepted.
 
     Not a ``ValueError``: argparse turns those, in a flag's ``type``, into Megatron's usage text of two thousand lines.
@@ -47,10 +51,11 @@ def refuse(args: Namespace, refusals: Iterable[Refusal]) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a :class:`FlagError` inside the block into its one line, on rank 0's stderr, and exit status 2."""
+    """Turn a :class:`StartError` inside the block into its one line, on rank 0's stderr, and exit status 2."""
     try:
         yield
-    except FlagError as error:
+    except StartError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr, flush=True)
+            text = str(error)
+            print(text if text.startswith("sla-") else f"sla-megatron: error: {text}", file=sys.stderr, flush=True)
         sys.exit(2)

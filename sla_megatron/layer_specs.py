@@ -10,10 +10,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from .attention import SLASelfAttention
 from .config import SLAConfig
-from .seams import require_parameters
+from .seams import Reliance
 
-#: What ``SLASelfAttention`` was written against.
-_UPSTREAM_QKV_PARAMETERS = ("self", "hidden_states", "key_value_states", "output_gate", "split_qkv")
+QUERY_KEY_VALUE = Reliance(
+    "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors",
+    "overridden by SLASelfAttention, which takes the place of SelfAttention in the layer spec",
+    ("self", "hidden_states", "key_value_states", "output_gate", "split_qkv"),
+)
 
 
 def sla_layer_spec(
@@ -29,11 +32,7 @@ def sla_layer_spec(
         ValueError: where a layer's self-attention is not upstream's ``SelfAttention`` (multi-latent attention, say).
         SeamError: if upstream's ``SelfAttention`` changed.
     """
-    require_parameters(
-        SelfAttention.get_query_key_value_tensors,
-        _UPSTREAM_QKV_PARAMETERS,
-        "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors",
-    )
+    QUERY_KEY_VALUE.require()
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[_sla_layer(layer, sla) for layer in spec.layer_specs])
     return _sla_layer(spec, sla)

@@ -2,28 +2,48 @@
 
 Every upstream name that is replaced, here or in the CPU backend, is a :class:`Seam`: a dotted target, a reason, and
 where it matters the parameter names upstream is expected to have.  :func:`replaced` installs a list of seams for the
-length of a ``with`` block and puts every original back on leaving.  A missing target or a changed signature raises:
-replacing a name that upstream no longer has would silently do nothing.
+length of a ``with`` block and puts every original back on leaving.  A name that is overridden in a subclass, or called,
+and must be as it was when it was read, is a :class:`Reliance`.  ``registry.py`` lists both.
+
+A missing target or a changed signature raises: replacing a name that upstream no longer has would silently do nothing.
+:func:`require_megatron` raises for a Megatron of a version that none of this was checked with.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-#: The megatron-core releases that every seam was read against and tested with.
-SUPPORTED_MEGATRON = "0.19"
+from .errors import StartError
+
+#: Minor version -> what every seam was read against and tested with.
+CHECKED_WITH = {
+    "0.19": "0.19.2 from the package index, core_v0.19.0",
+    "0.20": "development: main at d98e8a64 of 2026-08-22",
+}
+
+#: As one line, for messages.
+SUPPORTED = "; ".join(f"{minor}.x ({checked})" for minor, checked in CHECKED_WITH.items())
+
+#: Where Megatron keeps its version, in a checkout.
+VERSION_FILE = Path("megatron/core/package_info.py")
 
 _MISSING = object()
 
 
 class SeamError(RuntimeError):
     """Upstream does not look as this project expects."""
+
+
+class MegatronVersionError(SeamError, StartError):
+    """There is no Megatron, or one that this project was not checked with: one line."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,19 @@ class Seam:
         return owner, name
 
 
+@dataclass(frozen=True)
+class Reliance:
+    """One upstream name that stays as it is, and that this project overrides or calls; fields as in :class:`Seam`."""
+
+    target: str
+    reason: str
+    parameters: tuple[str, ...] | None = None
+
+    def require(self) -> None:
+        """Raise :class:`SeamError` unless upstream has the name, with these parameters."""
+        Seam(self.target, None, self.reason, self.parameters).resolve()
+
+
 def require_parameters(function: Any, expected: Sequence[str], label: str) -> None:
     """Raise :class:`SeamError` unless ``function`` has exactly the parameters ``expected``, in that order."""
     found = tuple(inspect.signature(function).parameters)
@@ -62,14 +95,46 @@ def require_parameters(function: Any, expected: Sequence[str], label: str) -> No
         raise SeamError(f"{label} has parameters {found}, expected {tuple(expected)}")
 
 
-def require_megatron() -> str:
-    """The installed megatron-core version; raises :class:`SeamError` if it is not one this project was read against."""
+def version_in(package_info: Path) -> str | None:
+    """Such as ``"0.19.2"``, of Megatron's ``package_info.py``; ``None`` if it does not say.  Raises ``OSError``."""
+    found: dict[str, object] = {}
     try:
-        found = version("megatron-core")
-    except PackageNotFoundError as error:
-        raise SeamError("megatron-core is not installed: pip install 'megatron-core[training]==0.19.*'") from error
-    if found.split(".")[:2] != SUPPORTED_MEGATRON.split("."):
-        raise SeamError(f"megatron-core {found} is installed, sla-megatron supports {SUPPORTED_MEGATRON}.x")
+        statements = ast.parse(package_info.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return None
+    for statement in statements:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
+            found |= {target.id: statement.value.value for target in statement.targets if isinstance(target, ast.Name)}
+    numbers = [found.get(name) for name in ("MAJOR", "MINOR", "PATCH")]
+    if not all(isinstance(number, int) for number in numbers):
+        return None
+    return ".".join(map(str, numbers)) + str(found.get("PRE_RELEASE") or "")
+
+
+def minor_of(version: str) -> str:
+    """``"0.19.2"`` -> ``"0.19"``."""
+    return ".".join(version.split(".")[:2])
+
+
+def require_megatron() -> str:
+    """The version of the Megatron that will be imported.
+
+    Raises:
+        MegatronVersionError: if there is none, or one that this project was not checked with.
+    """
+    try:
+        core = importlib.util.find_spec("megatron.core")
+    except ModuleNotFoundError:
+        core = None
+    if core is None or core.origin is None:
+        raise MegatronVersionError("Megatron is not installed: pip install 'megatron-core[training]==0.19.*'")
+    package_info = Path(core.origin).with_name(VERSION_FILE.name)
+    try:
+        found = version_in(package_info)
+    except OSError as error:
+        raise MegatronVersionError(f"{package_info}: cannot be read ({error.strerror})") from error
+    if found is None or minor_of(found) not in CHECKED_WITH:
+        raise MegatronVersionError(f"{core.origin}: Megatron {found or 'of no known version'}, supported: {SUPPORTED}")
     return found
 
 

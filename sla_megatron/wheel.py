@@ -12,6 +12,13 @@ from pathlib import Path
 
 from .seams import Seam
 
+COMPILE_HELPERS = Seam(
+    "megatron.core.datasets.utils:compile_helpers",
+    lambda: None,
+    "the wheel ships helpers_cpp compiled and has no Makefile: make fails and Megatron exits",
+    (),
+)
+
 
 def missing_makefile_seams() -> list[Seam]:
     """The one replacement, where it is needed: skip the compilation if helpers are there and the Makefile is not."""
@@ -19,11 +26,4 @@ def missing_makefile_seams() -> list[Seam]:
     folder = Path(datasets.submodule_search_locations[0])
     if (folder / "Makefile").exists() or importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
         return []
-    return [
-        Seam(
-            "megatron.core.datasets.utils:compile_helpers",
-            lambda: None,
-            "the wheel ships helpers_cpp compiled and has no Makefile: make fails and Megatron exits",
-            (),
-        )
-    ]
+    return [COMPILE_HELPERS]

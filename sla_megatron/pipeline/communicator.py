@@ -16,12 +16,25 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from ..seams import require_parameters
+from ..seams import Reliance
 from .payload import MicrobatchShape
 from .routes import RoutePlan
 from .schedule import Pass, Schedule
 
 Shape = tuple[int, int, int]
+
+COMMUNICATOR = (
+    Reliance(
+        "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes",
+        "overridden by SLAP2PCommunicator, which knows the shapes that neighbours would tell each other",
+        ("self", "tensor_send_next", "tensor_send_prev", "recv_prev", "recv_next"),
+    ),
+    Reliance(
+        "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator.__init__",
+        "overridden by SLAP2PCommunicator, which takes the shapes to come",
+        ("self", "pp_group", "config"),
+    ),
+)
 
 
 @dataclass
@@ -120,17 +133,3 @@ class SLAP2PCommunicator(P2PCommunicator):
 
 def _remaining(shapes: Iterator[Shape]) -> int:
     return sum(1 for _ in shapes)
-
-
-def require_known_communicator() -> None:
-    """Raise ``SeamError`` unless upstream's communicator is the one that this was written against."""
-    require_parameters(
-        P2PCommunicator._communicate_shapes,
-        ("self", "tensor_send_next", "tensor_send_prev", "recv_prev", "recv_next"),
-        "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes",
-    )
-    require_parameters(
-        P2PCommunicator.__init__,
-        ("self", "pp_group", "config"),
-        "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator.__init__",
-    )

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from ..seams import Seam, SeamError, install, require_parameters
-from .communicator import PayloadOrder, SLAP2PCommunicator, require_known_communicator
+from ..seams import Reliance, Seam, SeamError, install
+from .communicator import COMMUNICATOR, PayloadOrder, SLAP2PCommunicator
 from .payload import MicrobatchShape
 from .routes import RoutePlan
 from .schedule import Schedule
@@ -140,17 +140,22 @@ SCHEDULES = tuple(
 )
 
 
+SCHEDULE_HELPERS = (
+    Reliance(
+        "megatron.core.pipeline_parallel.schedules:get_schedule_table",
+        "called to compare the order of passes that the shapes assume with Megatron's",
+        ("num_microbatches", "num_model_chunks", "microbatch_group_size_per_vp_stage"),
+    ),
+    Reliance(
+        "megatron.core.pipeline_parallel.schedules:_build_default_pg_collection",
+        "called as the schedules call it, for the groups that the communicator needs",
+        (),
+    ),
+)
+
+
 def install_transport() -> None:
     """Have Megatron's schedules carry skip-layer K/V.  Raises ``SeamError`` if upstream changed."""
-    require_known_communicator()
-    require_parameters(
-        schedules.get_schedule_table,
-        ("num_microbatches", "num_model_chunks", "microbatch_group_size_per_vp_stage"),
-        "megatron.core.pipeline_parallel.schedules:get_schedule_table",
-    )
-    require_parameters(
-        schedules._build_default_pg_collection,
-        (),
-        "megatron.core.pipeline_parallel.schedules:_build_default_pg_collection",
-    )
+    for reliance in (*COMMUNICATOR, *SCHEDULE_HELPERS):
+        reliance.require()
     install(SCHEDULES)

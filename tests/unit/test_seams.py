@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib.machinery
-import inspect
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sla_megatron import seams
-from sla_megatron.seams import Seam, SeamError, install, replaced, require_megatron, require_parameters
+from sla_megatron.device import megatron_device
+from sla_megatron.seams import Reliance, Seam, SeamError, install, replaced, require_megatron, require_parameters
 
 
 class Base:
@@ -88,6 +86,17 @@ def test_the_expected_signature_resolves(module: ModuleType) -> None:
     """The owner is the class that the target names, not the one that it inherits from."""
     assert seam("Derived.method", parameters=("self", "first", "second")).resolve() == (Derived, "method")
     require_parameters(module.function, ("first",), "function")
+
+
+def test_what_is_relied_on_is_checked_and_left_alone(module: ModuleType) -> None:
+    """The same checks, and nothing is replaced."""
+    original = module.function
+    Reliance("stand_ins_target:function", "a test needs it", ("first",)).require()
+    assert module.function is original
+    with pytest.raises(SeamError, match="absent does not exist.*a test needs it"):
+        Reliance("stand_ins_target:absent", "a test needs it").require()
+    with pytest.raises(SeamError, match="has parameters"):
+        Reliance("stand_ins_target:function", "a test needs it", ("other",)).require()
 
 
 # Several, installed and put back.
@@ -205,79 +214,64 @@ def test_installing_for_good(module: ModuleType) -> None:
     assert module.function == "ours"
 
 
-@pytest.mark.parametrize("found", ["0.19.0", "0.19.2", "0.19.0rc1"])
-def test_a_supported_megatron(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    """Any 0.19 will do."""
-    monkeypatch.setattr(seams, "version", lambda package: {"megatron-core": found}[package])
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stands for the ``package_info.py`` of the Megatron that would be imported; it is not written yet."""
+    spec = importlib.machinery.ModuleSpec("megatron.core", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("sla_megatron.seams.importlib.util.find_spec", lambda name: {"megatron.core": spec}[name])
+    return tmp_path / "package_info.py"
+
+
+def package_info(version: str) -> str:
+    """What Megatron's file says of ``version``, as its releases write it."""
+    *numbers, pre_release = (*version.split(".")[:2], version.split(".")[2][0], version.split(".")[2][1:])
+    fields = "".join(f"{name} = {number}\n" for name, number in zip(("MAJOR", "MINOR", "PATCH"), numbers, strict=True))
+    return f"{fields}PRE_RELEASE = '{pre_release}'\nVERSION = (MAJOR, MINOR, PATCH, PRE_RELEASE)\nimport os as _os\n"
+
+
+@pytest.mark.parametrize("found", ["0.19.0", "0.19.2", "0.19.0rc1", "0.20.0"])
+def test_a_supported_megatron(importable: Path, found: str) -> None:
+    """Any 0.19 will do, and 0.20 in development."""
+    importable.write_text(package_info(found))
     assert require_megatron() == found
 
 
-@pytest.mark.parametrize("found", ["0.18.3", "0.20.0", "1.19.0", "0.190.0", "0"])
-def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    """The error names both versions."""
-    monkeypatch.setattr(seams, "version", lambda package: found)
-    with pytest.raises(SeamError, match=rf"megatron-core {found} is installed.*supports 0\.19"):
+@pytest.mark.parametrize("found", ["0.18.2", "0.21.0", "1.19.0", "0.190.0"])
+def test_another_megatron_is_refused(importable: Path, capsys: pytest.CaptureFixture, found: str) -> None:
+    """At start, with one line that names the file, its version and those that are supported."""
+    importable.write_text(package_info(found))
+    with pytest.raises(SystemExit) as ended, megatron_device(["--device", "cpu"]):
+        pass
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    where = importable.with_name("__init__.py")
+    assert err.startswith(f"sla-megatron: error: {where}: Megatron {found}, supported: 0.19.x (")
+
+
+@pytest.mark.parametrize("text", ["MAJOR = 0\nMINOR = 19\n", "MAJOR = 0; MINOR = 'x'; PATCH = 1\n", "def (", ""])
+def test_a_megatron_that_does_not_say_its_version_is_refused(importable: Path, text: str) -> None:
+    """It is not taken for a supported one."""
+    importable.write_text(text)
+    with pytest.raises(SeamError, match="Megatron of no known version, supported: 0.19.x"):
+        require_megatron()
+
+
+def test_a_megatron_without_the_file_is_refused(importable: Path) -> None:
+    """The error names the file."""
+    with pytest.raises(SeamError, match="package_info.py: cannot be read"):
         require_megatron()
 
 
 def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says how to install it."""
 
-    def version(package: str) -> str:
-        raise PackageNotFoundError(package)
+    def find_spec(name: str) -> None:
+        raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(seams, "version", version)
+    monkeypatch.setattr("sla_megatron.seams.importlib.util.find_spec", find_spec)
     with pytest.raises(SeamError, match=r"pip install 'megatron-core\[training\]==0\.19"):
         require_megatron()
-
-
-# The registry: every seam of this project on the installed upstream.
-
-
-def registry() -> list[Seam]:
-    """All of them."""
-    from sla_megatron.block import CHECKPOINTED_FORWARD, transformer_block_seam
-    from sla_megatron.config import SLAConfig
-    from sla_megatron.cpu.replacements import replacements
-    from sla_megatron.pipeline.transport import SCHEDULES
-    from sla_megatron.wheel import missing_makefile_seams
-
-    block = transformer_block_seam(SLAConfig(4, 4, (3,), 3))
-    return [CHECKPOINTED_FORWARD, block, *SCHEDULES, *missing_makefile_seams(), *replacements()]
-
-
-def test_every_seam_fits_the_installed_upstream(megatron_imported: None) -> None:
-    """Each target exists, with the parameters that were expected, and none twice."""
-    found = [f"{seam.target} -> {seam.resolve()[1]}" for seam in registry()]
-    assert len(found) > 40
-    assert len(set(found)) == len(found)
-
-
-def test_every_seam_says_why(megatron_imported: None) -> None:
-    """A reason in words."""
-    assert [seam.target for seam in registry() if len(seam.reason.split()) < 3] == []
-
-
-def test_every_stand_in_takes_what_upstream_s_name_takes(megatron_imported: None) -> None:
-    """Where a signature is pinned, the stand-in takes the same parameters, by keyword too."""
-    pinned = [seam for seam in registry() if seam.parameters is not None]
-    assert len(pinned) >= 8
-    for entry in pinned:
-        signature = inspect.signature(entry.stand_in)
-        if tuple(signature.parameters) != entry.parameters:
-            signature.bind(**dict.fromkeys(entry.parameters))
-
-
-def test_the_attention_and_the_parser_are_those_that_were_read(megatron_imported: None) -> None:
-    """What is overridden or spelled out again, rather than replaced, has the expected signature as well."""
-    from megatron.core.transformer.attention import SelfAttention
-
-    from sla_megatron import arguments, layer_specs
-    from sla_megatron.pipeline.communicator import require_known_communicator
-
-    arguments._require_known_upstream()
-    require_known_communicator()
-    require_parameters(SelfAttention.get_query_key_value_tensors, layer_specs._UPSTREAM_QKV_PARAMETERS, "attention")
 
 
 # The wheel without its Makefile.
