@@ -22,10 +22,15 @@ def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
     """Stands where a script calls Megatron's ``gpt_config_from_args``: the same, and with ``--sla`` a skip-layer model.
 
     Without ``--sla`` it returns upstream's own result.  ``kwargs`` go to upstream's function.
+
+    Raises:
+        ValueError: with ``--sla`` and a ``model_config_cls``, as for ModelOpt: SLA needs a class of its own.
     """
     sla = sla_config_from_args(args)
     if sla is None:
         return upstream_gpt_config_from_args(args, **kwargs)
+    if "model_config_cls" in kwargs:
+        raise ValueError(f"--sla builds an SLA model, not one of {kwargs['model_config_cls'].__name__}")
     model_config = upstream_gpt_config_from_args(args, model_config_cls=SLAGPTModelConfig, **kwargs)
     model_config.sla = sla
     if sla.kv_projection == "pruned":

@@ -37,6 +37,19 @@ _REFUSED: tuple[Refusal, ...] = (
     ("use_torch_fsdp2", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
     ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
     ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
+    ("sft", OFF, "no --sft with --sla: packed sequences are not supported"),
+    (
+        "dataloader_inter_document_masking",
+        OFF,
+        "no --dataloader-inter-document-masking with --sla: packed sequences are not supported",
+    ),
+    ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel with --sla"),
+    ("inprocess_restart", OFF, "no --inprocess-restart with --sla"),
+)
+
+# The same of options that Megatron has from 0.20 on.
+_REFUSED_FROM_0_20: tuple[Refusal, ...] = (
+    ("enable_mhc_connections", OFF, "no hyper-connections with --sla: a pipeline's hidden states have another width"),
 )
 
 _PRUNED_OPTIMIZERS = ("adam", "sgd")
@@ -64,7 +77,7 @@ def num_query_groups(args: Namespace) -> int:
 def refuse_unsupported(args: Namespace) -> None:
     """Raise :class:`FlagError` for a Megatron option that does not go with ``--sla``; needs no validated arguments."""
     if args.sla:
-        refuse(args, _REFUSED)
+        refuse(args, (*_REFUSED, *_REFUSED_FROM_0_20))
 
 
 def resolve_sla_args(args: Namespace) -> None:

@@ -166,6 +166,11 @@ SETTLED: dict[str, object] = {
     "use_torch_fsdp2": True,
     "cuda_graph_impl": "full_iteration",
     "transformer_impl": "inference_optimized",
+    "sft": True,
+    "dataloader_inter_document_masking": True,
+    "hybrid_context_parallel": True,
+    "inprocess_restart": True,
+    "enable_mhc_connections": True,
 }
 
 

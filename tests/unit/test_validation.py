@@ -127,6 +127,14 @@ def test_refusals_name_flags_that_megatron_has(megatron: None) -> None:
     assert [name for name in named if flags.get(validation.flag_of(name)) != name] == []
 
 
+def test_a_model_class_of_another_library_is_refused(settle: Callable[..., Run]) -> None:
+    """With --sla; as ModelOpt asks for in upstream's script."""
+    from sla_megatron import gpt_config_from_args
+
+    with pytest.raises(ValueError, match="builds an SLA model, not one of ModelOptModelConfig"):
+        gpt_config_from_args(settle("--sla").args, model_config_cls=type("ModelOptModelConfig", (), {}))
+
+
 @pytest.mark.parametrize("command_line", GOOD)
 def test_accepted(settle: Callable[..., Run], command_line: str) -> None:
     """It parses without a word on stderr, and what was left open has the documented default."""
