@@ -68,6 +68,8 @@ def _settled_args() -> Namespace:
         args.rank, args.world_size = 0, args.num_gpus or fewest_gpus(args)
         # Validation switches it off without virtual stages; layouts that have them are suggested too.
         args.sla_plan_overlap = args.overlap_p2p_comm
+        # Megatron's default, which needs Transformer Engine here and changes no figure.
+        args.apply_rope_fusion = False
 
     return settled_args(
         _provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}, check=check, will_run_here=False
