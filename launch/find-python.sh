@@ -43,7 +43,7 @@ done
 # pyenv's root: its own word, the variable its installer sets, then its default place.
 root=$(pyenv root 2>/dev/null) || root=${PYENV_ROOT:-${HOME:-}/.pyenv}
 for minor in 12 13 14; do
-    for python in "$root"/versions/3.$minor*/bin/python; do
+    for python in "$root/versions/3.$minor"*/bin/python; do
         [ -x "$python" ] && fits "$python" && exit 0
     done
 done

@@ -1,16 +1,33 @@
 #!/bin/sh
 # Pretrain on one machine, one process a GPU (or NPROC processes on the CPU):
 #
-#   launch/pretrain.sh --sla --tensor-model-parallel-size 2 --num-layers 12 ...
+#   PRESETS="gpt2-124m 4k sla" launch/local.sh --train-iters 100000 --data-path data/corpus ...
+#   launch/local.sh --sla --tensor-model-parallel-size 2 --num-layers 12 ...
 #
-# Named overrides: PYTHON= (default: .venv's), NPROC= (default: the number of GPUs, or 2 without one).
-# All arguments go to sla_megatron.pretrain_gpt as they are.
+# Named overrides:
+#   PRESETS=  flag files of launch/presets, or paths of your own, in order (default: none); see launch/README.md
+#   NPROC=    processes (default: the number of GPUs, or 2 without one)
+#   PYTHON=   the interpreter (default: .venv's)
+#   DRY_RUN=1 prints the command, to be read or pasted, and runs nothing
+# The presets' flags, then all arguments as they are, go to sla_megatron.pretrain_gpt.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-nproc=${NPROC:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
-# Megatron insists on it for tensor parallelism on most GPUs.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" -m sla_megatron.pretrain_gpt "$@"
+# shellcheck source=launch/flags.sh
+. "$root/launch/flags.sh"
+
+run() {
+    python=${PYTHON:-$root/.venv/bin/python}
+    nproc=${NPROC:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
+    # Megatron insists on one connection for tensor parallelism on most GPUs.
+    set -- env "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}" \
+        "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}" \
+        "$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" -m sla_megatron.pretrain_gpt "$@"
+    if [ "${DRY_RUN:-0}" = 1 ]; then
+        print_command "$@"
+    else
+        exec "$@"
+    fi
+}
+
+with_presets "${PRESETS:-}" run "$@"

@@ -173,7 +173,7 @@ def test_targets_make_the_environment_first(target: str, tmp_path: Path) -> None
     assert not venv.exists()
 
 
-@pytest.mark.parametrize("script", ["launch/find-python.sh", "launch/make-venv.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["launch/find-python.sh", "launch/make-venv.sh", "launch/local.sh", ".ci/run"])
 def test_scripts_can_be_run(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     shell = (ROOT / script).read_text().splitlines()[0].removeprefix("#!").split()[-1]

@@ -28,7 +28,7 @@ def test_first_command_comes_early() -> None:
 @pytest.mark.distributed
 def test_own_run() -> None:
     """The run on two processes trains, and prints the very lines that the README shows."""
-    (command,) = [block for block in BLOCKS if block.startswith("launch/pretrain.sh")]
+    (command,) = [block for block in BLOCKS if block.startswith("launch/local.sh")]
     (printed,) = [block for block in BLOCKS if block.startswith("sla-megatron:")]
     environment = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
     run = subprocess.run(
