@@ -46,6 +46,8 @@ setup(
             "sla-plan = sla_megatron.plan.cli:main",
             "sla-convert = sla_megatron.convert.cli:main",
             "sla-data = sla_megatron.data.cli:main",
+            "sla-doctor = sla_megatron.doctor.cli:main",
+            "sla-job = sla_megatron.job.cli:main",
         ]
     },
 )

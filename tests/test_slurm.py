@@ -190,7 +190,7 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
 
     # A job of a partition that preempts takes all nodes.
     watch.training()
-    nodes = ["--nodes=3", "--partition=urgent", f"--output={slurm.folder}/urgent.log"]
+    nodes = ["--nodes=3", "--exclusive", "--partition=urgent", f"--output={slurm.folder}/urgent.log"]
     urgent = slurm.command("sbatch", "--parsable", *nodes, "--wrap=sleep 1").strip()
     watch.until(r"sla-job: attempt 4 ended by a signal: iteration (\d+) is saved")
     slurm.until(urgent, {"COMPLETED"})
