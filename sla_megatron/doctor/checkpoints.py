@@ -30,7 +30,7 @@ def save_folder(args: Namespace) -> str:
 def sees_probe(probe: dict[str, str] | None, node: str, within: float = VISIBLE_WITHIN) -> str:
     """This node finds the file that rank 0's made: ``path``, ``token`` and ``node``; None if it made none."""
     if probe is None:
-        raise Skipped("no folder that could be written to is shared")
+        raise Skipped("no --save that rank 0 could write to")
     if probe["node"] == node:
         return f"{os.path.dirname(probe['path'])} is the same on all nodes"
     deadline = time.monotonic() + within

@@ -20,8 +20,8 @@ from .place import Place
 
 #: Seconds after which rank 0 says whom it is waiting for, and between the times it says so.
 PATIENCE = 10.0
-#: Seconds of one wait for a key.
-_STEP = 0.5
+#: Seconds between two looks into the store: a wait that fails prints a warning of torch's.
+_PAUSE = 0.05
 
 
 class Meeting:
@@ -62,7 +62,6 @@ class Meeting:
         missing, answers = list(ranks), {}
         start = said = time.monotonic()
         while missing:
-            self._is_there(f"{what}/{missing[0]}", min(_STEP, seconds))
             come = [rank for rank in missing if self.store.check([f"{what}/{rank}"])]
             answers |= {rank: self.store.get(f"{what}/{rank}").decode() for rank in come}
             missing = [rank for rank in missing if rank not in answers]
@@ -72,6 +71,7 @@ class Meeting:
             if now - said > PATIENCE:
                 said = now
                 say(f"waiting for {ranks_text(missing)}: {now - start:.0f} of {seconds:.0f} s")
+            time.sleep(_PAUSE)
         return answers
 
     def peek(self, what: str, rank: int) -> str | None:

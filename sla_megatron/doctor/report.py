@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from .finding import FAIL, OK, SKIP, WARN, Finding
 
 #: Checks whose findings must be the same on all nodes.
-MUST_AGREE = ("python", "torch", "te", "apex", "megatron", "upstream")
+MUST_AGREE = ("python", "torch", "megatron", "upstream", "flags", "te", "apex", "tokenizer")
 
 #: Checks that are each node's own even where all nodes fail; another that fails everywhere is the job's fault.
 NODES_OWN = ("gpus",)
@@ -75,15 +76,18 @@ def _named(findings: Mapping[str, Finding], nodes: Sequence[str]) -> str:
 
 @dataclass
 class Report:
-    """The lines so far.  Each is printed as soon as it is known."""
+    """The lines so far.  Each is written as soon as it is known.
 
-    print_line: Callable[[str], None] = lambda line: print(line, flush=True)
+    ``stream`` is taken when the report begins: the main thread silences Megatron by redirecting ``sys.stdout``.
+    """
+
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
     lines: list[Line] = field(default_factory=list)
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
         finding = line.finding
-        self.print_line(f"{finding.status:<5} {finding.check:<10} {finding.text}")
+        print(f"{finding.status:<5} {finding.check:<10} {finding.text}", file=self.stream, flush=True)
 
     def failed(self) -> bool:
         return self.first_fault() is not None

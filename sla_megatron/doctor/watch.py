@@ -7,8 +7,11 @@ when one has failed, or when time is up; on the others it waits for rank 0's con
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
+
+from .finding import error_line
 
 #: Seconds in which the main thread may still end by itself after the conclusion.
 GRACE = 3.0
@@ -22,7 +25,7 @@ class Watch:
     ) -> None:
         self._conclude, self._grace, self._end = conclude, grace, end
         self._free = threading.Event()
-        self._status: int | None = None
+        self._status = 1
         self._thread = threading.Thread(target=self._run, daemon=True, name="sla-doctor watch")
         self._thread.start()
 
@@ -30,10 +33,14 @@ class Watch:
         """The main thread does not hang: what ``conclude`` returns, as soon as it does."""
         self._free.set()
         self._thread.join()
-        # A thread that could not conclude leaves no status.
-        return 1 if self._status is None else self._status
+        return self._status
 
     def _run(self) -> None:
-        self._status = self._conclude()
+        try:
+            self._status = self._conclude()
+        except (TimeoutError, RuntimeError) as error:
+            # Rank 0 is gone, and its store with it.
+            print(f"sla-doctor: no conclusion was heard: {error_line(error)}", file=sys.stderr, flush=True)
+            self._status = 1
         if not self._free.wait(self._grace):
             self._end(self._status)
