@@ -18,7 +18,7 @@ LINES = ["ranks", "python", "torch", "megatron", "gpus", "upstream", "flags", "t
 LINES += ["tokenizer", "data", "cache", "save", "space", "load", "shared", "layout"]
 
 #: Seconds in which a rank that hangs is found; all before it must be done in as many.
-_TIMEOUT = 8
+_TIMEOUT = 10
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from . import checkpoints
-from .finding import FAIL, OK, Fault, Finding, Skipped, found, from_text
+from .finding import FAIL, OK, Doubt, Fault, Finding, Skipped, found, from_text
 from .folders import nearest_existing, probe_file
 from .meeting import Meeting, ranks_text
 from .node_checks import Asked, layout_may_run, not_run
-from .place import Place
+from .place import Place, slurm_nodes
 from .rank import Rank, connection
 from .report import Line, Report, merge
 from .watch import Watch
@@ -80,20 +81,32 @@ class Lead(Rank):
         come = self.meeting.gather("come", range(self.place.world_size), self.asked.timeout, _say)
         told = {rank: json.loads(text) for rank, text in come.items()}
         self.node_of = {rank: node for rank, (node, _) in told.items()}
-        self.examiners = [rank for rank, (_, examines) in told.items() if examines and rank]
+        self.examiners = [rank for rank, (_, local_rank) in told.items() if local_rank == 0 and rank]
         if self.place.launched:
-            self.report.add(Line(found("ranks", self._ranks)))
+            silent = self._silent_nodes()
+            self.report.add(Line(found("ranks", self._ranks, told, silent), tuple(silent)))
         return not self.report.failed()
 
-    def _ranks(self) -> str:
+    def _silent_nodes(self) -> list[str]:
+        """The nodes of this Slurm job from which no rank came, where ranks are missing."""
+        if len(self.node_of) == self.place.world_size:
+            return []
+        came = set(self.node_of.values())
+        return [node for node in slurm_nodes() if node not in came]
+
+    def _ranks(self, told: dict[int, list[Any]], silent: list[str]) -> str:
         nodes = list(dict.fromkeys(self.node_of.values()))
         missing = set(range(self.place.world_size)) - set(self.node_of)
         if missing:
             came = ", ".join(nodes[:8]) + (", ..." if len(nodes) > 8 else "")
+            none = f", none on {', '.join(silent)}" if silent else ""
             raise Fault(
                 f"{ranks_text(missing)} of {self.place.world_size} did not come within {self.asked.timeout:.0f} s: "
-                f"expected all ranks of the job; there are {len(self.node_of)}, on {came}"
+                f"expected all ranks of the job; there are {len(self.node_of)}, on {came}{none}"
             )
+        (node, local_rank), most = Counter(map(tuple, told.values())).most_common(1)[0]
+        if most > 1:
+            raise Doubt(f"{most} ranks on node {node} have the LOCAL_RANK {local_rank}, and so the same GPU")
         return f"{self.place.world_size} on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
 
     def _hear_nodes(self, mine: list[Finding]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -60,7 +59,7 @@ def sizes(args: Namespace) -> str:
         "EP": args.expert_model_parallel_size,
         "DP": args.data_parallel_size,
     }
-    shown = " x ".join(f"{name} {size}" for name, size in parts.items() if size > 1) or "one GPU"
+    shown = " x ".join(f"{name} {size}" for name, size in parts.items() if size > 1) or "one rank"
     microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     return (
         f"world size {args.world_size}: {shown}; {args.num_layers} layers, {args.num_attention_heads} heads; "
@@ -97,4 +96,3 @@ def quietly() -> Iterator[None]:
     """Within the block Megatron prints nothing and warns of nothing."""
     with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
         yield
-    sys.stdout.flush()

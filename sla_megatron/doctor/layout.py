@@ -97,7 +97,7 @@ def model_parallel(args: Namespace, store: Any, seconds: float, reached: Reached
             order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
             create_gloo_process_groups=args.use_gloo_process_groups,
         )
-        tensor_parallel.model_parallel_cuda_manual_seed(SEED)
+        tensor_parallel.model_parallel_cuda_manual_seed(SEED, args.te_rng_tracker)
         yield
     finally:
         parallel_state.destroy_model_parallel()

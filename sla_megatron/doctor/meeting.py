@@ -22,6 +22,8 @@ from .place import Place
 PATIENCE = 10.0
 #: Seconds between two looks into the store: a wait that fails prints a warning of torch's.
 _PAUSE = 0.05
+#: Seconds that rank 0 gives its own server to start, at least.
+_OWN_SERVER = 30.0
 
 
 class Meeting:
@@ -97,12 +99,12 @@ def connect(place: Place, seconds: float) -> Store:
     """
     if not place.launched:
         return HashStore()
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=place.rank == 0 and not by_agent,
-        timeout=timedelta(seconds=seconds),
+        is_master=serves,
+        timeout=timedelta(seconds=max(seconds, _OWN_SERVER) if serves else seconds),
         wait_for_workers=False,
         multi_tenant=True,
     )

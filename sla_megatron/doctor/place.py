@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,3 +41,18 @@ class Place:
     def examines_node(self) -> bool:
         """Whether this process does its node's checks."""
         return self.local_rank == 0
+
+
+def slurm_nodes(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The nodes of the Slurm step, or else of the job, that this process is in; none where Slurm does not say."""
+    listed = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not listed:
+        return []
+    try:
+        # Slurm's own reading of lists such as gpu[01-04,07].
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", listed], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.split()

@@ -63,8 +63,8 @@ class Rank:
         return status
 
     def come(self) -> None:
-        """Say that this rank is there, on which node, and whether it examines it."""
-        self.meeting.leave("come", json.dumps([self.place.node, self.place.examines_node]))
+        """Say that this rank is there, and where."""
+        self.meeting.leave("come", json.dumps([self.place.node, self.place.local_rank]))
 
     def examine_node(self, stack: ExitStack, ranks_here: int) -> list[Finding]:
         """This node's findings; ``stack`` keeps Megatron's device entered."""

@@ -8,9 +8,9 @@ from argparse import Namespace
 from ..errors import FlagError
 from .finding import Skipped
 
-#: Sizes of a matrix's side that fp8 and tensor cores accept are multiples of it.
-_UNIT = 16
-HIDDEN, HEAD, SEQUENCE, VOCABULARY = 64, 16, 32, 128
+#: Sides of a rank's matrices are multiples of it, as tensor cores and every kind of fp8 accept.
+_UNIT = 32
+HIDDEN, HEAD, SEQUENCE, VOCABULARY = 64, 32, 32, 128
 
 
 def tiny_args(args: Namespace) -> Namespace:

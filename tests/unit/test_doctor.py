@@ -251,7 +251,7 @@ def test_the_tiny_model_keeps_what_is_spread(job_args: JobArgs) -> None:
     small = tiny.tiny_args(args)
     assert (small.num_layers, small.num_attention_heads, small.sla_skip_distance) == (4, 32, args.sla_skip_distance)
     assert (small.tensor_model_parallel_size, small.pipeline_model_parallel_size) == (2, 2)
-    assert (small.hidden_size, small.kv_channels, small.seq_length) == (64, 16, 64)
+    assert (small.hidden_size, small.kv_channels, small.seq_length) == (64, 32, 64)
     assert tiny.num_microbatches(small) == 2
     assert args.hidden_size == 4096
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from sla_megatron.doctor.examination import examine
+from sla_megatron.doctor.examination import Lead, examine
 from sla_megatron.doctor.finding import FAIL, OK, SKIP, WARN, Fault, Finding, as_text, from_text
 from sla_megatron.doctor.meeting import Meeting, ranks_text
 from sla_megatron.doctor.node_checks import Asked, layout_may_run
-from sla_megatron.doctor.place import Place
+from sla_megatron.doctor.place import Place, slurm_nodes
 from sla_megatron.doctor.report import Line, Report, merge
 from sla_megatron.doctor.watch import Watch
 from tests.support.launch import free_ports
@@ -150,6 +151,8 @@ def test_a_place_is_the_launchers_or_alone() -> None:
 @pytest.fixture
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of a job of two ranks, of which this process is the only one."""
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
     (port,) = free_ports(1)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
@@ -166,6 +169,34 @@ def test_ranks_that_do_not_come_are_named(
     assert printed.out == f"FAIL  ranks      {expected}\n"
     assert printed.err == f"sla-doctor: error: first fault: ranks: {expected}\n"
     assert (tmp_path / "bad.txt").read_text() == ""
+
+
+def test_a_node_of_which_no_rank_comes_is_to_blame(
+    two_ranks: None, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm says which nodes the job has."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\n[ $3 = 'gpu[01-02]' ] && printf 'gpu01\\ngpu02\\n'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[01-02]")
+    asked = Asked("cpu", None, False, 0.2, str(tmp_path / "bad.txt"))
+    assert examine(asked, Place(0, 2, 0, "gpu01", launched=True)) == 1
+    assert "there are 1, on gpu01, none on gpu02\n" in capsys.readouterr().out
+    assert (tmp_path / "bad.txt").read_text() == "gpu02\n"
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "other")
+    assert slurm_nodes() == []
+    assert slurm_nodes({}) == []
+
+
+def test_two_ranks_on_one_gpu_are_odd() -> None:
+    """Where no launcher says LOCAL_RANK, Megatron puts all of a node's ranks on its first GPU."""
+    lead = Lead(Asked("cpu", None, True, 0.2, None), Place(0, 2, 0, "a", launched=True), Meeting(HashStore(), 0, 2))
+    for rank in range(2):
+        lead.meeting.store.set(f"come/{rank}", '["a", 0]')
+    lead.report.stream = io.StringIO()
+    assert lead._all_come()
+    assert "2 ranks on node a have the LOCAL_RANK 0" in lead.report.stream.getvalue()
 
 
 def test_a_rank_that_finds_no_rank_0_says_so(two_ranks: None) -> None:
