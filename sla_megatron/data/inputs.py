@@ -8,7 +8,7 @@ import itertools
 import os
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,11 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dataset-split", metavar="NAME", default="train", help="default train")
     group.add_argument("--dataset-revision", metavar="NAME")
     group.add_argument("--streaming", action="store_true", help="read a Hub data set without storing it")
-    group.add_argument("--format", choices=FORMATS, help="of --input, where the names do not tell; text: a document a "
-                       "line, document: a document a file")  # fmt: skip
+    group.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="of --input, where the names do not tell; text: a document a line, document: a document a file",
+    )
     group.add_argument("--field", default="text", help="key or column that holds the text; default text")
     group.add_argument(
         "--max-document-mb", type=megabytes, default=64 * _MB, metavar="MB", help="larger ones are faults; default 64"
@@ -52,7 +55,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 def megabytes(text: str) -> int:
     """A flag's megabytes as bytes."""
-    size = float(text) if text.replace(".", "", 1).isdigit() else 0
+    size = float(text) if text.replace(".", "", 1).isdecimal() else 0
     if round(size * _MB) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected megabytes greater than 0")
     return round(size * _MB)
@@ -95,6 +98,11 @@ class Inputs:
                 number, done = number + 1, behind
             start, done = 0, 0
 
+    def without_data(self) -> Inputs:
+        """The same for a process that is handed blocks: data sets need not travel to it."""
+        sources = [replace(source, data=None) if isinstance(source, Table) else source for source in self.sources]
+        return replace(self, sources=sources)
+
     def documents(self, block: Block) -> Iterator[Document | Fault]:
         """What is in ``block``, in order."""
         if block.payload is None:
@@ -136,8 +144,11 @@ def _files(given: list[str]) -> list[Path]:
         if not found:
             raise DataError(f"--input {name}: expected files of text: {', '.join(_SUFFIXES)}")
         files += found
-    if twice := next((path for i, path in enumerate(files) if path in files[:i]), None) if len(files) < 1000 else None:
-        raise DataError(f"--input {twice}: expected each file once")
+    seen: set[Path] = set()
+    for path in files:
+        if path in seen:
+            raise DataError(f"--input {path}: expected each file once")
+        seen.add(path)
     return files
 
 

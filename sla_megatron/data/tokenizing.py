@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,8 @@ def _write_shards(job: Job, folder: Path, workers: int, encoder: Encoder) -> lis
     if workers == 1:
         done = work_through(todo, 1, lambda: ShardWriter(folder, job.inputs, encoder, digests, job.fatal).write)
     else:
-        done = work_through(todo, workers, _prepare, folder, job, digests)
+        theirs = replace(job, inputs=job.inputs.without_data())
+        done = work_through(todo, workers, _prepare, folder, theirs, digests)
     with Progress(job.inputs.work, job.inputs.unit, records.values()) as progress:
         try:
             for record in done:
