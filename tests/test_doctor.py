@@ -87,8 +87,8 @@ def test_all_is_well_with_virtual_stages(ran: dict[str, Any]) -> None:
 def test_one_node_without_the_data(ran: dict[str, Any]) -> None:
     """The line names the node, and so does the file; --quick leaves the layout out."""
     lines = lines_of(ran, "data", 1)
-    absent = ran["folder"] / "absent.idx"
-    assert lines["data"] == ("FAIL", f"node node1: {absent} cannot be read: No such file or directory")
+    reason = f"{ran['folder']}/absent.idx cannot be read: No such file or directory"
+    assert lines["data"] == ("FAIL", f"node node1: {reason}: expected PREFIX.bin and PREFIX.idx of the data")
     assert lines["layout"] == ("skip", "--quick")
     assert [check for check, (how, _) in lines.items() if how == "FAIL"] == ["data"]
     assert bad_nodes(ran, "data") == ["node1"]

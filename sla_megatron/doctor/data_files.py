@@ -33,7 +33,8 @@ def data_files(args: Namespace, vocabulary: int | None) -> str:
         try:
             indices.append(_sound_index(prefix))
         except DataError as error:
-            faults.append(str(error))
+            text = str(error)
+            faults.append(text if "expected" in text else f"{text}: expected PREFIX.bin and PREFIX.idx of the data")
     if faults:
         more = f" (and {len(faults) - 1} more of {len(prefixes)} prefixes)" if len(faults) > 1 else ""
         raise Fault(f"{faults[0]}{more}")

@@ -199,6 +199,19 @@ def test_two_ranks_on_one_gpu_are_odd() -> None:
     assert "2 ranks on node a have the LOCAL_RANK 0" in lead.report.stream.getvalue()
 
 
+def test_rank_0_says_where_it_hangs_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """On a file system that does not answer, say: a timer concludes."""
+    bad, ended = tmp_path / "bad.txt", threading.Event()
+    alone = Place(0, 1, 0, "a", launched=False)
+    lead = Lead(Asked("cpu", None, True, 0.05, str(bad)), alone, Meeting(HashStore(), 0, 1), lambda status: ended.set())
+    with lead._deadline():
+        lead.doing = "data"
+        assert ended.wait(5)
+    assert capsys.readouterr().out == "FAIL  nodes      a is still at data after 0 s\n"
+    assert bad.read_text() == "a\n"
+    assert lead.meeting.await_("verdict", 1) == 1
+
+
 def test_a_rank_that_finds_no_rank_0_says_so(two_ranks: None) -> None:
     with pytest.raises(Fault, match="rank 1 on node gpu02 cannot reach rank 0"):
         examine(Asked("cpu", None, False, 1.0, None), Place(1, 2, 0, "gpu02", launched=True))
