@@ -48,6 +48,7 @@ setup(
             "sla-data = sla_megatron.data.cli:main",
             "sla-doctor = sla_megatron.doctor.cli:main",
             "sla-job = sla_megatron.job.cli:main",
+            "sla-patch = sla_megatron.patching.cli:main",
         ]
     },
 )
