@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[1]
 
 INSTALL_REQUIRES = [
     "torch>=2.6",
-    # The wheel carries megatron.training; the seams were checked with 0.19, and 0.20 has moved some of them.
+    # The wheel carries megatron.training.  The names that are replaced are checked at run time: 0.18 lacks some.
     "megatron-core[training]>=0.19,<0.20",
     "datasets",
     "sentencepiece",
@@ -37,7 +37,10 @@ setup(
     version=VERSION,
     description="Train GPTs with Skip-Layer Attention on NVIDIA Megatron, tensor-parallel, on GPUs or CPUs",
     python_requires=">=3.12",
-    packages=find_packages(include=["sla_megatron", "sla_megatron.*"]),
+    # sla-patch finds the patches beside it, wherever it is installed.
+    packages=[*find_packages(include=["sla_megatron", "sla_megatron.*"]), "sla_megatron.patching.patches"],
+    package_dir={"sla_megatron.patching.patches": "patches"},
+    package_data={"sla_megatron.patching.patches": ["*.patch"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={

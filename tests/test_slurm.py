@@ -45,6 +45,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("slurm"), 3) as made:
+        (made.folder / "runs").mkdir()
         yield made
 
 
@@ -100,7 +101,6 @@ def same_result(run: Path, undisturbed: Path) -> None:
 def undisturbed(slurm: Cluster) -> Path:
     """The run of a job that nothing happens to."""
     run = slurm.folder / "runs" / "undisturbed"
-    run.parent.mkdir()
     job = submit(slurm, run, *FLAGS)
     assert slurm.until(job, {"COMPLETED", "FAILED"})["JobState"] == "COMPLETED", log(run)[-5000:]
     return run
@@ -270,6 +270,10 @@ def test_an_unhealthy_node_is_excluded(slurm: Cluster, tmp_path: Path) -> None:
     slurm.until(job, {"FAILED"})
     assert "slurm.sbatch: excluding node1, and going on elsewhere" in log(run)
     assert set(re.findall(r"trained on (\w+)", log(run))) == {"node2", "node3"}
+    # What fails everywhere is no node's fault.
+    job = submit(slurm, run, *FLAGS, PYTHON=python, HEALTH_CHECK="false", MAX_EXCLUDED="1")
+    assert slurm.until(job, {"FAILED"})["ExitCode"] == "1:0"
+    assert "would be excluded too, which makes 2 nodes: expected at most 1" in log(run)
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: Cluster, tmp_path: Path) -> None:

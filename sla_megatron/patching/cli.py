@@ -12,6 +12,7 @@ not fit; 2 it cannot be done, and nothing was changed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def main() -> None:
     except (PatchError, StartError) as error:
         print(f"sla-patch: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # Whoever reads has read enough, as head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(status)
 
 

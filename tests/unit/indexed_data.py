@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy
 
-from examples.quickstart.build_dataset import EOS_ID, train_tokenizer
 from sla_megatron.data.inspect_command import add_command
 from sla_megatron.data.inspection import index_faults, layout_fault, open_index
+from sla_megatron.data.training_tokenizer import EOS_ID, ModelSettings
+from sla_megatron.data.training_tokenizer import train_model as train_sentencepiece
 
 TEXTS = ["Hello, World!\n  two lines\n", "naïve café 中文 😀😀😀", "\x1b[31mred\x1b[0m\ttab", "x" * 3000]
 
@@ -60,7 +61,8 @@ def faults_of(prefix: str) -> list[str]:
 
 def train_model(path: Path) -> Path:
     """A small sentencepiece model in ``path`` that gives back any text."""
-    path.write_bytes(train_tokenizer([Path(__file__).read_text(encoding="utf-8"), *TEXTS], 400))
+    documents = [Path(__file__).read_text(encoding="utf-8"), *TEXTS]
+    path.write_bytes(train_sentencepiece([text.encode() for text in documents], ModelSettings(400)))
     return path
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.quickstart.build_dataset import EOS_ID
 from sla_megatron.data import contents, histogram, inspection, inspection_report
 from sla_megatron.data.contents import Lengths, document_figures, empty_sequences, scan
 from sla_megatron.data.errors import DataError
 from sla_megatron.data.inspection import DTYPES, open_index
+from sla_megatron.data.training_tokenizer import EOS_ID
 
 from .indexed_data import (
     TEXTS,
