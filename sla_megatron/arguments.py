@@ -15,6 +15,7 @@ from megatron.training.yaml_arguments import validate_yaml
 
 from .checkpoint_settings import adopt_checkpoint_args, require_same_settings
 from .config import KV_PROJECTIONS
+from .core_attention import MEGATRON, SDPA, resolve_core_attention
 from .cpu import cpu_backend_is_active
 from .cpu.flags import fit_to_cpu
 from .errors import FlagError, one_line_errors
@@ -65,6 +66,14 @@ def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
         metavar="{full,pruned}",
         help="Keep K/V projections that nobody reads (full: the dense model's shapes) or leave them out (pruned: "
         "fewer parameters). Default: full.",
+    )
+    group.add_argument(
+        "--core-attention",
+        type=_choice("--core-attention", (MEGATRON, SDPA)),
+        default=MEGATRON,
+        metavar="{megatron,sdpa}",
+        help="sdpa: torch's scaled_dot_product_attention in the place of Megatron's local one, which keeps [s, s] "
+        "scores; with --sla or without. Default: megatron, what the layer spec has.",
     )
     return parser
 
@@ -127,6 +136,7 @@ def settled_args(
     else:
         upstream.validate_args(args, args_defaults)
     resolve_sla_args(args)
+    resolve_core_attention(args)
     require_same_settings(args)
     return args
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .arguments import PARSING
 from .block import CHECKPOINTED_FORWARD, transformer_block_seam
 from .config import SLAConfig
+from .core_attention import FORWARD
 from .cpu.replacements import replacements
 from .layer_specs import QUERY_KEY_VALUE
 from .pipeline.communicator import COMMUNICATOR
@@ -25,6 +26,7 @@ ALWAYS = "in every run, with --sla or without"
 SLA = "with --sla"
 RECOMPUTATION = "with --sla, while a block runs under --recompute-granularity full"
 PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is built"
+CORE_ATTENTION = "with --core-attention sdpa"
 WHEEL = "with megatron-core's wheel, on any device: a checkout has the Makefile"
 CPU = "on the CPU"
 
@@ -86,6 +88,7 @@ def registry() -> list[Entry]:
         *_entries(SLA, [block, QUERY_KEY_VALUE, *_OVERRIDDEN]),
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD]),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
+        *_entries(CORE_ATTENTION, [FORWARD]),
         *_entries(ALWAYS, [PARSING]),
         *_entries(WHEEL, [COMPILE_HELPERS]),
         *_entries(CPU, replacements()),

@@ -63,6 +63,18 @@ REQUESTS: dict[str, dict[str, Any]] = {
         )
     },
     "bf16": {"argv": argv(**SLA, **NO_DROPOUT, bf16=True)},
+    "sdpa": {"argv": argv(**SLA, **NO_DROPOUT, core_attention="sdpa")},
+    "sdpa-selective-recompute": {
+        "argv": argv(
+            **SLA,
+            **NO_DROPOUT,
+            core_attention="sdpa",
+            recompute_granularity="selective",
+            recompute_modules=["core_attn"],
+        )
+    },
+    "dense": {"argv": argv(**NO_DROPOUT)},
+    "dense-sdpa": {"argv": argv(**NO_DROPOUT, core_attention="sdpa")},
 }
 
 
@@ -85,7 +97,7 @@ def test_trains_and_evaluates(runs: dict[str, dict[str, Any]], name: str) -> Non
 def test_no_shared_kv_outlives_its_step(runs: dict[str, dict[str, Any]], name: str) -> None:
     """After each step every shared key and value is freed; without skipping none is ever made."""
     assert runs[name]["alive"] == 0
-    skips = name not in ("upstream", "off", "moe", "beyond", "moe-beyond", "no-groups")
+    skips = name not in ("upstream", "off", "moe", "beyond", "moe-beyond", "no-groups", "dense", "dense-sdpa")
     assert (runs[name]["num_shared"] > 0) == skips
 
 
@@ -114,12 +126,22 @@ def test_settings_matter(runs: dict[str, dict[str, Any]], name: str, dense: str)
 
 
 @pytest.mark.parametrize(
-    "name", ["tp1", "sequence-parallel", "full-recompute", "selective-recompute", "distributed-optimizer"]
+    ("name", "twin"),
+    [
+        ("tp1", "tp2"),
+        ("sequence-parallel", "tp2"),
+        ("full-recompute", "tp2"),
+        ("selective-recompute", "tp2"),
+        ("distributed-optimizer", "tp2"),
+        ("sdpa", "tp2"),
+        ("sdpa-selective-recompute", "tp2"),
+        ("dense-sdpa", "dense"),
+    ],
 )
-def test_same_training_however_it_is_run(runs: dict[str, dict[str, Any]], name: str) -> None:
-    """From one seed, without dropout, the same losses and gradient norms as plain TP=2."""
+def test_same_training_however_it_is_run(runs: dict[str, dict[str, Any]], name: str, twin: str) -> None:
+    """From one seed, without dropout, the same losses and gradient norms as plain TP=2 with Megatron's attention."""
     for what in ("loss", "grad_norm", "evaluations"):
-        assert runs[name][what] == pytest.approx(runs["tp2"][what], rel=CLOSE)
+        assert runs[name][what] == pytest.approx(runs[twin][what], rel=CLOSE)
 
 
 def test_bf16_stays_near_fp32(runs: dict[str, dict[str, Any]]) -> None:
