@@ -347,7 +347,9 @@ def test_ended_while_training(number: signal.Signals, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [text])
     argv = ["tokenizer", "--input", corpus, "--output", tmp_path / "a.model", "--vocab-size", 8000]
     command = [sys.executable, "-u", "-m", "sla_megatron.data.cli", *map(str, argv), "--model-type", "unigram"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # What a shell starts in the background ignores SIGINT, and so would its children.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         assert process.stdout.readline().startswith("training a unigram model of 8,000 tokens on ")
         time.sleep(0.5)
         process.send_signal(number)
