@@ -37,8 +37,8 @@ def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
     if sla is None and core_attention == MEGATRON:
         return upstream_gpt_config_from_args(args, **kwargs)
     if "model_config_cls" in kwargs:
-        flag = "--sla" if sla is not None else f"--core-attention {core_attention}"
-        raise ValueError(f"{flag} builds a model of its own, not one of {kwargs['model_config_cls'].__name__}")
+        made = "--sla builds an SLA model" if sla is not None else "--core-attention builds a model of its own"
+        raise ValueError(f"{made}, not one of {kwargs['model_config_cls'].__name__}")
     model_config = upstream_gpt_config_from_args(args, model_config_cls=SLAGPTModelConfig, **kwargs)
     model_config.sla, model_config.core_attention = sla, core_attention
     if sla is not None and sla.kv_projection == "pruned":

@@ -22,7 +22,7 @@ import sentencepiece
 
 from examples.quickstart import corpus
 from sla_megatron.data import cli
-from sla_megatron.data.shards import flush, write_json
+from sla_megatron.files import flush, write_json
 
 MANIFEST = "dataset.json"
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from examples.quickstart.training_log import Result
+from sla_megatron import files
 from sla_megatron.errors import flag_of
 
 MODELS = ("dense", "sla")
@@ -44,9 +44,7 @@ class WorkdirError(RuntimeError):
 def write_json(path: Path, value: dict) -> None:
     """Writes `value` so that `path` is either the old file or the whole new one; makes its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+    files.write_json(path, value)
 
 
 def read_settings(out: Path) -> dict | None:

@@ -21,11 +21,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from ..job.checkpoints import TRACKER
 from .architecture import config_from_args
 from .errors import ConvertError
 from .mapping import GATE, KEY, QUERY, UP, VALUE, VOCABULARY, Entry, entries, qkv_rows
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 #: Keys of a checkpoint that hold no weights of the model.
 _NO_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state", "opt_param_scheduler")

@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import numpy
 
+from ..files import flush
 from .errors import DataError, file_errors
-from .shards import flush
 
 _COPY = 1 << 24
 

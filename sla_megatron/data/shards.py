@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 
+from ..files import flush, write_json
 from .blocks import Block
 from .documents import Fault, count_lines
 from .encoding import Encoder
@@ -150,20 +151,3 @@ def read_faults(folder: Path, number: int) -> list[Fault]:
 def read_digests(folder: Path, number: int) -> numpy.ndarray:
     """The documents' hashes as two 64-bit numbers each, ``[documents, 2]``."""
     return numpy.fromfile(f"{shard_prefix(folder, number)}.digests", dtype="<u8").reshape(-1, 2)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` so that ``path`` is the old file or the whole new one, after a crash of the machine too."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(value, indent=1) + "\n")
-        flush(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Have what was written to ``path`` on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
+from ..files import flush, write_json
 from .blocks import Block
 from .documents import FAULTS, fault_message
 from .encoding import Encoder
@@ -27,12 +28,10 @@ from .shards import (
     FatalFault,
     ShardRecord,
     ShardWriter,
-    flush,
     read_digests,
     read_faults,
     read_records,
     shard_prefix,
-    write_json,
 )
 from .workdir import Workdir
 from .workers import begin_preloading, work_through

@@ -23,10 +23,10 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
+from ..files import flush
 from .documents import Fault, count_lines, fault_message
 from .errors import DataError, file_errors
 from .inputs import Inputs
-from .shards import flush
 
 MODEL_TYPES = ("bpe", "unigram")
 NORMALIZATIONS = ("identity", "nmt_nfkc")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
 from .errors import DataError, file_errors
-from .shards import write_json
 
 
 @dataclass(frozen=True)

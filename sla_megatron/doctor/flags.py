@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import FlagError
+from ..flag_types import WITH_VALUE, file_name, number
 
 DEFAULT_TIMEOUT = 300.0
-
-# A missing value reaches the type function, whose error is one line; argparse's own is Megatron's usage text.
-_WITH_VALUE = {"nargs": "?", "const": ""}
 
 
 def add_doctor_args(parser: ArgumentParser) -> ArgumentParser:
@@ -19,9 +16,9 @@ def add_doctor_args(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("sla-doctor", "whether the job can run; takes the job's own flags beside these")
     group.add_argument(
         "--num-gpus",
-        type=_number("--num-gpus", int, "an integer >= 1"),
+        type=number("--num-gpus", int, "an integer >= 1"),
         metavar="N",
-        **_WITH_VALUE,
+        **WITH_VALUE,
         help="World size to assume where this runs alone. Default: the fewest GPUs that the parallel sizes allow.",
     )
     group.add_argument(
@@ -29,18 +26,18 @@ def add_doctor_args(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--timeout",
-        type=_number("--timeout", float, "seconds, more than 0"),
+        type=number("--timeout", float, "seconds, more than 0", below=1e9),
         default=DEFAULT_TIMEOUT,
         metavar="SECONDS",
-        **_WITH_VALUE,
+        **WITH_VALUE,
         help="How long rank 0 waits for the others: to come, to examine their nodes, and to run the layout. "
         f"Default: {DEFAULT_TIMEOUT:.0f}.",
     )
     group.add_argument(
         "--bad-nodes",
-        type=_file("--bad-nodes"),
+        type=file_name("--bad-nodes"),
         metavar="FILE",
-        **_WITH_VALUE,
+        **WITH_VALUE,
         help="Write the names of the nodes whose own check failed to this file, one a line; empty if there is none. "
         "A check that fails on all nodes says nothing of one, but for missing GPUs.",
     )
@@ -53,26 +50,3 @@ def check_doctor_args(args: Namespace) -> None:
         path = Path(args.bad_nodes)
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise FlagError("--bad-nodes", args.bad_nodes, "a file in a directory that exists")
-
-
-def _number(flag: str, convert: type, accepted: str) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        try:
-            value = convert(text)
-        except ValueError:
-            raise FlagError(flag, text, accepted) from None
-        # The upper limit refuses infinity, which no store can wait for.
-        if not 0 < value < 1e9:
-            raise FlagError(flag, text, accepted)
-        return value
-
-    return read
-
-
-def _file(flag: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if not text:
-            raise FlagError(flag, text, "a file name")
-        return text
-
-    return read

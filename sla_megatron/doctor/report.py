@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from ..files import write_whole
 from .finding import FAIL, OK, SKIP, WARN, Finding
 
 #: Checks whose findings must be the same on all nodes.
@@ -103,19 +103,9 @@ class Report:
     def conclude(self, bad_nodes_file: str | None) -> int:
         """Write the file if one is asked for and name the first fault on stderr; the exit status."""
         if bad_nodes_file is not None:
-            _write(Path(bad_nodes_file), "".join(f"{node}\n" for node in self.bad_nodes()))
+            write_whole(Path(bad_nodes_file), "".join(f"{node}\n" for node in self.bad_nodes()))
         fault = self.first_fault()
         if fault is None:
             return 0
         print(f"sla-doctor: error: first fault: {fault.check}: {fault.text}", file=sys.stderr, flush=True)
         return 1
-
-
-def _write(path: Path, text: str) -> None:
-    """The file is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..files import write_json
 from .checkpoints import TRACKER, newest_complete, point_to, tracked
 
 FINISHED, REQUEUE, STOP = "finished", "requeue", "stop"
@@ -61,9 +61,7 @@ class Chain:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f".chain.json.{os.getpid()}"
-        unfinished.write_text(json.dumps({"attempts": [asdict(attempt) for attempt in self.attempts]}, indent=1) + "\n")
-        unfinished.replace(self.folder / "chain.json")
+        write_json(self.folder / "chain.json", {"attempts": [asdict(attempt) for attempt in self.attempts]})
 
     @property
     def newest(self) -> int:

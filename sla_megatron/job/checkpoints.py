@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
+
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -102,8 +104,6 @@ def point_to(folder: Path, iteration: int, broken: dict[Path, str], say: Callabl
         say(f"{path} is not complete: {reason}; it is now {aside.name}")
     said = tracked(folder)
     if said != iteration:
-        unfinished = folder / f".{TRACKER}.{os.getpid()}"
-        unfinished.write_text(str(iteration))
-        unfinished.replace(folder / TRACKER)
+        write_whole(folder / TRACKER, str(iteration))
         shown = "was missing" if said is None else f"said {said!r}"
         say(f"{folder / TRACKER} {shown}: it now says {iteration}, the newest complete checkpoint")

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import one_line_errors
+from ..files import write_whole
 from .as_json import as_json
 from .figures import Figures
 from .flags import STDOUT, add_plan_args, check_plan_args, rates
@@ -52,7 +53,7 @@ def _plan() -> None:
         print(as_json(figures))
         return
     if asked.json is not None:
-        _write(Path(asked.json), as_json(figures) + "\n")
+        write_whole(Path(asked.json), as_json(figures) + "\n")
     print(report(figures))
 
 
@@ -74,16 +75,6 @@ def _progress() -> Callable[[str], None]:
             print(f"sla-plan: {line}", file=sys.stderr, flush=True)
 
     return say
-
-
-def _write(path: Path, text: str) -> None:
-    """The file is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

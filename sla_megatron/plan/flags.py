@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import FlagError
+from ..flag_types import WITH_VALUE, file_name, number
 from .predict import Rates
 
 PLOT_SUFFIXES = (".png", ".svg")
@@ -22,26 +21,26 @@ def add_plan_args(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group("sla-plan", "what skip-layer attention costs in this run; needs no GPU")
     group.add_argument(
         "--num-gpus",
-        type=_number("--num-gpus", int, "an integer >= 1"),
+        type=number("--num-gpus", int, "an integer >= 1"),
         **_WITH_VALUE,
         help="GPUs of the run (the world size). Default: the fewest that the parallel sizes allow.",
     )
     group.add_argument(
         "--link-gb-per-s",
-        type=_number("--link-gb-per-s", float, "gigabytes a second, more than 0"),
+        type=number("--link-gb-per-s", float, "gigabytes a second, more than 0"),
         **_WITH_VALUE,
         help="Bandwidth between neighbouring pipeline ranks, for each GPU and direction, in gigabytes (1e9 bytes) a "
         "second. With --compute-tflops it has a step simulated.",
     )
     group.add_argument(
         "--link-latency-us",
-        type=_number("--link-latency-us", float, "microseconds, 0 or more", least=0),
+        type=number("--link-latency-us", float, "microseconds, 0 or more", least=0),
         **_WITH_VALUE,
         help="Microseconds that a transfer takes beside its bytes. Default: 0.",
     )
     group.add_argument(
         "--compute-tflops",
-        type=_number("--compute-tflops", float, "TFLOP/s, more than 0"),
+        type=number("--compute-tflops", float, "TFLOP/s, more than 0"),
         **_WITH_VALUE,
         help="What each GPU achieves on this model, in 1e12 floating-point operations a second, its tensor-parallel "
         "communication included: the throughput that Megatron logs for a run without pipeline parallelism.",
@@ -54,13 +53,13 @@ def add_plan_args(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--plot",
-        type=_file("--plot"),
+        type=file_name("--plot"),
         **_WITH_VALUE,
         help="Draw the simulated timeline to this .png or .svg file.",
     )
     group.add_argument(
         "--json",
-        type=_file("--json"),
+        type=file_name("--json"),
         **_WITH_VALUE,
         help="Write every figure, exact, to this file; - writes it to the standard output in place of the tables.",
     )
@@ -109,27 +108,4 @@ def _check_file(flag: str, name: str, overwrite: bool) -> None:
         raise FlagError(flag, name, "a new file, or --overwrite beside it")
 
 
-def _number(flag: str, convert: type, accepted: str, least: float | None = None) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        try:
-            value = convert(text)
-        except ValueError:
-            raise FlagError(flag, text, accepted) from None
-        if not math.isfinite(value) or value < (least or 0) or (value == 0 and least is None):
-            raise FlagError(flag, text, accepted)
-        return value
-
-    return read
-
-
-def _file(flag: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if not text:
-            raise FlagError(flag, text, "a file name")
-        return text
-
-    return read
-
-
-# A missing value reaches the type function, whose error is one line; argparse's own is Megatron's usage text.
-_WITH_VALUE = {"nargs": "?", "const": "", "metavar": "VALUE"}
+_WITH_VALUE = {**WITH_VALUE, "metavar": "VALUE"}

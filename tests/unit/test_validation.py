@@ -177,7 +177,7 @@ def test_without_sla_the_arguments_are_upstream_s(settle: Callable[..., Run]) ->
     upstream.validate_args(theirs)
     added = {key: value for key, value in vars(ours).items() if key not in vars(theirs)}
     assert {key: value for key, value in vars(ours).items() if key not in added} == vars(theirs)
-    assert added.pop("device") == "auto" and added.pop("sla") is False
+    assert (added.pop("device"), added.pop("sla"), added.pop("core_attention")) == ("auto", False, "megatron")
     assert added == dict.fromkeys(("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection"))
     assert sla_config_from_args(ours) is None
     assert sla_config_from_args(theirs) is None

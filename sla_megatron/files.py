@@ -1,0 +1,31 @@
+"""Files that are there whole or not at all.  Only the standard library is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, text: str, durable: bool = False) -> None:
+    """Write ``text`` so that ``path`` is the old file or the whole new one; if ``durable``, after a power cut too."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text)
+        if durable:
+            flush(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """:func:`write_whole` of ``value``, durable."""
+    write_whole(path, json.dumps(value, indent=1) + "\n", durable=True)
+
+
+def flush(path: Path) -> None:
+    """Have what was written to ``path`` on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,42 @@
+"""What argparse converts the values of our commands' flags with; a bad one is a :class:`FlagError`, one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .errors import FlagError
+
+#: A missing value reaches the type function, whose error is one line; argparse's own is Megatron's usage text.
+WITH_VALUE = {"nargs": "?", "const": ""}
+
+#: More than any of these flags means, and less than infinity.
+_MOST = 1e18
+
+
+def number(
+    flag: str, convert: type, accepted: str, least: float | None = None, below: float = _MOST
+) -> Callable[[str], float]:
+    """A number of ``flag``: ``least`` or more (None: more than 0), and less than ``below``."""
+
+    def read(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            raise FlagError(flag, text, accepted) from None
+        # Not a number compares with nothing.
+        if not ((value > 0 if least is None else value >= least) and value < below):
+            raise FlagError(flag, text, accepted)
+        return value
+
+    return read
+
+
+def file_name(flag: str) -> Callable[[str], str]:
+    """A name that is not empty."""
+
+    def read(text: str) -> str:
+        if not text:
+            raise FlagError(flag, text, "a file name")
+        return text
+
+    return read
