@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, text: str, durable: bool = False) -> None:
-    """Write ``text`` so that ``path`` is the old file or the whole new one; if ``durable``, after a power cut too."""
+def write_whole(path: Path, content: str | bytes, durable: bool = False) -> None:
+    """Write ``content`` so that ``path`` is the old file or the whole new one; ``durable``: after a power cut too."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text)
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
         if durable:
             flush(unfinished)
         unfinished.replace(path)

@@ -23,7 +23,7 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
-from ..files import flush
+from ..files import write_whole
 from .documents import Fault, count_lines, fault_message
 from .errors import DataError, file_errors
 from .inputs import Inputs
@@ -309,7 +309,9 @@ def train_tokenizer(
     model = _beside(lambda: train_model(documents, settings))
     measured = bytes_per_token(model, documents)
     _require_place(output, overwrite, inputs)
-    _write(output, model)
+    with file_errors(f"--output {output}"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, model, durable=True)
     return Trained(output, settings, read, len(documents), size, *measured)
 
 
@@ -346,16 +348,3 @@ def _beside(work: Callable[[], bytes]) -> bytes:
         while not wait([outcome], timeout=1).done:
             clock.refresh()
     return outcome.result()
-
-
-def _write(output: Path, model: bytes) -> None:
-    """Put ``model`` at ``output`` as a whole, after a crash of the machine too."""
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    with file_errors(f"--output {output}"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(model)
-            flush(unfinished)
-            unfinished.replace(output)
-        finally:
-            unfinished.unlink(missing_ok=True)

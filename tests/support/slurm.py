@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -107,7 +109,7 @@ def cluster(folder: Path, size: int) -> Iterator[Cluster]:
     """A cluster of ``size`` nodes, node1 and so on, in ``folder``, for the length of the block."""
     for name in ("run", "log", "state", "spool"):
         (folder / name).mkdir(parents=True)
-    first, *_ = _neighbours(size)
+    first = _first_of(size)
     ports = f"{first}-{first + size - 1}" if size > 1 else str(first)
     nodes = f"node[1-{size}]"
     config = folder / "slurm.conf"
@@ -127,24 +129,17 @@ def cluster(folder: Path, size: int) -> Iterator[Cluster]:
         _stop(made)
 
 
-def _neighbours(size: int) -> list[int]:
-    """Ports next to each other, as one line of the configuration wants them."""
+def _first_of(count: int) -> int:
+    """The first of ``count`` free ports in a row, as one line of the configuration wants them."""
     while True:
         first = free_ports(1)[0]
-        with contextlib.ExitStack() as stack:
-            try:
-                import socket
-
-                for port in range(first, first + size):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-                return list(range(first, first + size))
-            except OSError:
-                continue
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def _user() -> str:
-    import pwd
-
     return pwd.getpwuid(os.getuid()).pw_name
 
 

@@ -17,6 +17,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sla_megatron import files
 from sla_megatron.data import cli, training_tokenizer
 from sla_megatron.data.documents import Document
 from sla_megatron.data.errors import DataError
@@ -333,7 +334,7 @@ def test_full_disk(
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training_tokenizer, "flush", full)
+    monkeypatch.setattr(files, "flush", full)
     line = refused(capsys, "--input", corpus, "--vocab-size", 500, "--output", kept, "--overwrite")
     assert line == f"--output {kept}: no space left"
     assert [path.name for path in kept.parent.iterdir()] == [kept.name] and kept.read_bytes() == b"mine"
