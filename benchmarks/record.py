@@ -1,0 +1,178 @@
+"""What every benchmark writes: one JSON file that says where, when and how its rows were measured, a table and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sla_megatron.files import write_json
+from sla_megatron.plan.report import table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Recorded where they are installed.
+PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "numpy", "sentencepiece", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a result; cells are text.  Columns in ``left`` are aligned left."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Sequence[int] = (0,)
+    note: str = ""
+
+    def as_text(self) -> str:
+        """For a terminal."""
+        lines = [self.title, table(self.header, self.rows, self.left), *([self.note] if self.note else [])]
+        return "\n".join(lines) + "\n"
+
+    def as_markdown(self) -> str:
+        """For ``docs/results.md``."""
+        rule = [":--" if column in self.left else "--:" for column in range(len(self.header))]
+        rows = ["| " + " | ".join(cells) + " |" for cells in (self.header, rule, *self.rows)]
+        return "\n".join([f"**{self.title}**", "", *rows, *(["", self.note] if self.note else [])]) + "\n"
+
+
+def add_output_args(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    """Add ``--out`` and ``--overwrite`` of the benchmark ``name``."""
+    default = Path("runs") / "benchmarks" / f"{name}.json"
+    parser.add_argument(
+        "--out", type=Path, default=default, metavar="FILE", help=f"JSON file, its plot beside it (default: {default})"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
+    return parser
+
+
+def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with one line, before anything is measured, where ``--out`` cannot be written."""
+    if args.out.suffix != ".json":
+        parser.error(f"--out {args.out}: expected a name that ends in .json")
+    if args.out.exists() and not args.overwrite:
+        parser.error(f"--out {args.out} is there: expected another name, or --overwrite")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}: expected a folder that can be written")
+
+
+def write_result(
+    args: argparse.Namespace,
+    name: str,
+    device: str,
+    rows: Sequence[dict[str, Any]],
+    tables: Callable[[dict[str, Any]], list[Table]],
+    plot: Callable[[dict[str, Any], Path], None] | None = None,
+) -> dict[str, Any]:
+    """Write ``--out`` and, with matplotlib, the plot beside it; print the tables.  Returns what was written.
+
+    Args:
+        args: of the command, with those of :func:`add_output_args`.
+        name: the benchmark's.
+        device: ``cpu``, or the GPU's name.
+        rows: what was measured.
+        tables: makes the tables from the result.
+        plot: draws the result into a file.
+    """
+    settings = {k: v if isinstance(v, int | float | str | list | None) else str(v) for k, v in vars(args).items()}
+    for what in ("out", "overwrite"):
+        settings.pop(what, None)
+    result = {
+        "benchmark": name,
+        "command": command_line(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(device),
+        "settings": settings,
+        "rows": list(rows),
+    }
+    write_json(args.out, result)
+    for each in tables(result):
+        print(each.as_text(), flush=True)
+    written = [args.out]
+    if plot is not None:
+        try:
+            import matplotlib
+        except ModuleNotFoundError:
+            print("no plot: it needs matplotlib (pip install matplotlib)")
+        else:
+            matplotlib.use("Agg")
+            # The same picture from the same figures, byte for byte.
+            matplotlib.rcParams["svg.hashsalt"] = name
+            written.append(args.out.with_suffix(".svg"))
+            plot(result, written[-1])
+    print("written:", *written)
+    return result
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """``figure`` as ``path``, without a date in it, whole or not at all."""
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    figure.savefig(unfinished, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+    unfinished.replace(path)
+
+
+def command_line() -> str:
+    """The command that is running, as it can be repeated from the repository's root."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name] if spec else ["python", os.path.relpath(sys.argv[0], ROOT)]
+    return " ".join([*program, *sys.argv[1:]])
+
+
+def commit() -> str:
+    """The commit that is checked out, with ``+changes`` where files differ from it; ``unknown`` without git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "sla_megatron", "benchmarks"], cwd=ROOT)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()[:12] + ("+changes" if changes.returncode else "")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures depend on: processor, threads, versions."""
+    import torch
+
+    found: dict[str, Any] = {"device": device, "processor": processor(), "cores": os.cpu_count()}
+    found["threads"] = torch.get_num_threads()
+    found["python"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    # A source version is not of interest.
+    found["torch"] = torch.__version__
+    return found
+
+
+def processor() -> str:
+    """The processor's name, as Linux knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most of ``values``, and how many there are."""
+    return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def shown(figures: dict[str, float], digits: int = 3) -> str:
+    """A :func:`spread` as ``1.234 (1.200-1.300)``."""
+    median, least, most = (f"{figures[what]:.{digits}f}" for what in ("median", "min", "max"))
+    return f"{median} ({least}-{most})"
