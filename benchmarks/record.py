@@ -1,4 +1,4 @@
-"""What every benchmark writes: one JSON file that says where, when and how its rows were measured, a table and a plot."""
+"""What every benchmark writes: a JSON file that says where, when and how its rows were measured, a table, a plot."""
 
 from __future__ import annotations
 
