@@ -191,7 +191,9 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     watch.training()
     slurm.command("scontrol", "update", "nodename=node1", "state=down", "reason=test")
     # KillWait decides whether the ranks and the script end before they are killed.
-    watch.until("sla-job: attempt 3 ended (without a word: its node failed, or the job was killed|by a signal: iteration)")
+    watch.until(
+        "sla-job: attempt 3 ended (without a word: its node failed, or the job was killed|by a signal: iteration)"
+    )
     # Unless it has come back by itself.
     slurm.command("scontrol", "update", "nodename=node1", "state=resume", check=False)
 
