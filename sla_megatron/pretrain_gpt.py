@@ -49,6 +49,7 @@ def _pretrain() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from .arguments import parse_and_validate_args
+    from .checkpoint_writer import shield_checkpoint_writer
     from .device import add_device_arg
     from .gpt_data import forward_step, train_valid_test_datasets
     from .model import gpt_config_from_args
@@ -62,6 +63,7 @@ def _pretrain() -> None:
     )
     model_config = gpt_config_from_args(args)
     report_model(model_config)
+    shield_checkpoint_writer(args)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         train_valid_test_datasets,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from .arguments import PARSING
 from .block import CHECKPOINTED_FORWARD, transformer_block_seam
+from .checkpoint_writer import RESULTS_QUEUE
 from .config import SLAConfig
 from .core_attention import FORWARD
 from .cpu.replacements import replacements
@@ -27,6 +28,7 @@ SLA = "with --sla"
 RECOMPUTATION = "with --sla, while a block runs under --recompute-granularity full"
 PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is built"
 CORE_ATTENTION = "with --core-attention sdpa"
+SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
 WHEEL = "with megatron-core's wheel, on any device: a checkout has the Makefile"
 CPU = "on the CPU"
 
@@ -89,6 +91,7 @@ def registry() -> list[Entry]:
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD]),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
         *_entries(CORE_ATTENTION, [FORWARD]),
+        *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(ALWAYS, [PARSING]),
         *_entries(WHEEL, [COMPILE_HELPERS]),
         *_entries(CPU, replacements()),

@@ -199,6 +199,8 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
 
     # A job of a partition that preempts takes all nodes; meanwhile the newest checkpoint loses the end of a file.
     watch.training()
+    # An older one to fall back to.
+    watch.until(rf"successfully saved checkpoint from iteration +{SAVE_INTERVAL} ")
     nodes = ["--nodes=3", "--exclusive", "--partition=urgent", f"--output={slurm.folder}/urgent.log"]
     urgent = slurm.command("sbatch", "--parsable", *nodes, "--wrap=sleep 5").strip()
     saved = int(watch.until(r"sla-job: attempt 4 ended by a signal: iteration (\d+) is saved")[1])
