@@ -1,0 +1,66 @@
+"""The models that benchmarks measure: shapes by name, dense or with skip-layer attention at its default settings.
+
+Weights are random.  What is measured here (time, bytes) does not depend on them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sla_megatron.config import SLAConfig, default_num_skip_groups, default_skip_distance
+
+_GPT2 = {"vocab_size": 50257, "hidden_act": "gelu_pytorch_tanh"}
+_LLAMA = {
+    "vocab_size": 32000,
+    "hidden_act": "silu",
+    "gated_mlp": True,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+
+#: Name -> fields of ``SlaGPTConfig``; but for ``tiny``, which is for tests, the models of ``launch/presets``.
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **(_GPT2 | {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}),
+        "max_position_embeddings": 64,
+    },
+    "gpt2-124m": _GPT2 | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "gpt2-350m": _GPT2 | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "1b": {
+        **(_LLAMA | {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16}),
+        **{"num_key_value_heads": 8, "intermediate_size": 7168, "max_position_embeddings": 4096},
+    },
+}
+
+#: Dense, and skip-layer attention with dead projections kept or left out.
+VARIANTS = ("dense", "full", "pruned")
+
+
+def sla_config(name: str) -> SLAConfig:
+    """Skip-layer attention of the shape ``name``: distance and skip groups three quarters, the defaults."""
+    shape = SHAPES[name]
+    groups = shape.get("num_key_value_heads", shape["num_attention_heads"])
+    layers = shape["num_hidden_layers"]
+    return SLAConfig(layers, groups, (default_skip_distance(layers),), default_num_skip_groups(groups))
+
+
+def hf_config(name: str, variant: str, positions: int = 0) -> Any:
+    """The ``SlaGPTConfig`` of the shape ``name``.
+
+    Args:
+        name: one of :data:`SHAPES`.
+        variant: one of :data:`VARIANTS`.
+        positions: how many positions the model must have at least; learned ones are added where it has fewer.
+    """
+    from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
+
+    fields = dict(SHAPES[name])
+    if variant != "dense":
+        sla = sla_config(name)
+        fields |= {"sla_skip_distances": list(sla.skip_distances), "sla_skip_groups": list(sla.skip_groups)}
+        fields |= {"sla_kv_projection": variant}
+    fields["max_position_embeddings"] = max(fields.get("max_position_embeddings", 1024), positions)
+    return SlaGPTConfig(**fields)
