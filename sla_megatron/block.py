@@ -192,19 +192,32 @@ CHECKPOINTED_FORWARD = Seam(
 )
 
 
-def transformer_block_seam(sla: SLAConfig) -> Seam:
-    """Have ``GPTModel`` build its decoder for ``sla``."""
+#: Where Megatron's models are that name their block's class, as ``TransformerBlock``.
+GPT_MODEL = "megatron.core.models.gpt.gpt_model"
+BERT_MODEL = "megatron.core.models.bert.bert_model"
+
+
+def transformer_block_seam(sla: SLAConfig, module: str = GPT_MODEL) -> Seam:
+    """Have the model of ``module`` build its block, a GPT's decoder or a BERT's encoder, for ``sla``."""
     return Seam(
-        "megatron.core.models.gpt.gpt_model:TransformerBlock",
+        f"{module}:TransformerBlock",
         partial(SLATransformerBlock, sla=sla),
-        "GPTModel names its block's class; only while an SLA model is built",
+        "the model names its block's class there; only while an SLA model is built",
         ("config", "spec", "post_layer_norm", "pre_process", "post_process", "pg_collection", "vp_stage"),
     )
 
 
 @contextmanager
-def sla_transformer_blocks(sla: SLAConfig) -> Iterator[None]:
-    """Within the block, ``GPTModel(...)`` builds its decoder as an :class:`SLATransformerBlock` for ``sla``."""
+def sla_transformer_blocks(sla: SLAConfig, model: type | None = None) -> Iterator[None]:
+    """Within the block, ``GPTModel(...)`` builds its decoder as an :class:`SLATransformerBlock` for ``sla``.
+
+    Args:
+        sla: what skip-layer attention means in the model.
+        model: another of Megatron's models, in place of ``GPTModel``: ``BertModel``, whose attention looks both ways.
+
+    Raises:
+        SeamError: where the module of ``model`` does not name its block's class as Megatron's models do.
+    """
     CHECKPOINTED_FORWARD.resolve()  # A changed upstream is found now, not in the first step.
-    with replaced([transformer_block_seam(sla)]):
+    with replaced([transformer_block_seam(sla, GPT_MODEL if model is None else model.__module__)]):
         yield

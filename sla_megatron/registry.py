@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .arguments import PARSING
-from .block import CHECKPOINTED_FORWARD, transformer_block_seam
+from .block import BERT_MODEL, CHECKPOINTED_FORWARD, transformer_block_seam
 from .checkpoint_writer import RESULTS_QUEUE
 from .config import SLAConfig
 from .core_attention import FORWARD
@@ -25,6 +25,7 @@ from .wheel import COMPILE_HELPERS
 #: When a name is touched.
 ALWAYS = "in every run, with --sla or without"
 SLA = "with --sla"
+ENCODER = "while a script of one's own builds a BertModel inside sla_transformer_blocks(sla, BertModel)"
 RECOMPUTATION = "with --sla, while a block runs under --recompute-granularity full"
 PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is built"
 CORE_ATTENTION = "with --core-attention sdpa"
@@ -85,9 +86,10 @@ class Entry:
 def registry() -> list[Entry]:
     """All of them, those of ``--sla`` first."""
     # Any settings will do: what stands for a name is made for a model, the name is the same for all.
-    block = transformer_block_seam(SLAConfig(2, 1, (1,), 1))
+    sla = SLAConfig(2, 1, (1,), 1)
     return [
-        *_entries(SLA, [block, QUERY_KEY_VALUE, *_OVERRIDDEN]),
+        *_entries(SLA, [transformer_block_seam(sla), QUERY_KEY_VALUE, *_OVERRIDDEN]),
+        *_entries(ENCODER, [transformer_block_seam(sla, BERT_MODEL)]),
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD]),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
         *_entries(CORE_ATTENTION, [FORWARD]),

@@ -52,22 +52,31 @@ class ReferenceGPT:
 
     def logits(self, w: dict[str, Tensor], tokens: Tensor) -> Tensor:
         """``[b, s]`` tokens to ``[b, s, vocabulary]`` logits."""
-        x = w["embedding.word_embeddings.weight"][tokens]
-        if not self.rope:
-            x = x + w["embedding.position_embeddings.weight"][: tokens.shape[1]]
-        projected: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for layer in range(1, self.num_layers + 1):
-            p = f"decoder.layers.{layer - 1}."
-            x = x + self._attention(w, p, layer, self._norm(w, p + "input_layernorm", x), projected)
-            x = x + self._mlp(w, p + "mlp.", self._norm(w, p + "pre_mlp_layernorm", x))
-        x = self._norm(w, "decoder.final_layernorm", x)
+        length = tokens.shape[1]
+        is_later = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
+        x = self._block(w, "decoder.", self._embedding(w, tokens), is_later)
         return x @ w.get("output_layer.weight", w["embedding.word_embeddings.weight"]).T
 
     def loss(self, w: dict[str, Tensor], tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy."""
         return F.cross_entropy(self.logits(w, tokens).flatten(0, 1), labels.flatten())
 
-    def _attention(self, w: dict[str, Tensor], p: str, layer: int, x: Tensor, projected: dict) -> Tensor:
+    def _embedding(self, w: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        x = w["embedding.word_embeddings.weight"][tokens]
+        return x if self.rope else x + w["embedding.position_embeddings.weight"][: tokens.shape[1]]
+
+    def _block(self, w: dict[str, Tensor], name: str, x: Tensor, is_hidden: Tensor) -> Tensor:
+        """All layers on ``[b, s, h]``; ``is_hidden`` (query, key) is True where the key is not to be seen."""
+        projected: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for layer in range(1, self.num_layers + 1):
+            p = f"{name}layers.{layer - 1}."
+            x = x + self._attention(w, p, layer, self._norm(w, p + "input_layernorm", x), projected, is_hidden)
+            x = x + self._mlp(w, p + "mlp.", self._norm(w, p + "pre_mlp_layernorm", x))
+        return self._norm(w, name + "final_layernorm", x)
+
+    def _attention(
+        self, w: dict[str, Tensor], p: str, layer: int, x: Tensor, projected: dict, is_hidden: Tensor
+    ) -> Tensor:
         p = p + "self_attention."
         d, heads_per_group = self.head_size, self.num_heads // self.num_groups
         rows = self._linear(w, p + "linear_qkv", x)
@@ -87,8 +96,7 @@ class ReferenceGPT:
             group = head // heads_per_group
             key, value = projected[self.source(layer, group), group]
             scores = query @ key.transpose(-1, -2) / math.sqrt(d)
-            is_later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-            outputs.append(scores.masked_fill(is_later, -math.inf).softmax(-1) @ value)
+            outputs.append(scores.masked_fill(is_hidden, -math.inf).softmax(-1) @ value)
         return self._linear(w, p + "linear_proj", torch.cat(outputs, dim=-1))
 
     def _position(self, x: Tensor) -> Tensor:

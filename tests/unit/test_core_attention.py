@@ -34,7 +34,7 @@ def one_rank(megatron_imported: None) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def attention(kind: str, groups: int = HEADS, **changes: object) -> torch.nn.Module:
+def attention(kind: str, groups: int = HEADS, mask_type: str = "causal", **changes: object) -> torch.nn.Module:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
@@ -51,7 +51,7 @@ def attention(kind: str, groups: int = HEADS, **changes: object) -> torch.nn.Mod
         **fields,
     )
     made = TorchAttention if kind == "sdpa" else DotProductAttention
-    return made(config, 3, AttnMaskType.causal, "self")
+    return made(config, 3, AttnMaskType[mask_type], "self")
 
 
 def inputs(groups: int, dtype: torch.dtype = torch.float64, sequence: int = SEQUENCE) -> list[Tensor]:
@@ -94,6 +94,28 @@ def test_values_and_gradients_are_megatrons(groups: int, mask: str, scaling: boo
     for name, one, other in zip(("context", "query", "key", "value"), found, expected, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("mask_type", "masked"), [("padding", "pairs"), ("padding", "keys"), ("no_mask", "none")])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_an_encoder_s_attention(mask_type: str, masked: str, groups: int) -> None:
+    """It looks both ways, past padding: Megatron's BERT masks pairs of tokens, or keys; padding's own rows differ."""
+    is_token = torch.arange(SEQUENCE) < torch.tensor([[SEQUENCE], [SEQUENCE - 20]])
+    masks = {
+        "none": None,
+        "pairs": ~(is_token[:, None, :, None] & is_token[:, None, None, :]),
+        "keys": ~is_token[:, None, None, :],
+    }
+    tensors, results = inputs(groups), []
+    seen = torch.ones_like(is_token) if masked == "none" else is_token
+    for kind in ("megatron", "sdpa"):
+        context = attention(kind, groups, mask_type)(*tensors, masks[masked])[seen.T]
+        weights = torch.linspace(-1, 1, context.numel(), dtype=context.dtype).view_as(context)
+        results.append([context, *torch.autograd.grad((context * weights).sum(), tensors)])
+    for name, expected, found in zip(("context", "query", "key", "value"), *results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    # The first query reads the last key.
+    assert results[1][2][-1, 0].abs().min() > 0
 
 
 class Largest(TorchDispatchMode):

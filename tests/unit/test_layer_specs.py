@@ -66,6 +66,41 @@ def test_only_self_attention_is_swapped(options: dict[str, Any]) -> None:
     assert_only_attention_differs(sla_layer_spec(upstream, SLA), upstream)
 
 
+def test_an_encoder_s_layer() -> None:
+    """BERT's, with its mask type, which stays; its core attention can be swapped too."""
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from sla_megatron import sla_layer_spec
+    from sla_megatron.core_attention import TorchAttention, torch_attention_spec
+
+    assert_only_attention_differs(sla_layer_spec(bert_layer_local_spec, SLA), bert_layer_local_spec)
+    both = sla_layer_spec(torch_attention_spec(bert_layer_local_spec), SLA).submodules.self_attention
+    assert both.params == {"attn_mask_type": AttnMaskType.padding, "sla": SLA}
+    assert both.submodules.core_attention is TorchAttention
+
+
+def test_whose_block_is_swapped() -> None:
+    """GPT's, or the one of the model that is given, for the length of the block; a class of no model's is refused."""
+    from megatron.core.models.bert import bert_model
+    from megatron.core.models.gpt import gpt_model
+
+    from sla_megatron import sla_transformer_blocks
+    from sla_megatron.block import SLATransformerBlock
+    from sla_megatron.seams import SeamError
+
+    upstream = gpt_model.TransformerBlock
+    for model, swapped in ((None, gpt_model), (gpt_model.GPTModel, gpt_model), (bert_model.BertModel, bert_model)):
+        with sla_transformer_blocks(SLA, model):
+            for module in (gpt_model, bert_model):
+                found = getattr(module.TransformerBlock, "func", module.TransformerBlock)
+                assert found is (SLATransformerBlock if module is swapped else upstream)
+        assert gpt_model.TransformerBlock is bert_model.TransformerBlock is upstream
+    with pytest.raises(SeamError, match="bert_lm_head:TransformerBlock does not exist"):
+        with sla_transformer_blocks(SLA, bert_model.BertLMHead):
+            pass
+
+
 def test_the_spec_that_is_given_stays_as_it_was() -> None:
     """Neither it nor anything inside it is modified, so that a dense model can be built from it too."""
     from sla_megatron import sla_layer_spec

@@ -102,6 +102,8 @@ def attributes() -> dict[str, Any]:
 
 def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
     """Every attribute of Megatron and torch that changes in a run on the CPU with all of --sla, and no other."""
+    from megatron.core.models.bert.bert_model import BertModel
+
     from sla_megatron.block import CHECKPOINTED_FORWARD, sla_transformer_blocks
     from sla_megatron.config import SLAConfig
     from sla_megatron.pipeline.transport import SCHEDULES, install_transport
@@ -109,9 +111,10 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
 
     def everything() -> dict[str, Any]:
         # The transport stays for the rest of the process; here, until upstream's schedules are put back.
-        with cpu_backend(), sla_transformer_blocks(SLAConfig(4, 4, (3,), 3)), replaced(SCHEDULES):
+        sla = SLAConfig(4, 4, (3,), 3)
+        with cpu_backend(), sla_transformer_blocks(sla), replaced(SCHEDULES):
             install_transport()
-            with replaced([CHECKPOINTED_FORWARD, COMPILE_HELPERS]):
+            with sla_transformer_blocks(sla, BertModel), replaced([CHECKPOINTED_FORWARD, COMPILE_HELPERS]):
                 return attributes()
 
     # Once for what upstream itself fills in when it is first asked.
