@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sla_megatron.environment import commit, machine
 from sla_megatron.files import write_json
 from sla_megatron.plan.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
-
-#: Recorded where they are installed.
-PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "numpy", "sentencepiece", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -129,42 +124,6 @@ def command_line() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", spec.name] if spec else ["python", os.path.relpath(sys.argv[0], ROOT)]
     return " ".join([*program, *sys.argv[1:]])
-
-
-def commit() -> str:
-    """The commit that is checked out, with ``+changes`` where files differ from it; ``unknown`` without git."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "sla_megatron", "benchmarks"], cwd=ROOT)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()[:12] + ("+changes" if changes.returncode else "")
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures depend on: processor, threads, versions."""
-    import torch
-
-    found: dict[str, Any] = {"device": device, "processor": processor(), "cores": os.cpu_count()}
-    found["threads"] = torch.get_num_threads()
-    found["python"] = platform.python_version()
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    # A source version is not of interest.
-    found["torch"] = torch.__version__
-    return found
-
-
-def processor() -> str:
-    """The processor's name, as Linux knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
