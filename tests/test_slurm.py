@@ -149,8 +149,9 @@ class Watch:
         return int(self.until(rf"iteration +({first + 1})/ *\d+ .*lm loss")[1])
 
 
-def ranks_on(node: str) -> list[int]:
-    """Processes of the node's step, by what Slurm put into their environment."""
+def ranks_on(node: str, run: Path) -> list[int]:
+    """Processes of the node's step, by what Slurm and :func:`submit` put into their environment."""
+    names = [f"SLURMD_NODENAME={node}\0".encode(), f"RUN_DIR={run}\0".encode()]
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -159,7 +160,7 @@ def ranks_on(node: str) -> list[int]:
                 command = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if b"SLURMD_NODENAME=" + node.encode() + b"\0" in environment and b"sla_megatron.pretrain_gpt" in command:
+            if all(name in environment for name in names) and b"sla_megatron.pretrain_gpt" in command:
                 found.append(int(folder.name))
     return found
 
@@ -180,7 +181,7 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
 
     # One node's processes die in mid-step.
     watch.training()
-    victims = ranks_on("node2")
+    victims = ranks_on("node2", run)
     assert victims
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
