@@ -2,8 +2,8 @@
 
     python -m benchmarks.generation --model gpt2-124m --prompts 128 1024 4096
 
-Three models of one shape with random weights, dense, ``full`` and ``pruned``, generate greedily in turns in one process,
-so that the machine's drift cancels; a round is one turn of each, in an order that rotates.  The first rounds
+Three models of one shape with random weights, dense, ``full`` and ``pruned``, generate greedily in turns in one process
+(so the machine's drift cancels); a round is one turn of each, in an order that rotates.  The first rounds
 (``--warmup``) are left out.  Decoding is timed from the first new token to the last, prefill from the call to the first
 token; ratios are of the rounds' pairs.  The cache is measured after the last token, from the tensors that it holds, and
 must be of the size that the definition gives: each live (layer, group) once.  If not, the command ends with status 1.
@@ -179,8 +179,7 @@ def formula_bytes(config: Any, batch: int, positions: int, dtype: str) -> int:
 def ratio_line(row: dict[str, Any]) -> str:
     """For the progress."""
     return ", ".join(
-        f"{variant} decodes {row['decode_ratio'][variant]['median']:.3f} x dense with {row['cache_ratio'][variant]:.4f} "
-        "of its cache"
+        f"{variant} {row['decode_ratio'][variant]['median']:.3f} x dense's speed, {row['cache_ratio'][variant]:.4f} x its cache"
         for variant in VARIANTS[1:]
     )
 
