@@ -1,0 +1,74 @@
+"""The finished runs as a table: text, Markdown, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from ..plan.report import table
+from .summary import Group, Spread
+
+HEADER = (
+    "size",
+    "context",
+    "distance",
+    "heads",
+    "variant",
+    "seeds",
+    "validation loss",
+    "less dense",
+    "perplexity",
+    "training loss",
+    "tokens/s",
+    "parameters",
+)
+_LEFT = (0, 4)
+
+NOTE = (
+    "Mean over seeds, ± the sample's standard deviation, (least-most). less dense: the difference to the dense run of the "
+    "same seed, in nats a token; below 0, skip-layer attention is better. heads: query heads that skip, of all."
+)
+
+
+def cells(group: Group) -> tuple[str, ...]:
+    """One row of the table."""
+    return (
+        group.size,
+        str(group.context),
+        "dense" if group.is_dense else group.distance,
+        "" if group.is_dense else f"{group.skip_heads}/{group.num_heads}",
+        group.variant,
+        str(len(group.seeds)),
+        with_range(group.validation_loss),
+        "" if group.difference is None else _mean(group.difference, "+.4f"),
+        f"{group.perplexity.mean:.3f}",
+        f"{group.training_loss.mean:.4f}",
+        f"{group.tokens_per_second:,.0f}",
+        f"{group.parameters:,}",
+    )
+
+
+def _mean(spread: Spread, style: str) -> str:
+    return f"{spread.mean:{style}}" + ("" if spread.deviation is None else f" ± {spread.deviation:.4f}")
+
+
+def with_range(spread: Spread) -> str:
+    """``3.1234 ± 0.0012 (3.1222-3.1246)``; of one value alone ``3.1234``."""
+    return _mean(spread, ".4f") + ("" if spread.n == 1 else f" ({spread.least:.4f}-{spread.most:.4f})")
+
+
+def as_text(groups: Sequence[Group]) -> str:
+    """For a terminal."""
+    return f"{table(HEADER, [cells(group) for group in groups], _LEFT)}\n\n{NOTE}"
+
+
+def as_markdown(groups: Sequence[Group]) -> str:
+    """For a page."""
+    rule = [":--" if column in _LEFT else "--:" for column in range(len(HEADER))]
+    rows = ["| " + " | ".join(row) + " |" for row in (HEADER, rule, *(cells(group) for group in groups))]
+    return "\n".join([*rows, "", NOTE])
+
+
+def as_json(groups: Sequence[Group], rows: Sequence[dict]) -> str:
+    """For a program: the groups, and every row."""
+    return json.dumps({"groups": [group.as_json() for group in groups], "runs": list(rows)}, indent=1)
