@@ -12,6 +12,7 @@ rotation depends on the position alone, and is the same in all layers; ``validat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .config import SLAConfig
 from .microbatch_kv import current
+from .pieces import Pieces
 from .roles import LayerRole
 
 
@@ -67,7 +69,9 @@ class SLASelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.linear_qkv_out_dim -= pruned_away
         self.role = LayerRole.of(sla, layer_number, self.world_size, get_pg_rank(self.tp_group))
-        self._pruned = sla.kv_projection == "pruned"
+        # A layer that keeps all of its K/V has the dense one's projection.
+        self._pruned = pruned_away > 0
+        self._pieces = Pieces.of(self.role, merged=not self._pruned)
         if not self.role.projected:
             # No key to normalise: the parameters would never get a gradient.
             self.k_layernorm = None
@@ -86,56 +90,69 @@ class SLASelfAttention(SelfAttention):
         if not split_qkv:
             raise RuntimeError("skip-layer attention needs query, key and value apart: no --fused-single-qkv-rope")
         if self._pruned:
-            query, key, value = self._project_live_groups(hidden_states)
-            gate: tuple[Tensor, ...] = ()
-        else:
-            query, key, value, *gate = super().get_query_key_value_tensors(
-                hidden_states, key_value_states, output_gate=output_gate, split_qkv=True
-            )
-        if self.role.reads_nothing_of_its_own and self.k_layernorm is not None:
-            query = _KeepInGraph.apply(query, key)
-        return (query, *self._exchange(key, value), *gate)
+            return self._of_live_groups(hidden_states)
+        query, key, value, *gate = super().get_query_key_value_tensors(
+            hidden_states, key_value_states, output_gate=output_gate, split_qkv=True
+        )
+        if self.role.puts or self.role.takes:
+            own_keys, own_values = (tensor.split(self._pieces.own, dim=2) for tensor in (key, value))
+            self._put(own_keys, own_values)
+            if self.role.reads_nothing_of_its_own and self.k_layernorm is not None:
+                query = _KeepInGraph.apply(query, key)
+            if self.role.takes:
+                key, value = self._read(own_keys, own_values)
+        return (query, key, value, *gate)
 
-    def _exchange(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put what later layers read, take what this layer reads; key and value are ``[s, b, projected groups, d]``."""
-        role = self.role
-        if not role.puts and not role.takes:
-            return key, value
+    def _put(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> None:
+        """Hand on what later layers read, of this layer's pieces ``[s, b, groups, d]``.
+
+        They are views of the projection, which autograd keeps anyway for this layer's own attention: it reads the same
+        values.  Where it reads a mixture, a view would keep the projection alive, so that they are copied.
+        """
+        for name, indices in self._pieces.puts.items():
+            bundle = tuple([own[i] for i in indices] for own in (own_keys, own_values))
+            if self.role.takes:
+                bundle = tuple(torch.cat(pieces, dim=2) for pieces in bundle)
+            current().put(name, bundle)
+
+    def _read(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Key and value ``[s, b, groups, d]`` of all groups: own pieces and those of earlier layers, in one copy."""
         kv = current()
-        own_keys, own_values = key.split(1, dim=2), value.split(1, dim=2)
-        for name, positions in role.puts.items():
-            # torch.cat copies: a view would keep the whole projection of the source layer alive until it is read.
-            kv.put(name, tuple(torch.cat([own[i] for i in positions], dim=2) for own in (own_keys, own_values)))
-        if not role.takes:
-            return key, value
         pieces = {None: (own_keys, own_values)}
-        for name in role.takes:
-            pieces[name] = tuple(tensor.split(1, dim=2) for tensor in kv.take(name))
-        return tuple(torch.cat([pieces[origin][which][i] for origin, i in role.read], dim=2) for which in (0, 1))
+        for name, sizes in self._pieces.takes.items():
+            pieces[name] = kv.take_pieces(name, sizes)
+        read = [[pieces[origin][which][i] for origin, i in self._pieces.read] for which in (0, 1)]
+        key, value = (torch.cat(parts, dim=2) for parts in read)
+        return key, value
 
-    def _project_live_groups(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_live_groups(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Upstream's projection with the dead rows left out; a group's rows are ``q.. k v``, or ``q..`` where dead."""
         mixed_qkv, _ = self.linear_qkv(hidden_states)
         d = self.hidden_size_per_attention_head
         query_rows = d * self.num_attention_heads_per_partition // self.num_query_groups_per_partition
         sizes, kinds = [], []
         for group in range(self.num_query_groups_per_partition):
-            live = group in self.role.projected
-            sizes += [query_rows, d, d] if live else [query_rows]
-            kinds += "qkv" if live else "q"
-        pieces = mixed_qkv.split(sizes, dim=-1)
+            if kinds[-1:] == ["q"]:
+                # The queries of a dead group and of the next one are one piece.
+                sizes[-1] += query_rows
+            else:
+                sizes.append(query_rows)
+                kinds.append("q")
+            if group in self.role.projected:
+                sizes += [d, d]
+                kinds += "kv"
+        rows: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
+        for piece, kind in zip(mixed_qkv.split(sizes, dim=-1), kinds, strict=True):
+            rows[kind].append(piece)
 
-        def heads(kind: str) -> Tensor:
-            chosen = [piece for piece, its_kind in zip(pieces, kinds, strict=True) if its_kind == kind]
-            rows = torch.cat(chosen, dim=-1) if chosen else mixed_qkv[..., :0]
-            return rows.view(*rows.shape[:-1], rows.shape[-1] // d, d)
-
-        query, key, value = heads("q"), heads("k"), heads("v")
+        query = torch.cat(rows["q"], dim=-1).unflatten(-1, (-1, d))
+        own_keys, own_values = ([piece.unsqueeze(2) for piece in rows[kind]] for kind in "kv")
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
-        if self.k_layernorm is not None:
-            key = self.k_layernorm(key)
-        return query, key, value
+        if self.k_layernorm is not None and own_keys:
+            own_keys = self.k_layernorm(torch.cat(own_keys, dim=2)).split(1, dim=2)
+        self._put(own_keys, own_values)
+        return (query, *self._read(own_keys, own_values))
 
 
 def _with_fewer_rows(linear_qkv: Any, rows: int) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from .roles import BundleName
@@ -22,21 +23,36 @@ from .roles import BundleName
 #: key and value, each [s, b, groups, d]
 Bundle = tuple[Tensor, Tensor]
 
+#: the same, each in pieces along the groups
+BundlePieces = tuple[Sequence[Tensor], Sequence[Tensor]]
+
 
 class MicrobatchKV:
     """The bundles that are waiting for their reader, in one microbatch."""
 
     def __init__(self, waiting: Mapping[BundleName, Bundle] | None = None) -> None:
-        self._waiting: dict[BundleName, Bundle] = dict(waiting or {})
+        self._waiting: dict[BundleName, Bundle | BundlePieces] = dict(waiting or {})
 
-    def put(self, name: BundleName, bundle: Bundle) -> None:
-        """Hand over a bundle.  Raises ``RuntimeError`` if that one is already waiting."""
+    def put(self, name: BundleName, bundle: Bundle | BundlePieces) -> None:
+        """Hand over a bundle, whole or in pieces.  Raises ``RuntimeError`` if that one is already waiting."""
         if name in self._waiting:
             raise RuntimeError(f"skip-layer K/V of layer {name[0]}, distance {name[1]} were handed over twice")
         self._waiting[name] = bundle
 
     def take(self, name: BundleName) -> Bundle:
-        """Receive a bundle; it is forgotten here.  Raises ``RuntimeError`` where there is none: never a fall-back."""
+        """Receive a bundle, whole; one that was handed over in pieces gets memory of its own.
+
+        It is forgotten here.  Raises ``RuntimeError`` where there is none: never a fall-back.
+        """
+        bundle = self._pop(name)
+        return bundle if isinstance(bundle[0], Tensor) else (_whole(bundle[0]), _whole(bundle[1]))
+
+    def take_pieces(self, name: BundleName, sizes: Sequence[int]) -> BundlePieces:
+        """:meth:`take` in pieces of ``sizes`` groups, which are views wherever the bundle's own pieces allow it."""
+        bundle = self._pop(name)
+        return tuple(_in_pieces(part, sizes) for part in bundle)
+
+    def _pop(self, name: BundleName) -> Bundle | BundlePieces:
         try:
             return self._waiting.pop(name)
         except KeyError:
@@ -58,6 +74,19 @@ class MicrobatchKV:
         """Raise ``RuntimeError`` if a bundle found no reader."""
         if self._waiting:
             raise RuntimeError(f"skip-layer K/V found no reader in this microbatch: {sorted(self._waiting)}")
+
+
+def _whole(pieces: Sequence[Tensor]) -> Tensor:
+    """The pieces as one tensor ``[s, b, groups, d]``, no view of a projection that it would keep alive."""
+    return torch.cat(list(pieces), dim=2) if len(pieces) > 1 else pieces[0].contiguous()
+
+
+def _in_pieces(part: Tensor | Sequence[Tensor], sizes: Sequence[int]) -> Sequence[Tensor]:
+    if not isinstance(part, Tensor):
+        if [piece.shape[2] for piece in part] == list(sizes):
+            return part
+        part = _whole(part)
+    return part.split(list(sizes), dim=2)
 
 
 _current: ContextVar[MicrobatchKV | None] = ContextVar("sla_microbatch_kv", default=None)

@@ -47,8 +47,8 @@ def settled_job() -> Job:
         return Job(
             sla=sla,
             layout=pipeline_layout(config),
-            shape=_shape(args),
-            work=_work(args),
+            shape=microbatch_shape(args),
+            work=model_work(args),
             element_bytes=config.pipeline_dtype.itemsize,
             num_gpus=args.world_size,
             global_batch_size=training_batch_sizes(args)[-1],
@@ -112,7 +112,8 @@ def fewest_gpus(args: Namespace) -> int:
     return math.lcm(dense, experts) * pipeline
 
 
-def _shape(args: Namespace) -> MicrobatchShape:
+def microbatch_shape(args: Namespace) -> MicrobatchShape:
+    """The sizes of a microbatch, of Megatron's validated arguments."""
     return MicrobatchShape(
         sequence_length=args.decoder_seq_length or args.seq_length,
         microbatch_size=args.micro_batch_size,
@@ -124,7 +125,8 @@ def _shape(args: Namespace) -> MicrobatchShape:
     )
 
 
-def _work(args: Namespace) -> ModelWork:
+def model_work(args: Namespace) -> ModelWork:
+    """What decides a model's compute, of Megatron's validated arguments."""
     recompute = "none"
     if args.recompute_granularity == "full":
         recompute = "full"

@@ -165,7 +165,9 @@ class Listener:
 
     def _on_put(self, args: tuple, _: Any) -> None:
         self.num_shared += 1
-        self._shared += [weakref.ref(tensor) for tensor in args[2]]
+        # Each of the two is whole, or in pieces.
+        parts = [[part] if hasattr(part, "shape") else part for part in args[2]]
+        self._shared += [weakref.ref(tensor) for part in parts for tensor in part]
 
     def answer(self) -> dict[str, Any]:
         return {

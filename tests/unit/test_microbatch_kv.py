@@ -53,6 +53,33 @@ def test_putting_twice_raises_and_keeps_the_first() -> None:
     assert kv.take((3, 2)) is first
 
 
+def test_a_bundle_in_pieces_is_whole_or_as_it_was_cut() -> None:
+    """Pieces of the sizes that are asked for are the very ones; other sizes hold the same values."""
+    keys = [torch.randn(2, 1, size, 4) for size in (1, 2, 1)]
+    values = [-piece for piece in keys]
+    kv = MicrobatchKV()
+    kv.put((1, 9), (keys, values))
+    found = kv.take_pieces((1, 9), (1, 2, 1))
+    assert found[0] is keys and found[1] is values
+    kv.put((1, 9), (keys, values))
+    key, value = kv.take((1, 9))
+    assert torch.equal(key, torch.cat(keys, dim=2)) and torch.equal(value, -key)
+    for bundle in ((keys, values), (key, value)):
+        kv.put((1, 9), bundle)
+        found = kv.take_pieces((1, 9), (3, 1))
+        assert [piece.shape[2] for piece in found[0]] == [3, 1]
+        assert torch.equal(torch.cat(found[0], dim=2), key) and torch.equal(torch.cat(found[1], dim=2), value)
+
+
+def test_a_whole_bundle_is_no_view_of_a_projection() -> None:
+    """One that is kept for long must not keep the rest of the projection alive."""
+    projection = torch.randn(2, 3, 4, 8)
+    kv = MicrobatchKV()
+    kv.put((1, 9), ([projection[:, :, 1:3, :4]], [projection[:, :, 1:3, 4:]]))
+    for part in kv.take((1, 9)):
+        assert part.untyped_storage().nbytes() == part.numel() * 4
+
+
 @given(st.sets(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=6).map(sorted))
 def test_put_all_reverses_take_all(names: list[tuple[int, int]]) -> None:
     """Key and value in turn, in the order of the names, and back into the same bundles."""

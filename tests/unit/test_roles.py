@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sla_megatron.config import SLAConfig
-from sla_megatron.microbatch_kv import MicrobatchKV
 from sla_megatron.roles import BundleName, LayerRole
 
 from .strategies import sla_configs
@@ -32,20 +31,20 @@ def play(sla: SLAConfig, size: int, rank: int) -> tuple[dict[Label, Label], Coun
     reads: dict[Label, Label] = {}
     put: Counter[BundleName] = Counter()
     taken: Counter[BundleName] = Counter()
-    kv = MicrobatchKV()
+    waiting: dict[BundleName, tuple[Label, ...]] = {}
     for layer in range(1, sla.num_layers + 1):
         role = LayerRole.of(sla, layer, size, rank)
         own = [(layer, first + position) for position in role.projected]
         for name, indices in role.puts.items():
-            kv.put(name, tuple(own[i] for i in indices))
+            waiting[name] = tuple(own[i] for i in indices)
             put[name] += 1
         pieces = {None: own}
         for name in role.takes:
-            pieces[name] = kv.take(name)
+            pieces[name] = waiting.pop(name)
             taken[name] += 1
         for position, (origin, i) in enumerate(role.read):
             reads[(layer, first + position)] = pieces[origin][i]
-    kv.require_empty()
+    assert not waiting
     return reads, put, taken
 
 
