@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
@@ -199,6 +200,10 @@ def in_child(work: Callable[[], Any]) -> dict[str, Any]:
         except BaseException:
             traceback.print_exc()
         finally:
+            # Megatron's writer leaves a helper, which an interpreter that ends as usual would end.
+            for helper in multiprocessing.active_children():
+                helper.terminate()
+                helper.join()
             os._exit(status)
     os.close(write)
     _, status = os.waitpid(pid, 0)

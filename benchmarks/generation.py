@@ -178,10 +178,11 @@ def formula_bytes(config: Any, batch: int, positions: int, dtype: str) -> int:
 
 def ratio_line(row: dict[str, Any]) -> str:
     """For the progress."""
-    return ", ".join(
-        f"{variant} {row['decode_ratio'][variant]['median']:.3f} x dense's speed, {row['cache_ratio'][variant]:.4f} x its cache"
-        for variant in VARIANTS[1:]
-    )
+    parts = []
+    for variant in VARIANTS[1:]:
+        speed, cache = row["decode_ratio"][variant]["median"], row["cache_ratio"][variant]
+        parts.append(f"{variant} {speed:.3f} of dense's speed, {cache:.4f} of its cache")
+    return "; ".join(parts)
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

@@ -3,43 +3,132 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.launch import ROOT, free_ports, rank_environment
+from tests.support.launch import ROOT
 
 pytestmark = pytest.mark.distributed
 
 
-def test_pipeline_step_time(tmp_path: Path) -> None:
-    """Bytes are the formula's, no host synchronisation is added, and every timed step is in the figures."""
-    figures = tmp_path / "figures.json"
-    sizes = ["--layers", "8", "--hidden", "32", "--heads", "4", "--seq-length", "16", "--microbatches", "2"]
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--master-port", str(free_ports(1)[0]), "benchmarks/pipeline_step_time.py", "--device", "cpu"),
-            *(*sizes, "--steps", "2", "--json", str(figures)),
-        ],
-        check=True,
+def run(name: str, folder: Path, *flags: str) -> dict[str, Any]:
+    """What ``python -m benchmarks.NAME`` writes, once it has printed its tables; checked for honesty."""
+    out = folder / f"{name}.json"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *flags],
         cwd=ROOT,
-        env=rank_environment(0, 1, 0),
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         timeout=300,
         capture_output=True,
+        text=True,
     )
-    plain, interleaved = json.loads(figures.read_text())["rows"]
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(out.read_text())
+    assert (result["benchmark"], result["machine"]["device"]) == (name, "cpu")
+    assert result["command"].startswith(f"python -m benchmarks.{name} --out ")
+    assert result["commit"] and result["date"] and result["rows"]
+    assert {"torch", "megatron-core", "transformers", "python", "processor", "threads"} <= set(result["machine"])
+    spreads = list(spreads_in(result["rows"]))
+    assert spreads
+    for spread in spreads:
+        assert spread["n"] >= 1 and 0 < spread["min"] <= spread["median"] <= spread["max"]
+    assert out.with_suffix(".svg").stat().st_size > 1000
+    assert str(out) in done.stdout
+    return result
+
+
+def spreads_in(value: Any) -> Iterator[dict[str, float]]:
+    """Every median with its least and most, wherever it is."""
+    if isinstance(value, dict) and "median" in value:
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from spreads_in(each)
+
+
+def test_transport(tmp_path: Path) -> None:
+    """Bytes are the formula's, resident K/V the plan's; no host synchronisation is added; every timed run is there."""
+    sizes = ("--layers", "8", "--hidden", "32", "--heads", "4", "--seq-length", "16", "--microbatches", "2")
+    runs = ("--steps", "2", "--transfers", "3", "--warmup", "1", "--virtual-stages", "1", "2", "--device", "cpu")
+    plain, interleaved = run("transport", tmp_path, "--ranks", "2", *sizes, *runs)["rows"]
     assert (plain["layout"], interleaved["layout"]) == ("PP=2", "PP=2 x VPP=2")
-    for row, num_hops, num_carrying in ((plain, 1, 1), (interleaved, 3, 1)):
-        assert row["device"] == "cpu"
-        assert row["num_steps"] == 2
+    # Of fp32, K/V of 3 groups of layers 1 and 2.
+    hidden, kv = 4 * 16 * 32, 4 * 2 * (2 * 16 * 3 * 8)
+    for row, crossing in ((plain, [kv]), (interleaved, [kv, 0, 0])):
+        assert [hop["kv_bound_bytes"] for hop in row["hops"]] == crossing
+        assert [hop["kv_planned_bytes"] for hop in row["hops"]] == crossing
+        for hop, its in zip(row["hops"], crossing, strict=True):
+            assert hop["sent_bytes"]["dense"] == {"forward": [hidden], "backward": [hidden]}
+            assert hop["sent_bytes"]["sla"] == {"forward": [hidden + its], "backward": [hidden + its]}
+            assert {way: figures["n"] for way, figures in hop["seconds"].items()} == dict.fromkeys(
+                ("dense", "sla", "relay", "padded"), 3
+            )
+        # Forward and backward of 2 microbatches.
+        assert row["sent_bytes"]["dense"] == 2 * 2 * len(crossing) * hidden
+        assert row["sent_bytes"]["sla"] == 2 * 2 * (len(crossing) * hidden + sum(crossing))
         assert row["synchronisations"]["sla"] == row["synchronisations"]["dense"] > 0
-        # Forward and backward, 2 microbatches of fp32; K/V of 3 groups of layers 1 and 2.
-        hidden, kv = 16 * 32, 2 * (2 * 16 * 3 * 8)
-        assert row["sent_bytes"]["dense"] == 2 * 2 * 4 * num_hops * hidden
-        assert row["sent_bytes"]["sla"] == 2 * 2 * 4 * (num_hops * hidden + num_carrying * kv)
-        for seconds in row["seconds"].values():
-            assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
-        assert row["ratio"] == row["seconds"]["sla"]["median"] / row["seconds"]["dense"]["median"]
+        assert row["num_steps"] == row["ratio"]["n"] == row["seconds"]["sla"]["n"] == 2
+        for rank in row["ranks"]:
+            assert rank["resident_bytes"] == rank["resident_planned_bytes"]
+            assert 0 < min(rank["step_peak_bytes"].values())
+    assert [hop["relay_bytes"] - hidden for hop in interleaved["hops"]] == [kv, kv, kv]
+    assert [hop["padded_bytes"] - hidden for hop in interleaved["hops"]] == [kv, kv, kv]
+    # They wait on rank 1 for their readers in the last stage; the gradients of one microbatch may wait there as well.
+    assert [rank["resident_bytes"] for rank in plain["ranks"]] == [0, 0]
+    assert interleaved["ranks"][0]["resident_bytes"] == 0 < interleaved["ranks"][1]["resident_bytes"]
+
+
+def test_generation(tmp_path: Path) -> None:
+    """The cache is the formula's, 13 of 16 groups; every round is in the figures."""
+    flags = ("--model", "tiny", "--prompts", "8", "24", "--batches", "2", "--tokens", "5", "--rounds", "3")
+    result = run("generation", tmp_path, *flags, "--device", "cpu")
+    assert [(row["prompt"], row["batch"], row["new_tokens"]) for row in result["rows"]] == [(8, 2, 5), (24, 2, 5)]
+    for row in result["rows"]:
+        # Keys and values, 2 prompts, their tokens and all new ones but the last, heads of 16, fp32.
+        group = 2 * 2 * (row["prompt"] + 4) * 16 * 4
+        for variant, groups in (("dense", 16), ("full", 13), ("pruned", 13)):
+            figures = row["variants"][variant]
+            assert figures["cache_bytes"] == figures["formula_bytes"] == groups * group
+            assert figures["decode_tokens_per_second"]["n"] == figures["prefill_seconds"]["n"] == 3
+        for variant in ("full", "pruned"):
+            assert row["cache_ratio"][variant] == 13 / 16
+            assert row["decode_ratio"][variant]["n"] == row["prefill_ratio"][variant]["n"] == 3
+
+
+def test_convert(tmp_path: Path) -> None:
+    """Both directions, each against a copy of what it reads."""
+    flags = ("--model", "tiny", "--rounds", "1", "--warmup", "0", "--folder", str(tmp_path))
+    export, back = run("convert", tmp_path, *flags)["rows"]
+    assert (export["direction"], back["direction"]) == ("megatron-to-hf", "hf-to-megatron")
+    # Four layers of 12 h^2 + 13 h, embeddings of 512 tokens (500 and padding) and 64 positions, the last norm.
+    assert export["parameters"] == back["parameters"] == 4 * (12 * 64**2 + 13 * 64) + (512 + 64) * 64 + 2 * 64
+    for row in (export, back):
+        assert row["source_bytes"] >= 4 * (row["parameters"] - 12 * 64) and row["result_bytes"] > 4 * 2e5
+        assert row["ratio"]["median"] == row["seconds"]["convert"]["median"] / row["seconds"]["copy"]["median"]
+        assert row["peak_bytes"]["convert"]["median"] > row["result_bytes"] / 4
+        assert row["startup_seconds"] > 0
+    assert not list(tmp_path.glob("sla-convert-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("transport", ["--layers", "6", "--ranks", "4"], "--layers 6: expected a multiple of --ranks 4"),
+        ("generation", ["--rounds", "none"], "--rounds none: expected an integer of 1 or more"),
+        ("convert", ["--folder", "no/such"], "--folder no/such: expected a folder that is there"),
+    ],
+)
+def test_bad_flags(name: str, flags: list[str], message: str, tmp_path: Path) -> None:
+    """One line names flag, value and what is accepted; nothing is written."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(tmp_path / "x.json"), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(message)
+    assert not list(tmp_path.iterdir())

@@ -127,11 +127,12 @@ def totals(job: Job) -> Totals:
     return Totals(
         dense,
         2 * sum(hop.payload_bytes for hop in hops),
-        dense + 2 * sum(_relayed_groups(job, hop.hop) for hop in hops) * job.bytes_of_group,
+        dense + 2 * sum(relayed_groups(job, hop.hop) for hop in hops) * job.bytes_of_group,
         2 * widest * len(hops),
     )
 
 
-def _relayed_groups(job: Job, hop: int) -> int:
+def relayed_groups(job: Job, hop: int) -> int:
+    """K/V groups that would cross ``hop`` if none were resident and all travelled every hop to their reader."""
     passing = [route for route in job.plan.routes if route.source_stage <= hop < route.reader_stage]
     return max(sum(job.plan.groups_on(route, rank) for route in passing) for rank in job.tensor_ranks)
