@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from typing import NoReturn
 
 from .errors import FlagError
 
@@ -11,6 +13,13 @@ WITH_VALUE = {"nargs": "?", "const": ""}
 
 #: More than any of these flags means, and less than infinity.
 _MOST = 1e18
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def number(

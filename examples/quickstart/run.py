@@ -14,7 +14,6 @@ import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from examples.quickstart import build_dataset, flags, launch, workdir
 from examples.quickstart.corpus import CorpusError
@@ -22,14 +21,8 @@ from examples.quickstart.export import export
 from examples.quickstart.training_log import Result, summarise, table
 from sla_megatron.config import KV_PROJECTIONS
 from sla_megatron.errors import FlagError, flag_of
+from sla_megatron.flag_types import OneLineParser
 from sla_megatron.validation import SLA_SETTINGS, resolve_sla_args
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
