@@ -33,7 +33,7 @@ class Progress:
 
     Args:
         say: receives the lines.
-        runs: all that there is to do, which counts by tokens times layers times the model's context-free work.
+        runs: all that there is to do.
         every: seconds between lines.
     """
 
@@ -44,13 +44,15 @@ class Progress:
     _began: float = field(default_factory=time.monotonic)
     _said: float = field(default_factory=time.monotonic)
     _gained: float = 0.0
+    _last: tuple[str, int] = ("", 0)
     _from: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, run: Run, log: TrainingLog) -> None:
         """A look at the log of the run that is going on."""
-        if not log.steps or time.monotonic() - self._said < self.every:
+        now = (run.name, log.iteration)
+        if not log.steps or now == self._last or time.monotonic() - self._said < self.every:
             return
-        self._said = time.monotonic()
+        self._said, self._last = time.monotonic(), now
         self._from.setdefault(run.name, log.steps[0].first - 1)
         loss = log.steps[-1].loss
         self.say(
