@@ -1,0 +1,187 @@
+"""Write ``docs/results.md`` from the JSON files in ``benchmarks/results``, and from nothing else.
+
+    python -m benchmarks.results_page            # writes it
+    python -m benchmarks.results_page --check    # ends with status 1 where it is not what the files say
+
+A file's name begins with its benchmark's.  What has no file is on the page as not measured, with the command that
+measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sla_megatron.files import write_whole
+
+from .record import ROOT, Table
+from .targets import before_and_after, targets
+
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One benchmark's part of the page.
+
+    Attributes:
+        name: the benchmark's, with which its files begin.
+        title: of the section.
+        module: has ``tables(result)``.
+        text: what the figures are.
+        on_gpu: the command that measures it on a GPU.
+    """
+
+    name: str
+    title: str
+    module: str
+    text: str
+    on_gpu: str
+
+
+SECTIONS = (
+    Section(
+        "throughput",
+        "Training speed and memory",
+        "benchmarks.throughput",
+        "Dense and skip-layer models take turns, step by step, in the same processes. Above 1, `speed / dense` is "
+        "faster than dense.",
+        "python -m benchmarks.throughput --models gpt2-124m gpt2-350m --contexts 1024 4096 8192 16384 --rounds 30",
+    ),
+    Section(
+        "transport",
+        "Pipelines",
+        "benchmarks.transport",
+        "What crosses the hops of a pipeline and what waits on its ranks, against the lower bound and two other ways.",
+        "python -m benchmarks.transport --ranks 4",
+    ),
+    Section(
+        "generation",
+        "Generation",
+        "benchmarks.generation",
+        "Greedy decoding with the Hugging Face model.",
+        "python -m benchmarks.generation --model gpt2-124m --prompts 128 1024 4096 16384",
+    ),
+    Section(
+        "convert",
+        "Conversion",
+        "benchmarks.convert",
+        "`sla-convert` against a copy of the same files.",
+        "",
+    ),
+    Section(
+        "sweep",
+        "Loss",
+        "benchmarks.sweep_tables",
+        "Equal tokens in equal order; a difference to dense is between runs of the same seed.",
+        "sla-sweep run examples/sweep/paper.yaml --out runs/paper",
+    ),
+    Section(
+        "encoder",
+        "Another domain: a bidirectional encoder",
+        "examples.encoder.report",
+        "Megatron's BERT on data that [the example](../examples/encoder/README.md) makes, dense against skip-layer.",
+        "python -m examples.encoder.run --device cuda",
+    ),
+)
+
+HEAD = """\
+# Results
+
+Written by `python -m benchmarks.results_page` from the files in `benchmarks/results`; [benchmarks](benchmarks.md) says
+what each command measures, [sweeps](sweep.md) how losses are compared. A figure is a median (or a mean over seeds) with
+its spread in brackets. What was not run is not measured, and says so.
+"""
+
+PAPER = """\
+## What the paper reports
+
+The paper (arXiv 2406.11274) trains GPT-2 124M, 350M and 774M on OpenWebText. It finds a lower validation loss than
+dense, most with 9 skip layers and 9 skip heads of 12, and more so at longer contexts; it gives neither running time nor
+memory. Its losses are of models and token counts that nobody has trained with this project yet:
+
+| | the paper | here |
+| :-- | :-- | :-- |
+| GPT-2 124M, 350M, 774M on OpenWebText | lower loss than dense | not measured: `examples/sweep/paper.yaml` |
+| longer contexts | larger gain | not measured: the same file |
+| distance and heads | 9 and 9 of 12 best | at a processor's size: [Loss](#loss) |
+| several source layers | left open | not measured: `examples/sweep/paper.yaml` has them |
+| running time, memory | "no additional computational burden", not measured | [below](#training-speed-and-memory) |
+| other domains | left open | at a processor's size: [an encoder](#another-domain-a-bidirectional-encoder) |
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="compare with --out, write nothing")
+    args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        parser.error(f"--results {args.results}: expected a folder of JSON files")
+    text = page(args.results, args.out.parent)
+    if not args.check:
+        write_whole(args.out, text)
+        print("written:", args.out)
+    elif not args.out.is_file() or args.out.read_text() != text:
+        sys.exit(f"{args.out} is not what {args.results} says: run python -m benchmarks.results_page")
+
+
+def page(results: Path, folder: Path) -> str:
+    """The page's text, with links for a page in ``folder``."""
+    files = {path: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    current = {path: result for path, result in files.items() if "before" not in path.stem.split("-")}
+    earlier = {path: result for path, result in files.items() if path not in current}
+    parts = [HEAD, "## Targets\n", targets(_named(current)).as_markdown(), PAPER]
+    for section in SECTIONS:
+        parts += [f"## {section.title}\n", section.text + "\n"]
+        own = {path: result for path, result in current.items() if path.stem.split("-")[0] == section.name}
+        for path, result in own.items():
+            parts += _measured(section, path, result, folder)
+        has_gpu = any(result["machine"]["device"] != "cpu" for result in own.values())
+        if section.on_gpu and not has_gpu:
+            parts.append(f"On a GPU: not measured. `{section.on_gpu}`\n")
+        elif not own:
+            parts.append("Not measured.\n")
+    parts.append("## Speed changes\n")
+    for path, result in earlier.items():
+        after = current.get(path.with_name(path.name.replace("-before", "")))
+        if after is not None:
+            parts.append(before_and_after(path.stem.split("-")[0], result, after).as_markdown())
+    return "\n".join(parts)
+
+
+def _measured(section: Section, path: Path, result: Result, folder: Path) -> list[str]:
+    """One file's part: where and how, tables, plots."""
+    tables: list[Table] = importlib.import_module(section.module).tables(result)
+    where = result["machine"]
+    device = where["processor"] if where["device"] == "cpu" else where["device"]
+    versions = ", ".join(
+        f"{name} {where[name]}" for name in ("torch", "megatron-core", "transformers") if name in where
+    )
+    line = f"{device}, {where['cores']} cores; {versions}; commit {result['commit']}, {result['date']}"
+    plots = sorted(path.parent.glob(f"{path.stem}*.svg"))
+    links = [f"![{plot.stem}]({os.path.relpath(plot, folder)})\n" for plot in plots]
+    return [f"`{result['command']}`\n", line + "\n", *(table.as_markdown() for table in tables), *links]
+
+
+def _named(files: dict[Path, Result]) -> dict[str, list[Result]]:
+    """Results by benchmark."""
+    found: dict[str, list[Result]] = {}
+    for path, result in files.items():
+        found.setdefault(path.stem.split("-")[0], []).append(result)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The project's targets beside what the results say, and what a speed change changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .record import Table, shown
+
+Result = dict[str, Any]
+
+NOT_MEASURED = "not measured"
+
+
+def targets(results: dict[str, list[Result]]) -> Table:
+    """One line a target; of several rows that it holds for, the worst by its median."""
+    rows = []
+    for title, aim, name, figures in _TARGETS:
+        cells = [_worst(results.get(name, []), on_gpu, aim, figures) for on_gpu in (False, True)]
+        rows.append((title, aim, *cells))
+    note = "The worst of all rows that were measured, by its median."
+    return Table("Ratios to dense", ("target", "aim", "CPU", "GPU"), rows, (0, 1), note)
+
+
+def _worst(results: Iterable[Result], on_gpu: bool, aim: str, figures: Callable[[Result], list[Any]]) -> str:
+    chosen = [result for result in results if (result["machine"]["device"] != "cpu") == on_gpu]
+    found = [figure for result in chosen for figure in figures(result)]
+    if not found:
+        return NOT_MEASURED
+    worst = (min if aim.startswith(">=") else max)(found, key=lambda figure: figure["median"])
+    return shown(worst) if "n" in worst else f"{worst['median']:.3f}"
+
+
+def _speed(variant: str) -> Callable[[Result], list[Any]]:
+    return lambda result: [
+        row["speed_over_dense"] for row in result["rows"] if row["variant"] == variant and row["layout"] == "1x1"
+    ]
+
+
+def _peak(result: Result) -> list[Any]:
+    """Peak memory over the dense model's of the same row, on one rank."""
+    same = ("model", "context", "layout")
+    dense = {tuple(row[w] for w in same): row["peak_bytes"] for row in result["rows"] if row["variant"] == "dense"}
+    return [
+        {"median": row["peak_bytes"] / dense[tuple(row[w] for w in same)]}
+        for row in result["rows"]
+        if row["variant"] != "dense" and row["layout"] == "1x1"
+    ]
+
+
+def _decode(result: Result) -> list[Any]:
+    return [ratio for row in result["rows"] for ratio in row["decode_ratio"].values()]
+
+
+_TARGETS = (
+    ("training, `pruned`, tokens/s", ">= 1.00", "throughput", _speed("pruned")),
+    ("training, `full`, tokens/s", ">= 0.97", "throughput", _speed("full")),
+    ("training, peak memory", "<= 1.02", "throughput", _peak),
+    ("generation, decoded tokens/s", ">= 1.00", "generation", _decode),
+)
+
+
+def before_and_after(name: str, before: Result, after: Result) -> Table:
+    """The same rows at two commits, each against dense in its own run."""
+    found = {}
+    for what, result in (("before", before), ("after", after)):
+        for key, cells in _comparable(name, result):
+            found.setdefault(key, {})[what] = cells
+    rows = [(*key, *both["before"], *both["after"]) for key, both in found.items() if len(both) == 2]
+    keys, figures = _HEADERS[name]
+    header = (*keys, *(f"{figure}, {what}" for what in ("before", "after") for figure in figures))
+    title = f"{name}: commit {before['commit']} and {after['commit']}"
+    return Table(title, header, rows, tuple(range(len(keys))))
+
+
+_HEADERS = {
+    "throughput": (("model", "context", "attention", "layout"), ("speed / dense", "peak / dense")),
+    "generation": (("prompt", "batch", "model"), ("decode / dense",)),
+}
+
+
+def _comparable(name: str, result: Result) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    if name == "throughput":
+        same = ("model", "context", "layout")
+        dense = {tuple(row[w] for w in same): row["peak_bytes"] for row in result["rows"] if row["variant"] == "dense"}
+        return [
+            (
+                (row["model"], str(row["context"]), row["variant"], row["layout"]),
+                (shown(row["speed_over_dense"]), f"{row['peak_bytes'] / dense[tuple(row[w] for w in same)]:.3f}"),
+            )
+            for row in result["rows"]
+            if row["variant"] != "dense"
+        ]
+    return [
+        ((str(row["prompt"]), str(row["batch"]), variant), (shown(ratio),))
+        for row in result["rows"]
+        for variant, ratio in row["decode_ratio"].items()
+    ]
