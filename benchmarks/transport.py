@@ -133,10 +133,9 @@ def differences(row: dict[str, Any]) -> list[str]:
             for direction, sizes in hop["sent_bytes"][name].items():
                 if sizes != [bound]:
                     found.append(f"{row['layout']}, hop {hop['hop']}, {name}, {direction}: sent {sizes}, bound {bound}")
-        if hop["kv_planned_bytes"] != hop["kv_bound_bytes"]:
-            found.append(
-                f"{row['layout']}, hop {hop['hop']}: planned {hop['kv_planned_bytes']}, {hop['kv_bound_bytes']}"
-            )
+        planned, bound = hop["kv_planned_bytes"], hop["kv_bound_bytes"]
+        if planned != bound:
+            found.append(f"{row['layout']}, hop {hop['hop']}: K/V planned {planned}, bound {bound}")
     return found
 
 
