@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -14,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .zygote import ForkedRank, Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,26 +47,55 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def start_ranks(command: Sequence[str], world_size: int, log_folder: Path) -> list[subprocess.Popen]:
+Rank = subprocess.Popen | ForkedRank
+
+
+def start_ranks(command: Sequence[str], world_size: int, log_folder: Path) -> list[Rank]:
     """Start ``python <command>`` once for each rank; rank ``r`` writes to ``log_folder/rank<r>.log``."""
     log_folder.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
     return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=rank_environment(rank, world_size, port),
-            cwd=ROOT,
-            stdout=open(log_folder / f"rank{rank}.log", "w"),
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            # A session of its own, so that a rank can be ended together with the helpers that Megatron started for it.
-            start_new_session=True,
-        )
+        _start(command, rank_environment(rank, world_size, port), log_folder / f"rank{rank}.log")
         for rank in range(world_size)
     ]
 
 
-def wait_for_ranks(ranks: Sequence[subprocess.Popen], log_folder: Path, timeout: float) -> None:
+def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> Rank:
+    """A rank in a session of its own, so that it can be ended together with the helpers that Megatron starts for it.
+
+    A test's worker is forked from a process that has imported Megatron, unless a GPU may be used or its environment is
+    not that process's.
+    """
+    if command[0] == "-m" and command[1].startswith("tests.support.") and not _GPU.exists():
+        zygote = _zygote()
+        if zygote.serves(environment):
+            return zygote.fork(command[1], list(command[2:]), environment, log)
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            env=environment,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+#: CUDA does not survive a fork.
+_GPU = Path("/dev/nvidiactl")
+
+#: Before any test changes it.
+_ENVIRONMENT = rank_environment(0, 1, 0)
+
+
+@functools.cache
+def _zygote() -> Zygote:
+    """Started when the first group of ranks is, for the whole session."""
+    return Zygote(_ENVIRONMENT, ROOT)
+
+
+def wait_for_ranks(ranks: Sequence[Rank], log_folder: Path, timeout: float) -> None:
     """Wait for all to end well.  If one fails or time runs out, the others are ended and its log's tail is raised."""
     deadline = time.monotonic() + timeout
     try:
@@ -82,7 +114,7 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen], log_folder: Path, timeout:
         raise AssertionError(f"ranks ended with {codes}; rank {first}:\n{tail}")
 
 
-def kill_ranks(ranks: Sequence[subprocess.Popen]) -> None:
+def kill_ranks(ranks: Sequence[Rank]) -> None:
     """End, at once, what is left of each rank and its helper processes."""
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError):
