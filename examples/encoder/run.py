@@ -1,6 +1,6 @@
 """Skip-layer attention in a bidirectional encoder: Megatron's BERT, dense and with SLA, on data made on the spot.
 
-    python -m examples.encoder.run                             # 3 seeds of 400 steps; a few minutes on 2 CPU cores
+    python -m examples.encoder.run                             # 3 seeds of 400 steps; a few minutes on a CPU core
     python -m examples.encoder.run --distance 1 --out runs/encoder-1.json
     python -m examples.encoder.run --layers 12 --hidden 96 --heads 12 --steps 1000 --device cuda
 
@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .train import measure
 
         args.device = device
+        # Matrices this small gain little from more, and on a busy machine the threads wait for each other.
+        torch.set_num_threads(1)
         start_megatron(device)
         rows = [measure(args, seed) for seed in range(1, args.seeds + 1)]
         name = torch.cuda.get_device_name()
