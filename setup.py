@@ -19,6 +19,8 @@ INSTALL_REQUIRES = [
     "transformers>=5",
     "safetensors",
     "tqdm",
+    # The grids of sla-sweep.
+    "pyyaml",
     # Training writes its logs with it, and megatron-core's training extra does not ask for it.
     "tensorboard",
 ]
@@ -51,6 +53,7 @@ setup(
             "sla-data = sla_megatron.data.cli:main",
             "sla-doctor = sla_megatron.doctor.cli:main",
             "sla-job = sla_megatron.job.cli:main",
+            "sla-sweep = sla_megatron.sweep.cli:main",
             "sla-patch = sla_megatron.patching.cli:main",
         ]
     },

@@ -28,7 +28,14 @@ from .local import num_processes, run_all
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.  What cannot be accepted ends it: one line on stderr, exit status 2; runs that failed, 1."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # argparse takes what is behind -- where no option has come before it.
+    end = words.index("--") if "--" in words else len(words)
+    parser = _parser()
+    args = parser.parse_args(words[:end])
+    args.options = words[end + 1 :]
+    if args.options and args.command is not _submit:
+        parser.error(f"{' '.join(args.options)}: options behind -- are sbatch's, of submit")
     try:
         status = args.command(args)
     except SweepError as error:
@@ -56,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
         if name == "submit":
             command.add_argument("--limit", type=int, metavar="N", help="tasks at a time (default: no limit)")
-            command.add_argument("options", nargs="*", metavar="-- OPTIONS", help="of sbatch, such as --time=4:00:00")
+            command.epilog = "Behind -- are options of sbatch, such as --time=4:00:00."
         if name == "task":
             command.add_argument("--index", type=int, required=True, metavar="I", help="the run's place in the plan")
         if name == "report":

@@ -25,8 +25,9 @@ HEADER = (
 _LEFT = (0, 4)
 
 NOTE = (
-    "Mean over seeds, ± the sample's standard deviation, (least-most); losses in nats a token. less dense: the difference\n"
-    "to the dense run of the same seed; below 0, skip-layer attention is better. heads: query heads that skip, of all."
+    "Mean over seeds, ± the sample's standard deviation, (least-most); losses in nats a token. less dense: the\n"
+    "difference to the dense run of the same seed; below 0, skip-layer attention is better. heads: query heads that\n"
+    "skip, of all."
 )
 
 

@@ -1,0 +1,188 @@
+"""sla-sweep trains: killed and gone on with, on this machine and as a Slurm job array, on the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+
+from sla_megatron.sweep.cli import main
+from sla_megatron.sweep.training_log import LAUNCH_MARK
+from tests.support.launch import ROOT, rank_environment
+from tests.support.slurm import Cluster, cluster, missing
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+DENSE, SLA = "tiny-c32-dense-s3", "tiny-c32-n4-k2-s3"
+ITERATIONS, SAVE_INTERVAL = 60, 20
+
+#: A distance of all four layers skips nothing: on the same batches its losses are those of the dense run.
+GRID = f"""
+flags:
+  - --data-path {{data}} --split 80,20,0 --tokenizer-type NullTokenizer --vocab-size 127
+  - --micro-batch-size 8 --global-batch-size 8 --lr 3e-3 --lr-warmup-iters 5
+  - --log-interval 1 --eval-interval 1000 --eval-iters 2 --save-interval {SAVE_INTERVAL}
+sizes: {{{{tiny: --num-layers 4 --hidden-size 64 --num-attention-heads 4}}}}
+context: 32
+tokens: {ITERATIONS * 8 * 32}
+seeds: 3
+sla: [{{{{distance: 4, skip-groups: 0.5}}}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The grid's file, and a data set of its own: documents of a few letters each, in no order."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    folder = tmp_path_factory.mktemp("grid")
+    random = numpy.random.default_rng(1)
+    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=numpy.uint16)
+    for _ in range(300):
+        letters = random.integers(0, 127, 4)
+        builder.add_document(random.choice(letters, 50), [50])
+    builder.finalize(str(folder / "data.idx"))
+    path = folder / "grid.yaml"
+    path.write_text(GRID.format(data=folder / "data"))
+    return path
+
+
+def environment() -> dict[str, str]:
+    inherited = {name: value for name, value in rank_environment(0, 1, 0).items() if name not in ("RANK", "WORLD_SIZE")}
+    return inherited | {"NPROC": "1", "PYTHON": sys.executable}
+
+
+def sweep(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "sla_megatron.sweep.cli", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def finished(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a sweep that was killed in its second run and gone on with; what the last command printed."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    command = sweep("run", grid, "--out", out, "--device", "cpu")
+    with (out.parent / "first.log").open("w") as log:
+        first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    tracker = out / "runs" / SLA / "checkpoints" / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 400
+    while not tracker.exists():
+        assert time.monotonic() < deadline and first.poll() is None, (out.parent / "first.log").read_text()
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (out / "runs" / SLA / "row.json").exists()
+    row = (out / "runs" / DENSE / "row.json").stat()
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (out / "runs" / DENSE / "row.json").stat() == row
+    return out, done.stdout
+
+
+def printed_losses(log: Path) -> dict[int, str]:
+    """As they were printed; the second of a launch is left out, which is the mean with the first."""
+    found = {}
+    for launch in log.read_text().split(f"\n{LAUNCH_MARK}"):
+        losses = re.findall(r"iteration +(\d+)/ *\d+ .*lm loss: (\S+)", launch)
+        found |= {int(iteration): loss for iteration, loss in losses[:1] + losses[2:]}
+    return found
+
+
+def rows(out: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+
+
+def test_a_sweep_that_was_killed_goes_on(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    assert "sla-sweep: 1 of 2 runs are finished, 1 to do" in printed
+    assert re.search(rf"{SLA}: going on from iteration (20|40|60)\n", printed), printed
+    texts = {name: (out / "runs" / name / "train.log").read_text() for name in (DENSE, SLA)}
+    launches = [len(re.findall(r"^\$ bash ", text, flags=re.MULTILINE)) for text in texts.values()]
+    assert launches == [1, 2]
+    found = rows(out)
+    assert found.keys() == texts.keys()
+    for name, row in found.items():
+        assert (row["tokens"], row["iterations"], row["processes"], row["device"]) == (15360, ITERATIONS, 1, "cpu")
+        validation = re.findall(r"iteration 60 on validation set \| lm loss value: (\S+)", texts[name])[-1]
+        assert row["validation_loss"] == float(validation) < 4.5
+        last = [float(loss) for i, loss in printed_losses(out / "runs" / name / "train.log").items() if i > 50]
+        assert len(last) in (9, 10) and row["training_loss"] == pytest.approx(sum(last) / len(last), abs=0.05)
+        assert row["tokens_per_second"] > 0 and row["parameters"] > 100_000 and not (out / "data-cache").exists()
+    assert sorted(p.name for p in (out / "runs" / DENSE).iterdir()) == [
+        *("checkpoints", "lock", "row.json", "run.json", "train.log")
+    ]
+
+
+def test_dense_and_sla_see_the_same_batches(finished: tuple[Path, str]) -> None:
+    """To all digits, through an interruption."""
+    dense, sla = (printed_losses(finished[0] / "runs" / name / "train.log") for name in (DENSE, SLA))
+    assert len(dense) == ITERATIONS - 1 and len(sla) >= ITERATIONS - 2
+    assert {i: loss for i, loss in dense.items() if i in sla} == {i: loss for i, loss in sla.items() if i in dense}
+    found = rows(finished[0])
+    assert found[DENSE]["validation_loss"] == found[SLA]["validation_loss"]
+    assert found[DENSE]["training_loss"] == pytest.approx(found[SLA]["training_loss"], abs=2e-6)
+
+
+def test_nothing_is_done_twice_or_mixed(
+    finished: tuple[Path, str], grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = finished[0]
+    main(["run", str(grid), "--out", str(out), "--device", "cpu"])
+    assert "2 of 2 runs are finished, 0 to do" in capsys.readouterr().out
+    main(["report", "--out", str(out), "--markdown"])
+    assert "| tiny | 32 | 4 | 2/4 |  | 1 | " in capsys.readouterr().out
+    assert {"loss-against-distance.svg", "loss-against-heads.svg"} < {path.name for path in out.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    other = tmp_path / "other.yaml"
+    other.write_text(grid.read_text().replace("3e-3", "2e-3"))
+    with pytest.raises(SystemExit) as error:
+        main(["run", str(other), "--out", str(out), "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and "was begun with other flags (--lr 3e-3, now --lr 2e-3)" in said
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path / "slurm", 2) as made:
+        yield made
+
+
+def in_cluster(slurm: Cluster, command: list[str]) -> str:
+    """What one of our commands prints where Slurm's are those of ``slurm``."""
+    settings = environment() | {name: slurm.environment[name] for name in ("PATH", "SLURM_CONF")}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")
+def test_a_job_array_finds_the_same(slurm: Cluster, finished: tuple[Path, str], grid: Path, tmp_path: Path) -> None:
+    """Two tasks, on a node each, at the same time: the losses of the sweep on this machine."""
+    out = tmp_path / "out"
+    options = ["--", "--cpus-per-task=2"]
+    command = sweep("submit", grid, "--out", out, "--limit", 2, "--device", "cpu", *options)
+    submitted = in_cluster(slurm, command)
+    job = re.search(r"Submitted batch job (\d+)", submitted)[1]
+    # A job's state is known for minutes after its end.
+    for task in ("0", "1"):
+        known = slurm.until(f"{job}_{task}", {"COMPLETED", "FAILED", "CANCELLED"}, seconds=400)
+        logs = [path.read_text() for path in (*out.glob("slurm/*.log"), *out.glob("runs/*/train.log"))]
+        assert known["JobState"] == "COMPLETED", "\n".join(text[-4000:] for text in logs)
+    ours, local = rows(out), rows(finished[0])
+    assert ours.keys() == local.keys()
+    for name, row in ours.items():
+        same = ("validation_loss", "tokens", "parameters", "flags", "processes")
+        assert {what: row[what] for what in same} == {what: local[name][what] for what in same}
+        chain = json.loads((out / "runs" / name / "chain.json").read_text())["attempts"]
+        assert [attempt["how"] for attempt in chain] == ["finished"]
+        assert printed_losses(out / "runs" / name / "train.log").keys() == set(range(1, ITERATIONS + 1)) - {2}
+    assert "all 2 runs are finished" in in_cluster(slurm, command)
