@@ -90,9 +90,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 
 
 class Pieces:
-    """Takes heads out in another order: by views, and a concatenation only where neighbours are torn apart.
+    """Takes heads out in another order.
 
-    An index tensor would do the same, but would be one more buffer to fill after loading, per device.
+    Training does it by views, and a concatenation only where neighbours are torn apart.  Where no gradient is wanted,
+    as in generation, one operation with an index does it: a token's time there is mostly that of starting operations.
+    The index is no buffer, which would have to be filled after loading: each device's is made when it is first used.
 
     Args:
         orders: lists of head indices; together each index at most once.
@@ -108,17 +110,45 @@ class Pieces:
         piece_of = {start: piece for piece, start in enumerate(starts)}
         self.pieces = [[piece_of[index] for index in order if index in piece_of] for order in orders]
 
+        #: For each element of the tensors that ``take`` gives, one after the other, where it is taken from.
+        self.order = [index * width + i for order in orders for index in order for i in range(width)]
+        self.taken = [len(order) * width for order in orders]
+        self.is_identity = len(orders) == 1 and self.order == list(range(total * width))
+        self.is_torn = any(len(pieces) > 1 for pieces in self.pieces)
+        self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
     def take(self, x: Tensor, dim: int) -> list[Tensor]:
         """One tensor per order."""
+        if self.is_identity:
+            return [x]
+        if self.is_torn and _by_index():
+            taken = x.index_select(dim, self._index(x.device)[0])
+            return [taken] if len(self.taken) == 1 else list(taken.split(self.taken, dim))
         split = x.split(self.sizes, dim)
         return [_cat([split[piece] for piece in pieces], dim) for pieces in self.pieces]
 
     def put_back(self, outputs: Sequence[Tensor], dim: int) -> Tensor:
         """The tensors that ``take`` gave (or others of their sizes), together in the original order."""
+        if self.is_identity:
+            return outputs[0]
+        if self.is_torn and _by_index():
+            return _cat(outputs, dim).index_select(dim, self._index(outputs[0].device)[1])
         split: dict[int, Tensor] = {}
         for output, pieces in zip(outputs, self.pieces, strict=True):
             split.update(zip(pieces, output.split([self.sizes[piece] for piece in pieces], dim), strict=True))
         return _cat([split[piece] for piece in sorted(split)], dim)
+
+    def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``order`` and its inverse."""
+        if device not in self._indices:
+            order = torch.tensor(self.order)
+            self._indices[device] = (order.to(device), order.argsort().to(device))
+        return self._indices[device]
+
+
+def _by_index() -> bool:
+    # An index that was made in inference mode could not be saved for a backward pass; a compiler fuses the pieces.
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:

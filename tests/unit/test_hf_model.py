@@ -321,12 +321,31 @@ def test_mlp(name: str, gated: bool) -> None:
     torch.testing.assert_close(mlp(x), mlp.down_proj(inner))
 
 
-def test_pieces_take_and_put_back_are_inverse() -> None:
+@pytest.mark.parametrize("wants_gradients", [True, False])
+def test_pieces_take_and_put_back_are_inverse(wants_gradients: bool) -> None:
+    with torch.set_grad_enabled(wants_gradients):
+        check_pieces()
+    # Heads that are left out, and neighbours, which are taken as one view.
+    [part] = Pieces([[2, 3]], total=5).take(torch.arange(5), dim=0)
+    assert part.tolist() == [2, 3] and part._is_view()
+    whole = torch.arange(4)
+    assert Pieces([[0, 1]], total=2, width=2).take(whole, dim=0)[0] is whole
+
+
+def check_pieces() -> None:
     pieces = Pieces([[1, 2, 5], [4, 0], [3]], total=6, width=2)
     x = torch.arange(12)
     taken = pieces.take(x, dim=0)
     assert [t.tolist() for t in taken] == [[2, 3, 4, 5, 10, 11], [8, 9, 0, 1], [6, 7]]
     assert pieces.put_back(taken, dim=0).tolist() == list(range(12))
-    # Heads that are left out, and neighbours, which are taken as one view.
-    [part] = Pieces([[2, 3]], total=5).take(torch.arange(5), dim=0)
-    assert part.tolist() == [2, 3] and part._is_view()
+
+
+def test_a_model_that_generated_in_inference_mode_trains() -> None:
+    """What it made to take heads out in another order is not an inference tensor that a backward pass would refuse."""
+    model = build(tiny())
+    with torch.inference_mode():
+        expected = model(tokens()).logits
+    logits = model(tokens()).logits
+    logits.sum().backward()
+    assert logits.equal(expected)
+    assert all(parameter.grad is not None for parameter in model.parameters())
