@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy
 import pytest
 
 from sla_megatron.sweep.cli import main
 from sla_megatron.sweep.training_log import LAUNCH_MARK
+from tests.support.indexed_files import write_indexed
 from tests.support.launch import ROOT, rank_environment
 from tests.support.slurm import Cluster, cluster, missing
 
@@ -41,16 +41,9 @@ sla: [{{{{distance: 4, skip-groups: 0.5}}}}]
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The grid's file, and a data set of its own: documents of a few letters each, in no order."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
+    """The grid's file, and a data set of its own."""
     folder = tmp_path_factory.mktemp("grid")
-    random = numpy.random.default_rng(1)
-    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=numpy.uint16)
-    for _ in range(300):
-        letters = random.integers(0, 127, 4)
-        builder.add_document(random.choice(letters, 50), [50])
-    builder.finalize(str(folder / "data.idx"))
+    write_indexed(folder / "data", documents=300, length=50, vocabulary=127)
     path = folder / "grid.yaml"
     path.write_text(GRID.format(data=folder / "data"))
     return path
@@ -112,7 +105,7 @@ def test_a_sweep_that_was_killed_goes_on(finished: tuple[Path, str]) -> None:
     for name, row in found.items():
         assert (row["tokens"], row["iterations"], row["processes"], row["device"]) == (15360, ITERATIONS, 1, "cpu")
         validation = re.findall(r"iteration 60 on validation set \| lm loss value: (\S+)", texts[name])[-1]
-        assert row["validation_loss"] == float(validation) < 4.5
+        assert row["validation_loss"] == float(validation) < 5.5
         last = [float(loss) for i, loss in printed_losses(out / "runs" / name / "train.log").items() if i > 50]
         assert len(last) in (9, 10) and row["training_loss"] == pytest.approx(sum(last) / len(last), abs=0.05)
         assert row["tokens_per_second"] > 0 and row["parameters"] > 100_000 and not (out / "data-cache").exists()
@@ -124,7 +117,8 @@ def test_a_sweep_that_was_killed_goes_on(finished: tuple[Path, str]) -> None:
 def test_dense_and_sla_see_the_same_batches(finished: tuple[Path, str]) -> None:
     """To all digits, through an interruption."""
     dense, sla = (printed_losses(finished[0] / "runs" / name / "train.log") for name in (DENSE, SLA))
-    assert len(dense) == ITERATIONS - 1 and len(sla) >= ITERATIONS - 2
+    # No two batches have the same loss.
+    assert len(set(dense.values())) == len(dense) == ITERATIONS - 1 and len(sla) >= ITERATIONS - 2
     assert {i: loss for i, loss in dense.items() if i in sla} == {i: loss for i, loss in sla.items() if i in dense}
     found = rows(finished[0])
     assert found[DENSE]["validation_loss"] == found[SLA]["validation_loss"]

@@ -214,14 +214,17 @@ def _reason(log: Path) -> str:
     return (errors or said or ["it printed nothing"])[0 if errors else -1][-300:]
 
 
+def _gpu() -> str:
+    """The GPU's name, from a process of its own: asking takes memory of the GPU until the process ends."""
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
 def _row(run: Run, log: TrainingLog) -> dict[str, Any]:
     """What the finished run measured, with everything that it depends on."""
     shape, setting = run.shape, run.setting
-    device = "cpu"
-    if not log.on_cpu:
-        import torch
-
-        device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "unknown"
+    device = "cpu" if log.on_cpu else _gpu()
     # Threads are those of this process, which did not train.
     where = {name: value for name, value in machine(device).items() if name not in ("device", "threads")}
     validation = log.validation[run.iterations]
