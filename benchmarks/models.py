@@ -21,8 +21,8 @@ _LLAMA = {
     "tie_word_embeddings": False,
 }
 
-#: Name -> fields of ``SlaGPTConfig``: the models of ``launch/presets``; ``tiny``, for tests; and ``narrow``, which shows
-#: on a processor what decoding on a GPU is made of: its time is mostly that of starting operations.
+#: Name -> fields of ``SlaGPTConfig``: models of ``launch/presets``; ``tiny``, for tests; ``narrow``, which shows on a
+#: processor what decoding on a GPU is made of: its time is mostly that of starting operations.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         **(_GPT2 | {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}),
