@@ -74,8 +74,11 @@ class Progress:
             per_iteration = run.tokens / run.iterations
             ahead -= per_iteration * iteration
             gained += per_iteration * (iteration - self._from[run.name])
-        if ahead <= 0 or gained <= 0:
-            return "nothing left" if ahead <= 0 else "time left not known yet"
+        if ahead <= 0:
+            return "nothing left"
+        # Starting takes as long as many iterations.
+        if gained < 0.05 * self.runs[0].tokens:
+            return "time left not known yet"
         return f"about {duration((time.monotonic() - self._began) * ahead / gained)} left of all"
 
 

@@ -409,4 +409,7 @@ def test_progress_says_how_long() -> None:
     # A whole one in 100 s: a whole one is left.
     assert progress.finished(runs[0]) == "about 2 min left of all"
     assert progress.finished(runs[1]) == "nothing left"
+    early = Progress(said.append, [Run("small", DENSE, 1, (), 1000, SHAPE)], every=0)
+    early(early.runs[0], log)
+    assert said[-1].endswith("iteration 5/1000, loss 3.7500; time left not known yet")
     assert [duration(s) for s in (42, 170, 7500)] == ["42 s", "3 min", "2 h 05 min"]
