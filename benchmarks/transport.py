@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sla_megatron.config import default_skip_distance
 from sla_megatron.device import add_device_arg, megatron_device
@@ -44,7 +43,7 @@ def main() -> None:
     if os.environ.get("RANK", "0") == "0":
         check_output(parser, args)
     if not is_rank:
-        sys.exit(start_ranks(args.ranks))
+        start_ranks(args.ranks)
     # Megatron warns of each model that it builds.
     logging.disable(logging.WARNING)
     with megatron_device() as device:
@@ -100,13 +99,13 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
     return [Shape(*sizes, ranks=args.ranks, chunks=chunks) for chunks in chosen]
 
 
-def start_ranks(ranks: int) -> int:
-    """Run this command on ``ranks`` processes of this machine; the exit status."""
+def start_ranks(ranks: int) -> NoReturn:
+    """Become the launcher of this command on ``ranks`` processes of this machine: what ends it ends them."""
     threads = max(1, (os.cpu_count() or 1) // ranks)
+    # The last: torch's profiler, which counts allocations on the CPU, says when it starts and stops.
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "KINETO_LOG_LEVEL": "99"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    # The latter: torch's profiler, which counts allocations on the CPU, says when it starts and stops.
-    environment = {"OMP_NUM_THREADS": str(threads), "KINETO_LOG_LEVEL": "99"} | os.environ
-    return subprocess.run([*launcher, "-m", "benchmarks.transport", *sys.argv[1:]], env=environment).returncode
+    os.execve(sys.executable, [*launcher, "-m", "benchmarks.transport", *sys.argv[1:]], environment | os.environ)
 
 
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> None:
