@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .errors import RunBusy, RunFailed
@@ -93,27 +95,48 @@ def duration(seconds: float) -> str:
 def run_all(sweep: SweepFolder, runs: Sequence[Run], processes: int, say: Say) -> int:
     """Train all of ``runs`` that have no row; how many of them still have none.
 
-    A run that fails is reported, and the others go on.
+    A run that fails is reported, and the others go on.  Raises KeyboardInterrupt once the run that is going on has
+    ended after a SIGTERM, which it is told as well.
     """
     todo = [run for run in runs if not sweep.finished(run)]
     say(f"{len(runs) - len(todo)} of {len(runs)} runs are finished, {len(todo)} to do, {processes} processes each")
     progress = Progress(say, todo)
     faults: list[str] = []
-    for number, run in enumerate(todo, 1):
-        say(f"[{number}/{len(todo)}] {run.name}: {run.iterations} iterations; log: {sweep.run(run).log}")
-        try:
-            row = train(sweep, run, Launcher.local(processes), say, progress)
-        except (RunFailed, RunBusy) as fault:
-            faults.append(str(fault))
-            say(f"error: {fault}")
-            progress.finished(run)
-            continue
-        say(
-            f"[{number}/{len(todo)}] {run.name}: validation loss {row['validation_loss']:.4f}, "
-            f"{row['tokens_per_second']:,.0f} tokens/s; {progress.finished(run)}"
-        )
+    with _told_to_end() as told:
+        for number, run in enumerate(todo, 1):
+            fault = _train_one(sweep, run, f"[{number}/{len(todo)}] {run.name}", processes, say, progress)
+            faults += [fault] if fault else []
+            if told:
+                raise KeyboardInterrupt
     if faults:
         say(f"{len(faults)} of {len(runs)} runs are not finished; the same command tries them again:")
         for fault in faults:
             say(f"  {fault}")
     return len(faults)
+
+
+def _train_one(sweep: SweepFolder, run: Run, label: str, processes: int, say: Say, progress: Progress) -> str | None:
+    """One run; why it has no row."""
+    say(f"{label}: {run.iterations} iterations; log: {sweep.run(run).log}")
+    try:
+        row = train(sweep, run, Launcher.local(processes), say, progress)
+    except (RunFailed, RunBusy) as fault:
+        say(f"error: {fault}")
+        progress.finished(run)
+        return str(fault)
+    say(
+        f"{label}: validation loss {row['validation_loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s; "
+        f"{progress.finished(run)}"
+    )
+    return None
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[list[int]]:
+    """Within the block a SIGTERM ends up in the list."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)

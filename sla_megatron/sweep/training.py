@@ -173,11 +173,13 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _forwarding_signals(process: subprocess.Popen) -> Iterator[None]:
-    """Within the block SIGUSR1 and SIGTERM, with which Slurm wants a job to save, go to ``process``."""
+    """Within the block SIGUSR1 and SIGTERM, with which Slurm wants a job to save, go to ``process`` as well."""
 
     def forward(number: int, frame: object) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
+        if callable(before[number]):
+            before[number](number, frame)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGUSR1, signal.SIGTERM)}
     try:
