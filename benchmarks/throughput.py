@@ -145,16 +145,9 @@ def measure_on_rank(args: argparse.Namespace) -> None:
         for variant in wanted:
             models[variant], memory[variant] = built(args, device, variant)
         times = timed(models, args.rounds, device)
-        rows = [
-            row_of(variant, models, times, memory[variant], device)
-            | {
-                "model": model,
-                "context": context,
-                "layout": layout,
-                "dtype": str(models[variant].args.params_dtype)[6:],
-            }
-            for variant in wanted
-        ]
+        what = {"model": model, "context": context, "layout": layout}
+        what["dtype"] = str(models["dense"].args.params_dtype).removeprefix("torch.")
+        rows = [what | row_of(variant, models, times, memory[variant]) for variant in wanted]
         if torch.distributed.get_rank() == 0:
             name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
             args.rank_answer.write_text(json.dumps({"device": name, "rows": rows}))
