@@ -136,9 +136,13 @@ class Watch:
     def until(self, pattern: str, seconds: float = 240) -> re.Match[str]:
         """Wait for ``pattern`` in what was logged since the last match, and return it."""
         deadline = time.monotonic() + seconds
+        ended = False
         while (found := re.compile(pattern).search(log(self.run), self.seen)) is None:
-            assert time.monotonic() < deadline, f"no {pattern!r} in\n{log(self.run)[self.seen :][-6000:]}"
-            time.sleep(0.05)
+            late = time.monotonic() > deadline
+            assert not (late or ended), f"no {pattern!r} in\n{log(self.run)[self.seen :][-6000:]}"
+            # What it wrote before it ended is read once more.
+            ended = self.slurm.job(self.job).get("JobState") in ("COMPLETED", "FAILED", "CANCELLED")
+            time.sleep(0.1)
         self.seen = found.end()
         return found
 
@@ -201,7 +205,7 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     # A job of a partition that preempts takes all nodes; meanwhile the newest checkpoint loses the end of a file.
     watch.training()
     # An older one to fall back to.
-    watch.until(rf"successfully saved checkpoint from iteration +{SAVE_INTERVAL} ")
+    watch.until("successfully saved checkpoint")
     nodes = ["--nodes=3", "--exclusive", "--partition=urgent", f"--output={slurm.folder}/urgent.log"]
     urgent = slurm.command("sbatch", "--parsable", *nodes, "--wrap=sleep 5").strip()
     saved = int(watch.until(r"sla-job: attempt 4 ended by a signal: iteration (\d+) is saved")[1])
