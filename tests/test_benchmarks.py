@@ -53,6 +53,36 @@ def spreads_in(value: Any) -> Iterator[dict[str, float]]:
             yield from spreads_in(each)
 
 
+def test_throughput(tmp_path: Path) -> None:
+    """Every variant and layout; operations and bytes are the formula's; the memory of dense is that of its tensors."""
+    flags = ("--models", "tiny", "--contexts", "32", "--layouts", "1x1", "2x2", "--microbatches", "2", "--rounds", "3")
+    rows = run("throughput", tmp_path, *flags, "--device", "cpu")["rows"]
+    assert [(row["layout"], row["variant"]) for row in rows] == [
+        (layout, variant) for layout in ("1x1", "2x2") for variant in ("dense", "full", "pruned")
+    ]
+    # Of 4 layers of width 64 and 4 groups of 16, the last leaves out K and V of 3 groups; 4096 words, 32 positions.
+    dense_parameters = 4 * (12 * 64**2 + 13 * 64) + (4096 + 32) * 64 + 2 * 64
+    dead = 2 * 3 * 16 * 65
+    tokens, pruned_away = 2 * 32, 2 * 3 * 16 * 64
+    attention = 4 * 2 * 2 * 32**2 * 64
+    dense_flops = 3 * (2 * tokens * (4 * 12 * 64**2 + 4096 * 64) + attention)
+    for row in rows:
+        is_pruned = row["variant"] == "pruned"
+        # Over two stages the embedding of words is there twice.
+        copies = 4096 * 64 if row["layout"] == "2x2" else 0
+        assert row["parameters"] == dense_parameters + copies - dead * is_pruned
+        assert row["flops_a_step"] == dense_flops - 3 * 2 * tokens * pruned_away * is_pruned
+        assert row["seconds"]["n"] == row["speed_over_dense"]["n"] == 3
+        assert row["tokens_a_second"] == tokens / row["seconds"]["median"]
+        # Weights, gradients and two moments in fp32, on the rank that has most.
+        assert row["held_bytes"] >= 16 * row["parameters"] // (1 if row["layout"] == "1x1" else 2)
+        assert row["peak_bytes"] == row["held_bytes"] + row["step_bytes"] and row["step_bytes"] > 4 * 32 * 4096
+    # Hidden states over three hops; K/V of layer 1 (3 groups of 16) ride the first, then wait for the last stage.
+    hidden, kv = 4 * 32 * 64, 4 * 2 * 32 * 3 * 16
+    assert [row["sent_bytes_a_step"] for row in rows[3:]] == [4 * 3 * hidden] + [4 * (3 * hidden + kv)] * 2
+    assert [row["sent_bytes_a_step"] for row in rows[:3]] == [0, 0, 0]
+
+
 def test_transport(tmp_path: Path) -> None:
     """Bytes are the formula's, resident K/V the plan's; no host synchronisation is added; every timed run is there."""
     sizes = ("--layers", "8", "--hidden", "32", "--heads", "4", "--seq-length", "16", "--microbatches", "2")
@@ -120,6 +150,8 @@ def test_convert(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
+        ("throughput", ["--layouts", "1x2"], "--layouts 1x2: expected virtual stages on 2 ranks or more"),
+        ("throughput", ["--rounds", "0"], "--rounds 0: expected 1 or more"),
         ("transport", ["--layers", "6", "--ranks", "4"], "--layers 6: expected a multiple of --ranks 4"),
         ("generation", ["--rounds", "none"], "--rounds none: expected an integer of 1 or more"),
         ("convert", ["--folder", "no/such"], "--folder no/such: expected a folder that is there"),

@@ -15,11 +15,14 @@ from sla_megatron.sweep.folder import SweepFolder
 from sla_megatron.sweep.grid import read_grid
 from sla_megatron.sweep.training import _forwarding_signals
 
-GRID = "{flags: [--mock-data], sizes: {s: --num-layers 4 --hidden-size 8 --num-attention-heads 2}, context: 8, tokens: 64, seeds: [1, 2, 3]}"
+GRID = """
+{flags: [--global-batch-size 1], sizes: {s: --num-layers 4 --hidden-size 8 --num-attention-heads 2}, context: 8,
+ tokens: 64, seeds: [1, 2, 3]}
+"""
 
 
 def test_no_run_begins_after_a_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "grid.yaml").write_text(GRID.replace("--mock-data", "--mock-data --global-batch-size 1"))
+    (tmp_path / "grid.yaml").write_text(GRID)
     runs = read_grid(tmp_path / "grid.yaml", [])
     begun = []
 
