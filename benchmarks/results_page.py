@@ -81,7 +81,7 @@ SECTIONS = (
     Section(
         "sweep",
         "Loss",
-        "benchmarks.sweep_tables",
+        "benchmarks.sweep",
         "Equal tokens in equal order; a difference to dense is between runs of the same seed.",
         "sla-sweep run examples/sweep/paper.yaml --out runs/paper",
     ),
@@ -149,10 +149,10 @@ def page(results: Path, folder: Path) -> str:
         for path, result in own.items():
             parts += _measured(section, path, result, folder)
         has_gpu = any(result["machine"]["device"] != "cpu" for result in own.values())
+        if not own:
+            parts.append("On a CPU: not measured.\n")
         if section.on_gpu and not has_gpu:
             parts.append(f"On a GPU: not measured. `{section.on_gpu}`\n")
-        elif not own:
-            parts.append("Not measured.\n")
     parts.append("## Speed changes\n")
     for path, result in earlier.items():
         after = current.get(path.with_name(path.name.replace("-before", "")))

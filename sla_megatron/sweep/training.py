@@ -94,10 +94,16 @@ def train(sweep: SweepFolder, run: Run, launcher: Launcher, say: Say, progress: 
         if not sweep.finished(run):
             sweep.begin(run)
             began = time.monotonic()
-            log = _launch(run, folder, launcher, lock, say, progress)
+            log = _complete(run, folder) or _launch(run, folder, launcher, lock, say, progress)
             write_json(folder.row, _row(run, log) | {"attempt_seconds": round(time.monotonic() - began, 1)})
             shutil.rmtree(folder.data_cache, ignore_errors=True)
     return next(row for row in sweep.collect() if row["name"] == run.name)
+
+
+def _complete(run: Run, folder: RunFolder) -> TrainingLog | None:
+    """The log of a training that came to its end, but not to its row; a run's folder has one run's logs alone."""
+    log = _read(folder.log) if folder.log.is_file() else TrainingLog()
+    return log if log.missing(run.iterations) is None else None
 
 
 def _launch(run: Run, folder: RunFolder, launcher: Launcher, lock: int, say: Say, progress: Progress) -> TrainingLog:

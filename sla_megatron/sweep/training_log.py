@@ -92,10 +92,10 @@ class TrainingLog:
         """What keeps this from being the log of a run of so many iterations that has finished; None if nothing does."""
         if self.parameters is None:
             return "it says no number of parameters"
-        if self.iteration != iterations:
-            return f"it ends at iteration {self.iteration} of {iterations}"
         if iterations not in self.validation:
-            return "it has no validation loss at the end"
+            # The last progress line is earlier where --log-interval does not divide the iterations.
+            ends = f"it ends at iteration {self.iteration} of {iterations}"
+            return ends if self.iteration < iterations else "it has no validation loss at the end"
         if not math.isfinite(self.validation[iterations]) or not math.isfinite(self.steps[-1].loss):
             return "its loss is not a number"
         return None

@@ -92,6 +92,10 @@ def test_lines_of_several_iterations() -> None:
     assert log.steps[1].loss == pytest.approx((TRUE[2] + TRUE[3] + TRUE[4]) / 3, abs=1e-5)
     # Ten lines of 4 are more than there is: all 8 iterations.
     assert log.training_loss(4) == pytest.approx(sum(TRUE[i] for i in range(1, 9)) / 8, abs=1e-5)
+    # No line is of iteration 10, and the evaluation after it is the end.
+    assert log.missing(10) == "it ends at iteration 8 of 10"
+    lines = [*HEAD, *(progress_line(i, loss, 100) for i, loss in means), *END]
+    assert read_log(lines).missing(10) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""The rows of a sweep as a result of ``benchmarks/results``.
+
+python -m benchmarks.sweep runs/cpu-sweep --out benchmarks/results/sweep-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sla_megatron.sweep import plot as sweep_plot
+from sla_megatron.sweep.errors import SweepError
+from sla_megatron.sweep.folder import SweepFolder
+from sla_megatron.sweep.report import HEADER, NOTE, cells
+from sla_megatron.sweep.summary import groups
+
+from .record import Table, add_output_args, check_output, write_result
+
+NAME = "sweep"
+
+
+def main() -> None:
+    """Collect the rows, print their table and write ``--out``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of sla-sweep run or submit")
+    args = add_output_args(parser, NAME).parse_args()
+    check_output(parser, args)
+    sweep = SweepFolder(args.folder)
+    try:
+        sweep.require()
+    except SweepError as error:
+        parser.error(str(error).replace("--out", "FOLDER"))
+    rows = sweep.rows()
+    devices = {row["device"] for row in rows}
+    if len(devices) != 1:
+        parser.error(f"FOLDER {args.folder}: {len(rows)} rows of {len(devices)} devices: expected rows of one device")
+    write_result(args, NAME, devices.pop(), rows, tables, plot)
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One line a setting, over its seeds."""
+    rows = [cells(group) for group in groups(result["rows"])]
+    return [Table(f"Validation loss, {result['rows'][0]['tokens']:,} tokens a run", HEADER, rows, (0, 4), NOTE)]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Loss against distance in ``path``, loss against heads beside it."""
+    against_distance, against_heads = sweep_plot.plot(groups(result["rows"]), path.parent)
+    against_distance.replace(path)
+    against_heads.replace(path.with_name(f"{path.stem}-heads.svg"))
+
+
+if __name__ == "__main__":
+    main()
