@@ -114,8 +114,9 @@ def measure(args: argparse.Namespace, layout: str, model: str, context: int) -> 
         command += ["--models", model, "--contexts", str(context), "--layouts", layout, "--variants", *args.variants]
         for name in ("microbatches", "micro_batch_size", "rounds", "core_attention", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
-        done = subprocess.run([*command, f"--flags={args.flags}"], env=environment)
+        # The last: torch's profiler, which counts allocations on the CPU, says when it starts and stops.
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), "KINETO_LOG_LEVEL": "99"}
+        done = subprocess.run([*command, f"--flags={args.flags}"], env=environment | os.environ)
         if done.returncode or not answer.exists():
             for log in sorted(Path(folder).rglob("stderr.log")):
                 sys.stderr.write(log.read_text()[-3000:])

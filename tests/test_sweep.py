@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sweep as sweep_result
 from sla_megatron.sweep.cli import main
 from sla_megatron.sweep.training_log import LAUNCH_MARK
 from tests.support.indexed_files import write_indexed
@@ -123,6 +124,24 @@ def test_dense_and_sla_see_the_same_batches(finished: tuple[Path, str]) -> None:
     found = rows(finished[0])
     assert found[DENSE]["validation_loss"] == found[SLA]["validation_loss"]
     assert found[DENSE]["training_loss"] == pytest.approx(found[SLA]["training_loss"], abs=2e-6)
+
+
+def test_a_sweep_becomes_a_result(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its rows as they are, a table and two plots, for docs/results.md."""
+    out = tmp_path / "sweep-here.json"
+    monkeypatch.setattr(sys, "argv", ["sweep", str(finished[0]), "--out", str(out)])
+    sweep_result.main()
+    result = json.loads(out.read_text())
+    assert {row["name"]: row for row in result["rows"]} == rows(finished[0])
+    assert (result["benchmark"], result["machine"]["device"]) == ("sweep", "cpu")
+    assert [cells[2] for cells in sweep_result.tables(result)[0].rows] == ["dense", "4"]
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, "sweep-here.svg", "sweep-here-heads.svg"}
+    monkeypatch.setattr(sys, "argv", ["sweep", str(tmp_path), "--out", str(tmp_path / "other.json")])
+    with pytest.raises(SystemExit, match="2"):
+        sweep_result.main()
+    assert f"FOLDER {tmp_path}: expected a sweep's folder" in capsys.readouterr().err
 
 
 def test_nothing_is_done_twice_or_mixed(

@@ -1,8 +1,7 @@
 """Ranks that need not import Megatron: one process does so, and is then forked for each.
 
 The imports cost some eight seconds of a core.  A forked rank runs its worker as ``__main__``, with its environment, log
-and session, and ends as Python ends.  Alone the seed with which strings are
-hashed is the same in all.
+and session, and ends as Python ends.  What differs from processes of their own: all hash strings with the same seed.
 
 Requests and answers are lines of JSON, one answer for each request.
 """
