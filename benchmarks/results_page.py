@@ -83,7 +83,7 @@ SECTIONS = (
         "Loss",
         "benchmarks.sweep",
         "Equal tokens in equal order; a difference to dense is between runs of the same seed. Runs of a sweep may "
-        "share their machine with other work: their tokens/s compare nothing.",
+        "share their machine with other work: their tokens/s compare nothing. On a CPU: `examples/sweep/cpu.yaml`.",
         "sla-sweep run examples/sweep/paper.yaml --out runs/paper",
     ),
     Section(

@@ -76,7 +76,10 @@ def test_throughput(tmp_path: Path) -> None:
         assert row["tokens_a_second"] == tokens / row["seconds"]["median"]
         # Weights, gradients and two moments in fp32, on the rank that has most.
         assert row["held_bytes"] >= 16 * row["parameters"] // (1 if row["layout"] == "1x1" else 2)
-        assert row["peak_bytes"] == row["held_bytes"] + row["step_bytes"] and row["step_bytes"] > 4 * 32 * 4096
+        # Of several ranks not the same one need have most of each.
+        most = row["held_bytes"] + row["step_bytes"]
+        assert row["peak_bytes"] == most if row["layout"] == "1x1" else row["held_bytes"] < row["peak_bytes"] <= most
+        assert row["step_bytes"] > 4 * 32 * 4096
     # Hidden states over three hops; K/V of layer 1 (3 groups of 16) ride the first, then wait for the last stage.
     hidden, kv = 4 * 32 * 64, 4 * 2 * 32 * 3 * 16
     assert [row["sent_bytes_a_step"] for row in rows[3:]] == [4 * 3 * hidden] + [4 * (3 * hidden + kv)] * 2
