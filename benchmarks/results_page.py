@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def page(results: Path, folder: Path) -> str:
     """The page's text, with links for a page in ``folder``."""
     files = {path: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    current = {path: result for path, result in files.items() if "before" not in path.stem.split("-")}
+    current = {path: result for path, result in files.items() if not _is_before(path)}
     earlier = {path: result for path, result in files.items() if path not in current}
     parts = [HEAD, "## Targets\n", targets(_named(current)).as_markdown(), PAPER]
     for section in SECTIONS:
@@ -184,9 +184,14 @@ def _measured(section: Section, path: Path, result: Result, folder: Path) -> lis
         f"{name} {where[name]}" for name in ("torch", "megatron-core", "transformers") if name in where
     )
     line = f"{device}, {where['cores']} cores; {versions}; commit {result['commit']}, {result['date']}"
-    plots = sorted(path.parent.glob(f"{path.stem}*.svg"))
+    plots = [plot for plot in sorted(path.parent.glob(f"{path.stem}*.svg")) if not _is_before(plot)]
     links = [f"![{plot.stem}]({os.path.relpath(plot, folder)})\n" for plot in plots]
     return [f"`{result['command']}`\n", line + "\n", *(table.as_markdown() for table in tables), *links]
+
+
+def _is_before(path: Path) -> bool:
+    """Whether it is of an earlier state, kept for comparison: ``throughput-cpu-before.json``."""
+    return "before" in path.stem.split("-")
 
 
 def _named(files: dict[Path, Result]) -> dict[str, list[Result]]:
