@@ -34,7 +34,8 @@ def free_ports(count: int) -> list[int]:
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What torchrun sets for a rank, and the repository on the path."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    # The last two are left behind in this process by Megatron and torch.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NVTE_", "TORCHINDUCTOR_"))}
     return inherited | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
