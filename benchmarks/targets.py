@@ -37,15 +37,16 @@ def _speed(variant: str) -> Callable[[Result], list[Any]]:
     ]
 
 
-def _peak(result: Result) -> list[Any]:
-    """Peak memory over the dense model's of the same row, on one rank."""
+def peak_over_dense(row: Result, rows: Iterable[Result]) -> float:
+    """Peak memory of a row of ``throughput`` over that of the dense model among ``rows``."""
     same = ("model", "context", "layout")
-    dense = {tuple(row[w] for w in same): row["peak_bytes"] for row in result["rows"] if row["variant"] == "dense"}
-    return [
-        {"median": row["peak_bytes"] / dense[tuple(row[w] for w in same)]}
-        for row in result["rows"]
-        if row["variant"] != "dense" and row["layout"] == "1x1"
-    ]
+    dense = next(r for r in rows if r["variant"] == "dense" and all(r[what] == row[what] for what in same))
+    return row["peak_bytes"] / dense["peak_bytes"]
+
+
+def _peak(result: Result) -> list[Any]:
+    rows = [row for row in result["rows"] if row["variant"] != "dense" and row["layout"] == "1x1"]
+    return [{"median": peak_over_dense(row, result["rows"])} for row in rows]
 
 
 def _decode(result: Result) -> list[Any]:
@@ -81,12 +82,10 @@ _HEADERS = {
 
 def _comparable(name: str, result: Result) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     if name == "throughput":
-        same = ("model", "context", "layout")
-        dense = {tuple(row[w] for w in same): row["peak_bytes"] for row in result["rows"] if row["variant"] == "dense"}
         return [
             (
                 (row["model"], str(row["context"]), row["variant"], row["layout"]),
-                (shown(row["speed_over_dense"]), f"{row['peak_bytes'] / dense[tuple(row[w] for w in same)]:.3f}"),
+                (shown(row["speed_over_dense"]), f"{peak_over_dense(row, result['rows']):.3f}"),
             )
             for row in result["rows"]
             if row["variant"] != "dense"

@@ -30,6 +30,7 @@ from sla_megatron.device import add_device_arg, megatron_device
 
 from .allocations import allocations
 from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
+from .targets import peak_over_dense
 from .training_steps import VARIANTS, TrainingSteps, model_flags, settle
 
 NAME = "throughput"
@@ -254,8 +255,6 @@ HEADER = (
 
 def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """One line of the table."""
-    same = ("model", "context", "layout")
-    dense = next(r for r in rows if r["variant"] == "dense" and all(r[what] == row[what] for what in same))
     is_dense = row["variant"] == "dense"
     return [
         row["model"],
@@ -268,7 +267,7 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         f"{row['tokens_a_second']:.0f}",
         "1" if is_dense else shown(row["speed_over_dense"]),
         f"{row['peak_bytes'] / 1e6:.1f}",
-        "1" if is_dense else f"{row['peak_bytes'] / dense['peak_bytes']:.3f}",
+        "1" if is_dense else f"{peak_over_dense(row, rows):.3f}",
         f"{row['seconds']['n']}",
     ]
 
