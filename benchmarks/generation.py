@@ -4,7 +4,8 @@
 
 Three models of one shape with random weights, dense, ``full`` and ``pruned``, generate greedily in turns in one process
 (so the machine's drift cancels); a round is one turn of each, in an order that rotates.  The first rounds
-(``--warmup``) are left out.  Decoding is timed from the first new token to the last, prefill from the call to the first
+(``--warmup``) are left out: until each model has had each place of the order, the C library still asks the system for
+memory again and again.  Decoding is timed from the first new token to the last, prefill from the call to the first
 token; ratios are of the rounds' pairs.  The cache is measured after the last token, from the tensors that it holds, and
 must be of the size that the definition gives: each live (layer, group) once.  If not, the command ends with status 1.
 """
@@ -38,8 +39,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=_count("--prompts"), nargs="+", default=[128, 1024, 4096], metavar="TOKENS")
     parser.add_argument("--batches", type=_count("--batches"), nargs="+", default=[1], metavar="B")
     parser.add_argument("--tokens", type=_count("--tokens", 2), default=33, help="new tokens (default: 33)")
-    parser.add_argument("--rounds", type=_count("--rounds"), default=5, help="that are timed (default: 5)")
-    parser.add_argument("--warmup", type=_count("--warmup", 0), default=1, help="rounds left out (default: 1)")
+    parser.add_argument("--rounds", type=_count("--rounds"), default=9, help="that are timed (default: 9)")
+    parser.add_argument("--warmup", type=_count("--warmup", 0), default=3, help="rounds left out (default: 3)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 without one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is")
     with one_line_errors():

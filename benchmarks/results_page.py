@@ -14,7 +14,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def page(results: Path, folder: Path) -> str:
         parts += [f"## {section.title}\n", section.text + "\n"]
         own = {path: result for path, result in current.items() if path.stem.split("-")[0] == section.name}
         for path, result in own.items():
-            parts += _measured(section, path, result, folder)
+            parts += _measured(section, path, result, folder, _plots(path, files))
         has_gpu = any(result["machine"]["device"] != "cpu" for result in own.values())
         if not own:
             parts.append("On a CPU: not measured.\n")
@@ -175,7 +175,14 @@ def page(results: Path, folder: Path) -> str:
     return "\n".join(parts)
 
 
-def _measured(section: Section, path: Path, result: Result, folder: Path) -> list[str]:
+def _plots(path: Path, files: Iterable[Path]) -> list[Path]:
+    """The pictures of ``path``: those whose name begins with its own, and with no other file's longer one."""
+    longer = [other.stem for other in files if other.stem.startswith(path.stem) and other != path]
+    found = sorted(path.parent.glob(f"{path.stem}*.svg"))
+    return [plot for plot in found if not any(plot.stem.startswith(stem) for stem in longer)]
+
+
+def _measured(section: Section, path: Path, result: Result, folder: Path, plots: Iterable[Path]) -> list[str]:
     """One file's part: where and how, tables, plots."""
     tables: list[Table] = importlib.import_module(section.module).tables(result)
     where = result["machine"]
@@ -184,7 +191,6 @@ def _measured(section: Section, path: Path, result: Result, folder: Path) -> lis
         f"{name} {where[name]}" for name in ("torch", "megatron-core", "transformers") if name in where
     )
     line = f"{device}, {where['cores']} cores; {versions}; commit {result['commit']}, {result['date']}"
-    plots = [plot for plot in sorted(path.parent.glob(f"{path.stem}*.svg")) if not _is_before(plot)]
     links = [f"![{plot.stem}]({os.path.relpath(plot, folder)})\n" for plot in plots]
     return [f"`{result['command']}`\n", line + "\n", *(table.as_markdown() for table in tables), *links]
 

@@ -25,6 +25,7 @@ from .record import ROOT
 SMALL_MODELS = {
     "tiny": "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --position-embedding-type learned_absolute",
     "small": "--num-layers 12 --hidden-size 384 --num-attention-heads 12 --position-embedding-type learned_absolute",
+    "shallow": "--num-layers 4 --hidden-size 384 --num-attention-heads 12 --position-embedding-type learned_absolute",
     "small-rope-gqa": "--num-layers 12 --hidden-size 384 --num-attention-heads 12 --group-query-attention "
     "--num-query-groups 4 --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear "
     "--untie-embeddings-and-output-weights",

@@ -101,6 +101,8 @@ class SLASelfAttention(SelfAttention):
                 query = _KeepInGraph.apply(query, key)
             if self.role.takes:
                 key, value = self._read(own_keys, own_values)
+                # As a view it would keep the whole projection alive beside them.
+                query = query.contiguous()
         return (query, key, value, *gate)
 
     def _put(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> None:

@@ -19,9 +19,9 @@ def commit() -> str:
     """The commit that is checked out, with ``+changes`` where files differ from it; ``unknown`` without git."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            ["git", "diff", "--quiet", "HEAD", "--", "sla_megatron", "benchmarks", "examples"], cwd=_ROOT
-        )
+        # A result that takes the place of an earlier one changes no measurement.
+        measured = ["sla_megatron", "benchmarks", "examples", ":(exclude)benchmarks/results"]
+        changes = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *measured], cwd=_ROOT)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()[:12] + ("+changes" if changes.returncode else "")

@@ -1,7 +1,8 @@
 """SLA-GPT's attention, and the norm and rotary embedding that it needs.
 
 Shapes: b batch, s new tokens, S all tokens (past and new), h hidden, d head size, H query heads, G key/value groups,
-P groups that a layer has K/V weights for, N groups whose K/V it keeps (live ones, in the configuration's stored order).
+P groups that a layer has K/V weights for, N groups whose K/V it keeps (live ones, in the configuration's stored order),
+R blocks of groups that do the same in every layer (the configuration's ``G / period``), n groups of a block.
 
 This file goes into exported folders: it needs torch, transformers and ``configuration_sla_gpt.py``.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -92,9 +94,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 class Pieces:
     """Takes heads out in another order.
 
-    Training does it by views, and a concatenation only where neighbours are torn apart.  Where no gradient is wanted,
-    as in generation, one operation with an index does it: a token's time there is mostly that of starting operations.
-    The index is no buffer, which would have to be filled after loading: each device's is made when it is first used.
+    By views, and a concatenation where neighbours are torn apart; but for a single token, in generation, one operation
+    with an index does that: its time is mostly that of starting operations.  The index is no buffer, which would have
+    to be filled after loading: each device's is made when it is first used.
 
     Args:
         orders: lists of head indices; together each index at most once.
@@ -117,26 +119,27 @@ class Pieces:
         self.is_torn = any(len(pieces) > 1 for pieces in self.pieces)
         self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def take(self, x: Tensor, dim: int) -> list[Tensor]:
+    def take(self, x: Tensor, dim: int, by_index: bool = False) -> list[Tensor]:
         """One tensor per order."""
         if self.is_identity:
             return [x]
-        if self.is_torn and _by_index():
+        if self.is_torn and by_index:
             taken = x.index_select(dim, self._index(x.device)[0])
             return [taken] if len(self.taken) == 1 else list(taken.split(self.taken, dim))
         split = x.split(self.sizes, dim)
         return [_cat([split[piece] for piece in pieces], dim) for pieces in self.pieces]
 
-    def put_back(self, outputs: Sequence[Tensor], dim: int) -> Tensor:
+    def put_back(self, outputs: Sequence[Tensor], dim: int, by_index: bool = False) -> Tensor:
         """The tensors that ``take`` gave (or others of their sizes), together in the original order."""
         if self.is_identity:
             return outputs[0]
-        if self.is_torn and _by_index():
+        if self.is_torn and by_index:
             return _cat(outputs, dim).index_select(dim, self._index(outputs[0].device)[1])
-        split: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         for output, pieces in zip(outputs, self.pieces, strict=True):
-            split.update(zip(pieces, output.split([self.sizes[piece] for piece in pieces], dim), strict=True))
-        return _cat([split[piece] for piece in sorted(split)], dim)
+            parts = [output] if len(pieces) == 1 else output.split([self.sizes[piece] for piece in pieces], dim)
+            found.update(zip(pieces, parts, strict=True))
+        return _cat([found[piece] for piece in sorted(found)], dim)
 
     def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``order`` and its inverse."""
@@ -146,13 +149,21 @@ class Pieces:
         return self._indices[device]
 
 
-def _by_index() -> bool:
+def _by_index(new_tokens: int) -> bool:
     # An index that was made in inference mode could not be saved for a backward pass; a compiler fuses the pieces.
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return new_tokens == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its weights may be used without calling it: no gradient, adapter, quantiser, hook or offloading."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is nn.Linear and not hooked
 
 
 def eager_attention_forward(
@@ -190,19 +201,27 @@ class SlaGPTAttention(nn.Module):
         self.scaling = d**-0.5
 
         # The configuration counts layers from 1.
-        number = layer_idx + 1
-        reads = config.reads(number)
-        self.query_pieces = Pieces(list(reads.values()), config.num_key_value_heads, per_group)
-        projected, stored = config.projected_groups(number), config.stored_groups(number)
+        number, period = layer_idx + 1, config.period
+        self.blocks = config.num_key_value_heads // period
+        reads, stored = config.reads_in_block(number), config.stored_in_block(number)
+        #: Of each layer that is read, itself the last: first and count of the groups, in a block of its stored ones.
+        self.places = [(config.stored_in_block(a).index(groups[0]), len(groups)) for a, groups in reads.items()]
+        self.reads_own = number in reads
+        #: Of one block: where what is read goes among the keys and values, and its queries and outputs among the heads.
+        self.kv_pieces = Pieces(list(reads.values()), period)
+        self.query_pieces = Pieces(list(reads.values()), period, per_group)
+        projected = [g for g in config.projected_groups(number) if g < period]
         self.stored_pieces = Pieces([[projected.index(g) for g in stored]], len(projected)) if stored else None
-        # Where in the stored order the groups that this layer reads itself are.
-        own = [stored.index(g) for g in reads.get(number, ())]
-        self.own_groups = slice(own[0], own[-1] + 1) if own else None
+        #: Where most weights of keys and values are of groups that nobody reads, the rows of those that are.
+        self.live_rows: Pieces | None = None
+        if stored and 2 * len(stored) <= len(projected):
+            order = [block * len(projected) + projected.index(g) for block in range(self.blocks) for g in stored]
+            self.live_rows = Pieces([order], self.blocks * len(projected), d)
 
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * d, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, len(projected) * d, bias=bias) if projected else None
-        self.v_proj = nn.Linear(config.hidden_size, len(projected) * d, bias=bias) if projected else None
+        self.k_proj = nn.Linear(config.hidden_size, self.blocks * len(projected) * d, bias=bias) if projected else None
+        self.v_proj = nn.Linear(config.hidden_size, self.blocks * len(projected) * d, bias=bias) if projected else None
         self.o_proj = nn.Linear(config.num_attention_heads * d, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = SlaGPTNorm(config, d) if config.qk_layernorm else None
         self.k_norm = SlaGPTNorm(config, d) if config.qk_layernorm and projected else None
@@ -220,8 +239,8 @@ class SlaGPTAttention(nn.Module):
 
         Args:
             hidden_states: ``[b, s, h]``.
-            sources: of each earlier layer that this one reads, ascending, the keys and values ``[b, groups, S, d]`` of
-                the groups that it reads.
+            sources: of each earlier layer that this one reads, ascending, the keys and values that it keeps, ``[b, N,
+                S, d]`` each.
             rotary: cosine and sine, each ``[b or 1, 1, s, rotary_dim / 2]``.
 
         Returns:
@@ -233,28 +252,77 @@ class SlaGPTAttention(nn.Module):
         if own is not None and past_key_values is not None:
             own = past_key_values.update(*own, self.layer_idx)
 
-        read = [tuple(t.to(query.device) for t in source) for source in sources]
-        if self.own_groups is not None:
-            read.append(tuple(t[:, self.own_groups] for t in own))
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        results = [
-            attend(self, part, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-            for part, (key, value) in zip(self.query_pieces.take(query, dim=1), read, strict=True)
+        attend = partial(attend, self, dropout=0.0, scaling=self.scaling, **kwargs)
+        if self.kv_pieces.is_identity and self.reads_own:
+            output, weights = attend(query, *own, attention_mask)
+        else:
+            stores = [tuple(t.to(query.device) for t in source) for source in sources]
+            stores += [own] if self.reads_own else []
+            in_parts = query.shape[2] == 1 and not self.kv_pieces.is_identity
+            attend_to = self._attend_to_parts if in_parts else self._attend_to_whole
+            output, weights = attend_to(attend, query, stores, attention_mask)
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights, own
+
+    def _attend_to_whole(
+        self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One call, on the keys and values together: a copy of both, which costs little beside that of s tokens."""
+        key, value = (self._joined(tensors) for tensors in zip(*stores, strict=True))
+        return attend(query, key, value, mask)
+
+    def _joined(self, stores: Sequence[Tensor]) -> Tensor:
+        """What is read of each, ``[b, N, S, d]``, as ``[b, G, S, d]``."""
+        blocks = [
+            t.unflatten(1, (self.blocks, -1)).narrow(2, *place) for t, place in zip(stores, self.places, strict=True)
         ]
-        output = self.query_pieces.put_back([result[0] for result in results], dim=2)
-        weights = [result[1] for result in results]
-        weights = None if weights[0] is None else self.query_pieces.put_back(weights, dim=1)
-        return self.o_proj(output.flatten(2)), weights, own
+        return self.kv_pieces.put_back(blocks, 2).flatten(1, 2)
+
+    def _attend_to_parts(
+        self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One call for each layer that is read, on views of its keys and values: blocks become part of the batch.
+
+        For a single token, whose time is mostly that of reading the cache: copying it would double that.
+        """
+        batch, by_index = query.shape[0], _by_index(new_tokens=1)
+        rows = batch * self.blocks
+        queries = self.query_pieces.take(query.reshape(rows, -1, *query.shape[2:]), 1, by_index)
+        if mask is not None:
+            mask = mask.repeat_interleave(self.blocks, dim=0)
+        results = []
+        for part, store, place in zip(queries, stores, self.places, strict=True):
+            key, value = (t.reshape(rows, -1, *t.shape[2:]).narrow(1, *place) for t in store)
+            results.append(attend(part, key, value, mask))
+        output = self.query_pieces.put_back([result[0] for result in results], 2, by_index)
+        if results[0][1] is None:
+            return output, None
+        weights = self.query_pieces.put_back([result[1] for result in results], 1, by_index)
+        return output, weights.reshape(batch, -1, *weights.shape[2:])
 
     def _project_kv(self, hidden_states: Tensor, rotary: KV | None) -> KV | None:
         """The keys and values that some layer reads: ``[b, N, s, d]`` each, in the stored order."""
         if self.stored_pieces is None:
             return None
-        [key] = self.stored_pieces.take(self._heads(self.k_proj(hidden_states)), dim=2)
-        [value] = self.stored_pieces.take(self._heads(self.v_proj(hidden_states)), dim=2)
+        key, value = (self._project(projection, hidden_states) for projection in (self.k_proj, self.v_proj))
         return self._position(key, self.k_norm, rotary), value.transpose(1, 2)
+
+    def _project(self, projection: nn.Module, hidden_states: Tensor) -> Tensor:
+        """``[b, s, h]`` to ``[b, s, N, d]``, in the stored order."""
+        if self.live_rows is not None and _is_plain(projection):
+            weight, bias = (
+                None if whole is None else self.live_rows.take(whole, 0, by_index=True)[0]
+                for whole in (projection.weight, projection.bias)
+            )
+            return self._heads(nn.functional.linear(hidden_states, weight, bias))
+        projected = projection(hidden_states)
+        if self.stored_pieces.is_identity:
+            return self._heads(projected)
+        blocks = projected.unflatten(-1, (self.blocks, -1, self.head_dim))
+        [stored] = self.stored_pieces.take(blocks, 3, _by_index(hidden_states.shape[1]))
+        return stored.flatten(2, 3)
 
     def _heads(self, x: Tensor) -> Tensor:
         """``[b, s, heads * d]`` to ``[b, s, heads, d]``."""

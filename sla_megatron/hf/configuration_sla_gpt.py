@@ -150,20 +150,41 @@ class SlaGPTConfig(PreTrainedConfig):
             return self.live_groups(layer)
         return list(range(self.num_key_value_heads))
 
-    def stored_groups(self, layer: int) -> list[int]:
-        """The live groups of ``layer`` in the order in which its K/V are kept.
+    @property
+    def period(self) -> int:
+        """After how many groups their distances repeat: 4 for ``NSSS NSSS NSSS``.
 
-        What each layer reads of it is then one slice, a view: first the groups that only a later layer reads, then
-        those that the layer reads too, in both parts together by later reader.  A later reader's groups all have the
-        same distance, so either all of them or none are read by the layer itself as well.
+        ``G / period`` blocks of groups then do the same in every layer, block by block.
         """
-        live = self.live_groups(layer)
+        total = self.num_key_value_heads
+        distances = [self.distance(g) for g in range(total)]
+        return next(p for p in range(1, total + 1) if total % p == 0 and distances == distances[:p] * (total // p))
+
+    def stored_in_block(self, layer: int) -> list[int]:
+        """The live groups of ``layer`` among the first ``period`` ones, in the order in which its K/V are kept.
+
+        What each layer reads of them is one slice, a view.  Their own order is such a one in most models.  Otherwise,
+        first come those that only a later layer reads, then those that the layer reads too, in both parts together by
+        later reader: a later reader's groups all have the same distance, so that either all of them or none are read by
+        the layer itself as well.
+        """
+        live = [g for g in self.live_groups(layer) if g < self.period]
+        later = {self.reader(layer, g) for g in live} - {None}
+        parts = [[g for g in live if self.source(layer, g) == layer]]
+        parts += [[g for g in live if self.reader(layer, g) == reader] for reader in later]
+        if all(_is_slice(part, live) for part in parts):
+            return live
         return sorted(live, key=lambda g: (self.source(layer, g) == layer, self.reader(layer, g) or layer, g))
 
-    def reads(self, layer: int) -> dict[int, list[int]]:
-        """Source layer, ascending -> the groups that ``layer`` reads of it, in its stored order."""
-        sources = sorted({self.source(layer, g) for g in range(self.num_key_value_heads)})
-        return {a: [g for g in self.stored_groups(a) if self.source(layer, g) == a] for a in sources}
+    def stored_groups(self, layer: int) -> list[int]:
+        """The live groups of ``layer`` in the order in which its K/V are kept: block by block."""
+        starts = range(0, self.num_key_value_heads, self.period)
+        return [start + g for start in starts for g in self.stored_in_block(layer)]
+
+    def reads_in_block(self, layer: int) -> dict[int, list[int]]:
+        """Source layer, ascending -> what ``layer`` reads of its first ``period`` groups, in its stored order."""
+        sources = sorted({self.source(layer, g) for g in range(self.period)})
+        return {a: [g for g in self.stored_in_block(a) if self.source(layer, g) == a] for a in sources}
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
@@ -232,6 +253,12 @@ class SlaGPTConfig(PreTrainedConfig):
     def _require(self, is_good: bool, name: str, wanted: str) -> None:
         if not is_good:
             raise ValueError(f"SlaGPTConfig: {name} must be {wanted}; it is {getattr(self, name)!r}")
+
+
+def _is_slice(part: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether ``part`` stands in ``whole`` without a gap."""
+    start = whole.index(part[0]) if part else 0
+    return whole[start : start + len(part)] == part
 
 
 def _is_int(value: Any) -> bool:

@@ -5,7 +5,7 @@ layer keeps (live ones, in the configuration's stored order).
 
 Keys and values that later layers read leave a layer as outputs and enter the reader as inputs: they need no cache, they
 are exact under gradient checkpointing, and they are moved along with the hidden states between devices.  With a cache,
-layer l's entry holds its N groups; each layer reads slices of the stored tensors, never copies.
+layer l's entry holds its N groups; a new token is decoded on slices of the stored tensors, never on copies.
 
 This file goes into exported folders: it needs torch, transformers and the other ``*_sla_gpt.py`` files.
 """
@@ -59,12 +59,9 @@ class SlaGPTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = SlaGPTNorm(config, config.hidden_size)
         self.mlp = SlaGPTMLP(config)
 
-        number = layer_idx + 1
-        stored = config.stored_groups(number)
-        readers = {config.reader(number, g) for g in stored} - {None}
-        read_by = {reader: [stored.index(g) for g in config.reads(reader)[number]] for reader in sorted(readers)}
-        #: Later layer -> the slice of this layer's stored groups that it reads.
-        self.later_reads = {reader: slice(groups[0], groups[-1] + 1) for reader, groups in read_by.items()}
+        readers = {config.reader(layer_idx + 1, g) for g in config.stored_in_block(layer_idx + 1)} - {None}
+        #: Later layers that read what this one keeps.
+        self.readers = sorted(readers)
 
     def forward(
         self, hidden_states: Tensor, *sources: Tensor, **kwargs: Any
@@ -73,7 +70,7 @@ class SlaGPTDecoderLayer(GradientCheckpointingLayer):
 
         Args:
             hidden_states: ``[b, s, h]``.
-            sources: key, value, key, value, .. of the earlier layers that this one reads, ``[b, groups, S, d]`` each.
+            sources: key, value, key, value, .. of the earlier layers that this one reads, ``[b, N, S, d]`` each.
                 Positional, so that gradient checkpointing sees them and accelerate moves them to this layer's device.
             kwargs: as for ``SlaGPTAttention``.
 
@@ -173,8 +170,8 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-            for reader, groups in layer.later_reads.items():
-                carried[reader] += (key[:, groups], value[:, groups])
+            for reader in layer.readers:
+                carried[reader] += (key, value)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _position_ids(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:

@@ -65,17 +65,47 @@ def test_the_configuration_means_what_sla_config_means(sla: SLAConfig) -> None:
 
 
 @given(sla_configs())
-def test_whatever_a_layer_reads_of_another_is_one_slice_of_what_that_stores(sla: SLAConfig) -> None:
+def test_whatever_a_layer_reads_of_another_is_one_slice_of_each_block_that_it_stores(sla: SLAConfig) -> None:
     config = hf_config(sla)
+    blocks = range(0, sla.num_query_groups, config.period)
     for layer in range(1, sla.num_layers + 1):
         assert sorted(config.stored_groups(layer)) == config.live_groups(layer)
-        reads = config.reads(layer)
-        assert sorted(g for groups in reads.values() for g in groups) == list(range(sla.num_query_groups))
+        reads = config.reads_in_block(layer)
         assert list(reads) == sorted(reads)
-        for source, groups in reads.items():
-            start = config.stored_groups(source).index(groups[0])
-            assert config.stored_groups(source)[start : start + len(groups)] == groups
+        in_all_blocks = {a: [start + g for start in blocks for g in groups] for a, groups in reads.items()}
+        assert sorted(g for groups in in_all_blocks.values() for g in groups) == list(range(sla.num_query_groups))
+        for source, groups in in_all_blocks.items():
             assert {config.source(layer, g) for g in groups} == {source}
+            stored = config.stored_groups(source)
+            width = len(stored) // len(blocks)
+            for number, start in enumerate(blocks):
+                block = stored[number * width : (number + 1) * width]
+                first = block.index(start + reads[source][0])
+                assert block[first : first + len(reads[source])] == [start + g for g in reads[source]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "distances", "period"),
+    [
+        ([g for g in range(12) if g % 4], [9], 4),
+        ([g for g in range(12) if g % 4], [3, 9], 12),
+        ([1, 3, 5, 7, 9, 11], [3, 9], 4),
+        ([3, 7, 11], [9], 4),
+        (list(range(12)), [9], 1),
+        ([], [9], 1),
+        ([], [], 1),
+        ([2], [9], 12),
+    ],
+)
+def test_blocks(groups: list[int], distances: list[int], period: int) -> None:
+    config = SlaGPTConfig(sla_skip_groups=groups, sla_skip_distances=distances)
+    assert config.period == period
+
+
+def test_the_paper_s_model_keeps_groups_in_their_order() -> None:
+    config = SlaGPTConfig(sla_skip_groups=[g for g in range(12) if g % 4], sla_skip_distances=[9])
+    assert [config.stored_groups(layer) for layer in (1, 3, 4)] == [list(range(12))] * 3
+    assert config.stored_groups(12) == [0, 4, 8]
 
 
 # Values.

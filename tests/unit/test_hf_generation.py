@@ -21,6 +21,11 @@ MODELS = {
     "dense": {"sla_skip_distances": [], "sla_skip_groups": []},
     "full": {},
     "pruned": {"sla_kv_projection": "pruned", "position_embedding_type": "learned_absolute"},
+    "two blocks": {"sla_skip_groups": [1, 3], "sla_skip_distances": [2]},
+    "two blocks, pruned": {
+        **{"sla_skip_groups": [1, 2, 3, 5, 6, 7], "sla_skip_distances": [4], "sla_kv_projection": "pruned"},
+        **{"num_key_value_heads": 8},
+    },
     "no own K/V": NO_OWN_KV,
     "no own K/V, full": NO_OWN_KV | {"sla_kv_projection": "full"},
 }

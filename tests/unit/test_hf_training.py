@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
@@ -137,19 +138,89 @@ def calls(model: SlaGPTForCausalLM, monkeypatch: pytest.MonkeyPatch, **inputs: A
         return made, model(**inputs)
 
 
+#: Groups, those that skip, and distances: one block, two blocks, and one whose stored order is not the groups' own.
+PATTERNS = {"NSSS": (4, [1, 2, 3], [4]), "NSNS": (4, [1, 3], [2]), "N2S4S2": (4, [1, 2, 3], [2, 4])}
+
+
+def patterned(name: str, mode: str) -> SlaGPTForCausalLM:
+    groups, skipping, distances = PATTERNS[name]
+    return build(
+        tiny(num_key_value_heads=groups, sla_skip_groups=skipping, sla_skip_distances=distances, sla_kv_projection=mode)
+    )
+
+
 @pytest.mark.parametrize("mode", ["full", "pruned"])
-def test_one_call_per_source_on_views_of_the_cache(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny(sla_kv_projection=mode)
-    made, out = calls(build(config), monkeypatch, input_ids=tokens(), use_cache=True)
-    reads = {layer: config.reads(layer) for layer in range(1, 7)}
-    assert [call["layer"] for call in made] == [layer for layer in reads for _ in reads[layer]]
-    for call, (source, groups) in zip(made, [item for read in reads.values() for item in read.items()], strict=True):
-        stored, cached = config.stored_groups(source), out.past_key_values.layers[source - 1]
-        assert call["query"].shape == (2, 2 * len(groups), LENGTH, 4)
-        for name, whole in (("key", cached.keys), ("value", cached.values)):
-            expected = whole[:, stored.index(groups[0]) : stored.index(groups[-1]) + 1]
-            assert call[name].data_ptr() == expected.data_ptr()
-            assert call[name].shape == expected.shape and call[name].stride() == expected.stride()
+@pytest.mark.parametrize("name", PATTERNS)
+def test_many_tokens_take_one_call_a_layer(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, out = calls(model := patterned(name, mode), monkeypatch, input_ids=tokens(), use_cache=True)
+    assert [call["layer"] for call in made] == [1, 2, 3, 4, 5, 6]
+    for call in made:
+        # Each group's keys and values are its source's, wherever that keeps them.
+        for group in range(4):
+            source = model.config.source(call["layer"], group)
+            place = model.config.stored_groups(source).index(group)
+            cached = out.past_key_values.layers[source - 1]
+            assert call["key"][:, group].equal(cached.keys[:, place])
+            assert call["value"][:, group].equal(cached.values[:, place])
+
+
+@pytest.mark.parametrize("mode", ["full", "pruned"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_token_takes_one_call_a_source_on_views_of_the_cache(
+    name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = patterned(name, mode)
+    config = model.config
+    with torch.no_grad():
+        cache = model(tokens(), use_cache=True).past_key_values
+    made, _ = calls(model, monkeypatch, input_ids=tokens(2, 1, seed=3), past_key_values=cache)
+    held = {t.data_ptr(): t for layer in cache.layers for t in (layer.keys, layer.values)}
+    starts = {t.untyped_storage().data_ptr() for t in held.values()}
+    sources = [(layer, source) for layer in range(1, 7) for source in config.reads_in_block(layer)]
+    assert [call["layer"] for call in made] == [layer for layer, _ in sources]
+    for call, (layer, source) in zip(made, sources, strict=True):
+        groups = [g for g in range(4) if config.source(layer, g) == source]
+        for part in (call["key"], call["value"]):
+            assert part.untyped_storage().data_ptr() in starts
+            assert part.numel() == 2 * len(groups) * (LENGTH + 1) * 4
+        assert call["query"].numel() == 2 * 2 * len(groups) * 4
+
+
+def operations(model: SlaGPTForCausalLM) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens())
+    return counter.get_total_flops()
+
+
+def test_projections_that_nobody_reads_are_not_computed() -> None:
+    """Without gradients a full model does what the pruned one does, where it has its weights to itself."""
+    full, pruned = (patterned("NSSS", mode) for mode in ("full", "pruned"))
+    assert operations(full) == operations(pruned)
+    with torch.no_grad():
+        expected = full(tokens()).logits
+    # Layers 5 and 6 read keys and values of one group in four.
+    seen: list[tuple[int, ...]] = []
+    for layer in full.model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    more = 2 * (2 * LENGTH) * 32 * (3 * 4)
+    assert operations(full) == operations(pruned) + 2 * more
+    assert seen == [(2, LENGTH, 16)] * 6
+    with torch.no_grad():
+        assert relative_error(full(tokens()).logits, expected) <= 1e-12
+
+
+def test_what_takes_the_place_of_a_projection_is_called() -> None:
+    class Adapter(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    plain, adapted = patterned("NSSS", "full"), patterned("NSSS", "full")
+    for layer in adapted.model.layers:
+        layer.self_attn.v_proj.__class__ = Adapter
+    for layer in plain.model.layers:
+        layer.self_attn.v_proj.bias.data += 1
+    with torch.no_grad():
+        assert relative_error(adapted(tokens()).logits, plain(tokens()).logits) <= 1e-12
 
 
 def test_a_layer_that_reads_one_source_rearranges_no_queries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +258,22 @@ def test_attention_weights_come_in_the_order_of_the_heads() -> None:
     uniform = uniform / uniform.sum(-1, keepdim=True)
     is_uniform = [torch.allclose(out.attentions[layer][0, h], uniform) for h in range(8)]
     assert is_uniform == [h == head for h in range(8)]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@torch.no_grad()
+def test_attention_weights_of_a_token_are_the_last_row_of_those_of_all_tokens(name: str) -> None:
+    model = patterned(name, "full")
+    model.set_attn_implementation("eager")
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, :3] = 0
+    whole = model(tokens(), attention_mask=mask, output_attentions=True)
+    cache = model(tokens()[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+    last = model(tokens()[:, -1:], attention_mask=mask, past_key_values=cache, output_attentions=True)
+    assert relative_error(last.logits[:, 0], whole.logits[:, -1]) <= 1e-10
+    for row, weights in zip(last.attentions, whole.attentions, strict=True):
+        assert row.shape == (2, 8, 1, LENGTH)
+        torch.testing.assert_close(row, weights[:, :, -1:])
 
 
 # Initial weights.
