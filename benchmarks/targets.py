@@ -49,15 +49,22 @@ def _peak(result: Result) -> list[Any]:
     return [{"median": peak_over_dense(row, result["rows"])} for row in rows]
 
 
-def _decode(result: Result) -> list[Any]:
-    return [ratio for row in result["rows"] for ratio in row["decode_ratio"].values()]
+def _decode(narrow: bool) -> Callable[[Result], list[Any]]:
+    """Of the model that is so narrow that its time is that of starting operations, or of all others."""
+    return lambda result: [
+        ratio
+        for row in result["rows"]
+        if (row["model"] == "narrow") == narrow
+        for ratio in row["decode_ratio"].values()
+    ]
 
 
 _TARGETS = (
     ("training, `pruned`, tokens/s", ">= 1.00", "throughput", _speed("pruned")),
     ("training, `full`, tokens/s", ">= 0.97", "throughput", _speed("full")),
     ("training, peak memory", "<= 1.02", "throughput", _peak),
-    ("generation, decoded tokens/s", ">= 1.00", "generation", _decode),
+    ("generation, decoded tokens/s", ">= 1.00", "generation", _decode(narrow=False)),
+    ("the same, where all time is that of starting operations", ">= 1.00", "generation", _decode(narrow=True)),
 )
 
 

@@ -46,15 +46,19 @@ def model_flags(model: str) -> list[str]:
     common = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--hidden-dropout", "0", "--attention-dropout", "0"]
     if model in SMALL_MODELS:
         return [*shlex.split(SMALL_MODELS[model]), *common, "--vocab-size", str(_SMALL_VOCABULARY), "--lr", "1e-4"]
-    script = f'root={shlex.quote(str(ROOT))}; . "$root/launch/flags.sh"; preset_flags "$1"'
-    flags: list[str] = []
-    for name in model.split("+"):
-        done = subprocess.run(["sh", "-c", script, "sh", name], capture_output=True, text=True)
-        if done.returncode:
-            known = ", ".join([*SMALL_MODELS, *sorted(p.stem for p in (ROOT / "launch/presets").glob("*.flags"))])
-            raise ValueError(f"--models {model}: expected some of {known}, presets with + between them")
-        flags += done.stdout.splitlines()
+    try:
+        flags = [flag for name in model.split("+") for flag in preset_flags(name)]
+    except subprocess.CalledProcessError as error:
+        known = ", ".join([*SMALL_MODELS, *sorted(p.stem for p in (ROOT / "launch/presets").glob("*.flags"))])
+        raise ValueError(f"--models {model}: expected some of {known}, presets with + between them") from error
     return [*flags, *common, "--vocab-size", str(_VOCABULARY)]
+
+
+def preset_flags(name: str) -> list[str]:
+    """The arguments of one preset, as the launchers read them.  Raises ``CalledProcessError`` for another name."""
+    script = f'root={shlex.quote(str(ROOT))}; . "$root/launch/flags.sh"; preset_flags "$1"'
+    done = subprocess.run(["sh", "-c", script, "sh", name], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 def settle(flags: Sequence[str]) -> Namespace:

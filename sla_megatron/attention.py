@@ -46,6 +46,31 @@ class _KeepInGraph(torch.autograd.Function):
         return grad, torch.zeros(shape, dtype=dtype, device=device)
 
 
+class _Share(torch.autograd.Function):
+    """Returns ``tensor``, and views of those of its pieces, ``[s, b, groups, d]`` each, that later layers read.
+
+    What autograd itself would do with views of views is to fill each piece that nobody reads with zeros, put all pieces
+    together, and add that to the gradient of ``tensor``: some five passes over it.  This makes the sum in one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, sizes: Sequence[int], shared: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.sizes, ctx.shared = list(sizes), shared
+        pieces = tensor.split(ctx.sizes, dim=2)
+        return tensor.view_as(tensor), *(pieces[i] for i in shared)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *of_shared: Tensor) -> tuple[Tensor, None, None]:
+        given = dict(zip(ctx.shared, of_shared, strict=True))
+        whole = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        for i, (own, out) in enumerate(zip(grad.split(ctx.sizes, 2), whole.split(ctx.sizes, 2), strict=True)):
+            if i in given:
+                torch.add(own, given[i], out=out)
+            else:
+                out.copy_(own)
+        return whole, None, None
+
+
 class SLASelfAttention(SelfAttention):
     """Upstream's ``SelfAttention`` with skip groups.
 
@@ -94,27 +119,38 @@ class SLASelfAttention(SelfAttention):
         query, key, value, *gate = super().get_query_key_value_tensors(
             hidden_states, key_value_states, output_gate=output_gate, split_qkv=True
         )
-        if self.role.puts or self.role.takes:
+        if self.role.puts and not self.role.takes:
+            key, value = self._share(key, value)
+        if self.role.takes:
             own_keys, own_values = (tensor.split(self._pieces.own, dim=2) for tensor in (key, value))
             self._put(own_keys, own_values)
             if self.role.reads_nothing_of_its_own and self.k_layernorm is not None:
                 query = _KeepInGraph.apply(query, key)
-            if self.role.takes:
-                key, value = self._read(own_keys, own_values)
-                # As a view it would keep the whole projection alive beside them.
-                query = query.contiguous()
+            key, value = self._read(own_keys, own_values)
+            # As a view it would keep the whole projection alive beside them.
+            query = query.contiguous()
         return (query, key, value, *gate)
 
-    def _put(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> None:
-        """Hand on what later layers read, of this layer's pieces ``[s, b, groups, d]``.
+    def _share(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Hand on what later layers read of this one, which reads all of it too; key and value as they were.
 
-        They are views of the projection, which autograd keeps anyway for this layer's own attention: it reads the same
-        values.  Where it reads a mixture, a view would keep the projection alive, so that they are copied.
+        What is handed on are views of the projection, which autograd keeps anyway for this layer's own attention.
+        """
+        shared = sorted(i for indices in self._pieces.puts.values() for i in indices)
+        key, *of_key = _Share.apply(key, self._pieces.own, shared)
+        value, *of_value = _Share.apply(value, self._pieces.own, shared)
+        for name, indices in self._pieces.puts.items():
+            places = [shared.index(i) for i in indices]
+            current().put(name, ([of_key[i] for i in places], [of_value[i] for i in places]))
+        return key, value
+
+    def _put(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> None:
+        """Hand on what later layers read, of this layer's pieces ``[s, b, groups, d]``, where it reads a mixture.
+
+        Copies: views would keep the projection alive, which this layer's own attention does not.
         """
         for name, indices in self._pieces.puts.items():
-            bundle = tuple([own[i] for i in indices] for own in (own_keys, own_values))
-            if self.role.takes:
-                bundle = tuple(torch.cat(pieces, dim=2) for pieces in bundle)
+            bundle = tuple(torch.cat([own[i] for i in indices], dim=2) for own in (own_keys, own_values))
             current().put(name, bundle)
 
     def _read(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,17 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n", durable=True)
 
 
+def read_json(path: Path) -> Any | None:
+    """What :func:`write_json` wrote; ``None`` without the file.
+
+    Raises ``OSError`` or ``ValueError`` where there is one that cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
 def flush(path: Path) -> None:
     """Have what was written to ``path`` on the disk."""
     with path.open("rb") as file:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from examples.quickstart.training_log import LAUNCH_MARK, Records, describe
+from sla_megatron.launchers import stop
 
 TAIL_LINES = 30
 # torchrun follows a failure with a traceback of its own, which says nothing about the cause.
@@ -85,13 +86,3 @@ def failure_tail(text: str) -> str:
     start = max((i for i, line in enumerate(lines) if line.startswith(LAUNCH_MARK)), default=0)
     end = next((i for i in range(start, len(lines)) if TORCHRUN_REPORT.search(lines[i])), len(lines))
     return "\n".join(lines[start:end][-TAIL_LINES:])
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Ends torchrun, which ends its ranks; by force when it does not within 40 s (it gives them 30)."""
-    process.terminate()
-    try:
-        process.wait(40)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -159,11 +159,14 @@ def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether its weights may be used without calling it: no gradient, adapter, quantiser, hook or offloading."""
+    """Whether its weights may be used without calling it.
+
+    Not where gradients are wanted, nor with an adapter, a quantiser, a hook or offloading in its place.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    return type(linear) is nn.Linear and not hooked
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooked
 
 
 def eager_attention_forward(
@@ -269,7 +272,7 @@ class SlaGPTAttention(nn.Module):
     def _attend_to_whole(
         self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One call, on the keys and values together: a copy of both, which costs little beside that of s tokens."""
+        """One call, on the keys and values together: a copy of both, little beside what several tokens make of them."""
         key, value = (self._joined(tensors) for tensors in zip(*stores, strict=True))
         return attend(query, key, value, mask)
 

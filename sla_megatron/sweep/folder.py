@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json, write_whole
+from ..files import read_json, write_json, write_whole
 from .errors import RunBusy, SweepError
 from .grid import Run
 
@@ -183,9 +183,7 @@ def _has_row(folder: Path) -> bool:
 def _read(path: Path) -> dict[str, Any] | None:
     """What the sweep wrote to ``path``; None without the file."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise SweepError(f"{path} cannot be read ({error}): expected it as it was written, or moved away") from error
 

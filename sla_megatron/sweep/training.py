@@ -20,6 +20,7 @@ from typing import Any
 from ..environment import commit, machine
 from ..files import write_json
 from ..job.checkpoints import newest_complete, point_to, tracked
+from ..launchers import stop
 from .errors import RunFailed
 from .flag_words import ROOT
 from .folder import RunFolder, SweepFolder
@@ -169,7 +170,7 @@ def _follow(
                     return process.returncode
                 time.sleep(_POLL_SECONDS)
         except BaseException:
-            _stop(process)
+            stop(process)
             raise
 
 
@@ -193,16 +194,6 @@ def _forwarding_signals(process: subprocess.Popen) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """End the launcher, which ends its ranks; by force when it does not within 40 s (torchrun gives them 30)."""
-    process.terminate()
-    try:
-        process.wait(40)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _read(path: Path) -> TrainingLog:

@@ -101,12 +101,10 @@ def save_random_checkpoint(folder: Path, flags: dict[str, Any], seed: int = 3) -
     """A checkpoint as Megatron's trainer saves it, of a model in which every parameter is random."""
     import torch
 
+    from benchmarks.checkpoints import save
     from sla_megatron.convert.megatron_model import args_of, build, megatron_alone
 
     with megatron_alone():
-        from megatron.core import dist_checkpointing
-        from megatron.training.checkpointing import _build_sharded_state_dict_metadata, generate_state_dict
-
         args = args_of(argv_of(flags), torch.float32)
         args.padded_vocab_size = 128
         model = build(args)
@@ -117,11 +115,5 @@ def save_random_checkpoint(folder: Path, flags: dict[str, Any], seed: int = 3) -
                 # Norms at 1, so that activations stay of one size.
                 is_gain = "norm" in name and name.endswith("weight") and not args.layernorm_zero_centered_gamma
                 parameter.copy_(1 + values if is_gain else values)
-        metadata = _build_sharded_state_dict_metadata(args)
-        state = generate_state_dict(args, [model], None, None, None, 7, model_sd_kwargs={"metadata": metadata})
-        step = folder / "iter_0000007"
-        step.mkdir(parents=True)
-        content = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
-        dist_checkpointing.save(state, str(step), content_metadata=content)
-    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+        save(folder, args, model, iteration=7)
     return args

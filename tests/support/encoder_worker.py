@@ -5,14 +5,11 @@ The reference is ``tests/reference_encoder.py``.  Answers as ``parity_worker.py`
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.device import megatron_device
+from tests.support import parity_worker
 
 VOCABULARY, SEQUENCE, HIDDEN, HEAD_SIZE = 32, 12, 32, 8
 LAYERS, HEADS = 4, 4
@@ -22,25 +19,6 @@ LENGTHS = (12, 8, 1)
 CHANGED_TOKEN = 5
 
 
-def main(folder: Path) -> None:
-    request = json.loads((folder / "request.json").read_text())
-    logging.disable(logging.WARNING)
-    with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]) as device:
-        import torch
-        from megatron.core import parallel_state
-
-        torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
-        answers = {}
-        for size in sorted({case["tp"] for case in request.values()}):
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
-            for name, case in request.items():
-                if case["tp"] == size:
-                    answers[name] = run_case(case)
-            parallel_state.destroy_model_parallel()
-        if torch.distributed.get_rank() == 0:
-            (folder / "answer0.json").write_text(json.dumps(answers))
-
-
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """One model against the reference; a number by a tensor's name is ``|found - expected| / |expected|``."""
     import torch
@@ -48,7 +26,6 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     from megatron.core import tensor_parallel
 
     from tests.support import sharding
-    from tests.support.parity_worker import error
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     reference, model = build(case)
@@ -63,8 +40,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     exact = {name: tensor.cuda().double().requires_grad_() for name, tensor in weights.items()}
     expected = reference.logits(exact, tokens, is_token)
     F.cross_entropy(expected[is_token], labels[is_token]).backward()
-    answer = {"logits": error(logits[is_token], expected[is_token].detach())}
-    answer |= {name: error(gradients[name], tensor.grad) for name, tensor in exact.items()}
+    answer = {"logits": parity_worker.error(logits[is_token], expected[is_token].detach())}
+    answer |= {name: parity_worker.error(gradients[name], tensor.grad) for name, tensor in exact.items()}
     answer |= influences(model, tokens, is_token)
     if case.get("like dense"):
         dense_logits, dense_gradients = forward_backward(build(case, dense=True)[1], weights, tokens, labels, is_token)
@@ -128,7 +105,6 @@ def build(case: dict[str, Any], dense: bool = False) -> tuple[Any, Any]:
     from sla_megatron import SLAConfig, sla_layer_spec, sla_transformer_blocks
     from sla_megatron.core_attention import torch_attention_spec
     from tests.reference_encoder import ReferenceEncoder
-    from tests.support import parity_worker
 
     distances, skip_groups, pruned = case["distances"], case["skip_groups"], case["projection"] == "pruned"
     sla = SLAConfig(LAYERS, case["groups"], tuple(distances), skip_groups, kv_projection=case["projection"])
@@ -160,4 +136,4 @@ def build(case: dict[str, Any], dense: bool = False) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parity_worker.main(Path(sys.argv[1]), run_case)

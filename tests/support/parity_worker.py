@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ LAYERS, HEADS = 4, 4
 CHANGED_TOKEN = 7
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, compare: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer every case of ``folder/request.json``, tensor-parallel size by size."""
     request = json.loads((folder / "request.json").read_text())
     logging.disable(logging.WARNING)
     with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]) as device:
@@ -33,7 +35,7 @@ def main(folder: Path) -> None:
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
             for name, case in request.items():
                 if case["tp"] == size:
-                    answers[name] = run_case(case)
+                    answers[name] = compare(case)
             parallel_state.destroy_model_parallel()
         if torch.distributed.get_rank() == 0:
             (folder / "answer0.json").write_text(json.dumps(answers))
@@ -197,4 +199,4 @@ def transformer_config(case: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), run_case)

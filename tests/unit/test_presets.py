@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from io import StringIO
 import pytest
 import torch
 
+from benchmarks.training_steps import preset_flags
 from tests.support.launch import ROOT
 
 # Of Megatron's own making.
@@ -34,10 +34,8 @@ TOKENS_A_STEP = 2**19
 
 @cache
 def preset(name: str) -> tuple[str, ...]:
-    """The arguments of one preset, as the launchers read them."""
-    script = f'root={ROOT}; . "$root/launch/flags.sh"; preset_flags "$1"'
-    done = subprocess.run(["sh", "-c", script, "sh", name], capture_output=True, text=True, check=True)
-    return tuple(done.stdout.splitlines())
+    """The arguments of one preset."""
+    return tuple(preset_flags(name))
 
 
 def flags_of(names: str) -> list[str]:

@@ -70,6 +70,19 @@ def test_what_has_no_file_is_not_measured(tmp_path: Path) -> None:
     assert throughput_gpu not in text
 
 
+def test_each_picture_stands_once_below_the_longest_name_that_it_begins_with(tmp_path: Path) -> None:
+    for stem, commit in (("throughput-cpu", "first"), ("throughput-cpu-4k", "second")):
+        (tmp_path / f"{stem}.json").write_text(json.dumps(result(DENSE, FULL, PRUNED, commit=commit)))
+    for stem in ("throughput-cpu", "throughput-cpu-more", "throughput-cpu-4k"):
+        (tmp_path / f"{stem}.svg").touch()
+    text = results_page.page(tmp_path, tmp_path)
+    parts = {commit: text[text.index(f"commit {commit},") :].split("`python -m")[0] for commit in ("first", "second")}
+    assert "(throughput-cpu.svg)" in parts["first"] and "(throughput-cpu-more.svg)" in parts["first"]
+    assert "(throughput-cpu-4k.svg)" in parts["second"]
+    for stem in ("throughput-cpu", "throughput-cpu-more", "throughput-cpu-4k"):
+        assert text.count(f"({stem}.svg)") == 1
+
+
 def test_targets_are_the_worst_row() -> None:
     slower = row("full", 0.90, 1200, context=1024)
     found = targets({"throughput": [result(DENSE, FULL, PRUNED, row("dense", 1.0, 1000, 1024), slower)]})
@@ -78,6 +91,14 @@ def test_targets_are_the_worst_row() -> None:
     assert by_name["training, `full`, tokens/s"][2] == "0.900 (0.890-0.910)"
     assert by_name["training, peak memory"][2] == "1.200"
     assert by_name["generation, decoded tokens/s"][2:] == ("not measured", "not measured")
+
+
+def test_the_narrow_model_has_a_target_of_its_own() -> None:
+    ratio = {"n": 3, "median": 0.9, "min": 0.8, "max": 1.0}
+    narrow, usual = ({"rows": [{"model": model, "decode_ratio": {"full": ratio | {"median": median}}}]}
+                     for model, median in (("narrow", 0.9), ("gpt2-124m", 1.02)))  # fmt: skip
+    found = targets({"generation": [each | {"machine": {"device": "cpu"}} for each in (narrow, usual)]})
+    assert [cells[2] for cells in found.rows[-2:]] == ["1.020 (0.800-1.000)", "0.900 (0.800-1.000)"]
 
 
 def test_before_and_after_pairs_the_rows_that_both_have() -> None:
