@@ -133,9 +133,11 @@ and rotary embedding held less before: its copies let go of the projection, whic
 are a view of it.
 """,
     "throughput-cpu-4k": """\
-In `full`, a layer that joins its own K/V with an earlier layer's kept its queries as a view of its projection, and with
-it the keys and values in the projection that it had copied, or that nobody reads. Its queries are now copied as well
-where they are a view, and the projection is freed: the step's peak is dense's.
+The gradients of keys and values that a layer reads itself, and a later one too, are summed in one pass over them, where
+autograd took some five: it filled what nobody else reads with zeros, put the pieces together, and added. And in `full`,
+a layer that joins its own K/V with an earlier layer's kept its queries as a view of its projection, and with it the
+keys and values in the projection that it had copied, or that nobody reads. Its queries are now copied as well where
+they are a view, and the projection is freed: the step's peak is dense's.
 """,
     "generation-cpu": """\
 Before, keys and values were kept in another order than that of the heads, so that each reader's were one slice, and
