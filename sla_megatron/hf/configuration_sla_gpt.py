@@ -168,7 +168,8 @@ class SlaGPTConfig(PreTrainedConfig):
         later reader: a later reader's groups all have the same distance, so that either all of them or none are read by
         the layer itself as well.
         """
-        live = [g for g in self.live_groups(layer) if g < self.period]
+        period = self.period
+        live = [g for g in self.live_groups(layer) if g < period]
         later = {self.reader(layer, g) for g in live} - {None}
         parts = [[g for g in live if self.source(layer, g) == layer]]
         parts += [[g for g in live if self.reader(layer, g) == reader] for reader in later]
@@ -178,8 +179,8 @@ class SlaGPTConfig(PreTrainedConfig):
 
     def stored_groups(self, layer: int) -> list[int]:
         """The live groups of ``layer`` in the order in which its K/V are kept: block by block."""
-        starts = range(0, self.num_key_value_heads, self.period)
-        return [start + g for start in starts for g in self.stored_in_block(layer)]
+        block = self.stored_in_block(layer)
+        return [start + g for start in range(0, self.num_key_value_heads, self.period) for g in block]
 
     def reads_in_block(self, layer: int) -> dict[int, list[int]]:
         """Source layer, ascending -> what ``layer`` reads of its first ``period`` groups, in its stored order."""
