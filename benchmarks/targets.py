@@ -11,33 +11,20 @@ Result = dict[str, Any]
 
 NOT_MEASURED = "not measured"
 
-#: A median of fewer says nothing of one percent: what these rows show is in their own tables.
-FEWEST_ROUNDS = 5
-
 
 def targets(results: dict[str, list[Result]]) -> Table:
-    """One line a target; of several rows of enough rounds that it holds for, the worst by its median."""
+    """One line a target; of several rows that it holds for, the worst by its median."""
     rows = []
     for title, aim, name, figures in _TARGETS:
         cells = [_worst(results.get(name, []), on_gpu, aim, figures) for on_gpu in (False, True)]
         rows.append((title, aim, *cells))
-    note = f"The worst, by its median, of all rows of {FEWEST_ROUNDS} rounds or more."
-    few = [row for result in results.get("throughput", []) for row in result["rows"] if _is_rough(row)]
-    if few:
-        worst = min(row["speed_over_dense"]["median"] for row in few)
-        note += f" {len(few)} rows of training of fewer are left out here; the worst of them is {worst:.3f} of dense."
+    note = "The worst of all rows that were measured, by its median."
     return Table("Ratios to dense", ("target", "aim", "CPU", "GPU"), rows, (0, 1), note)
-
-
-def _is_rough(row: Result) -> bool:
-    return row["variant"] != "dense" and row["layout"] == "1x1" and row["speed_over_dense"]["n"] < FEWEST_ROUNDS
 
 
 def _worst(results: Iterable[Result], on_gpu: bool, aim: str, figures: Callable[[Result], list[Any]]) -> str:
     chosen = [result for result in results if (result["machine"]["device"] != "cpu") == on_gpu]
-    found = [
-        figure for result in chosen for figure in figures(result) if figure.get("n", FEWEST_ROUNDS) >= FEWEST_ROUNDS
-    ]
+    found = [figure for result in chosen for figure in figures(result)]
     if not found:
         return NOT_MEASURED
     worst = (min if aim.startswith(">=") else max)(found, key=lambda figure: figure["median"])
