@@ -139,9 +139,9 @@ class SLASelfAttention(SelfAttention):
         shared = sorted(i for indices in self._pieces.puts.values() for i in indices)
         key, *of_key = _Share.apply(key, self._pieces.own, shared)
         value, *of_value = _Share.apply(value, self._pieces.own, shared)
+        own_keys, own_values = (dict(zip(shared, pieces, strict=True)) for pieces in (of_key, of_value))
         for name, indices in self._pieces.puts.items():
-            places = [shared.index(i) for i in indices]
-            current().put(name, ([of_key[i] for i in places], [of_value[i] for i in places]))
+            current().put(name, tuple([own[i] for i in indices] for own in (own_keys, own_values)))
         return key, value
 
     def _put(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> None:

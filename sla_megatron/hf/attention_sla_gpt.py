@@ -149,9 +149,9 @@ class Pieces:
         return self._indices[device]
 
 
-def _by_index(new_tokens: int) -> bool:
-    # An index that was made in inference mode could not be saved for a backward pass; a compiler fuses the pieces.
-    return new_tokens == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _is_eager_inference() -> bool:
+    """Neither are gradients wanted, which an index made in inference mode could not serve, nor does a compiler fuse."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
@@ -161,10 +161,8 @@ def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
 def _is_plain(linear: nn.Module) -> bool:
     """Whether its weights may be used without calling it.
 
-    Not where gradients are wanted, nor with an adapter, a quantiser, a hook or offloading in its place.
+    Not with an adapter, a quantiser, a hook or offloading in its place.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
     hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooked
 
@@ -290,7 +288,7 @@ class SlaGPTAttention(nn.Module):
 
         For a single token, whose time is mostly that of reading the cache: copying it would double that.
         """
-        batch, by_index = query.shape[0], _by_index(new_tokens=1)
+        batch, by_index = query.shape[0], _is_eager_inference()
         rows = batch * self.blocks
         queries = self.query_pieces.take(query.reshape(rows, -1, *query.shape[2:]), 1, by_index)
         if mask is not None:
@@ -314,7 +312,7 @@ class SlaGPTAttention(nn.Module):
 
     def _project(self, projection: nn.Module, hidden_states: Tensor) -> Tensor:
         """``[b, s, h]`` to ``[b, s, N, d]``, in the stored order."""
-        if self.live_rows is not None and _is_plain(projection):
+        if self.live_rows is not None and _is_eager_inference() and _is_plain(projection):
             weight, bias = (
                 None if whole is None else self.live_rows.take(whole, 0, by_index=True)[0]
                 for whole in (projection.weight, projection.bias)
@@ -324,7 +322,8 @@ class SlaGPTAttention(nn.Module):
         if self.stored_pieces.is_identity:
             return self._heads(projected)
         blocks = projected.unflatten(-1, (self.blocks, -1, self.head_dim))
-        [stored] = self.stored_pieces.take(blocks, 3, _by_index(hidden_states.shape[1]))
+        by_index = hidden_states.shape[1] == 1 and _is_eager_inference()
+        [stored] = self.stored_pieces.take(blocks, 3, by_index)
         return stored.flatten(2, 3)
 
     def _heads(self, x: Tensor) -> Tensor:
