@@ -4,10 +4,10 @@
 
 Three models of one shape with random weights, dense, ``full`` and ``pruned``, generate greedily in turns in one process
 (so the machine's drift cancels); a round is one turn of each, in an order that rotates.  The first rounds
-(``--warmup``) are left out: until each model has had each place of the order, the C library still asks the system for
-memory again and again.  Decoding is timed from the first new token to the last, prefill from the call to the first
-token; ratios are of the rounds' pairs.  The cache is measured after the last token, from the tensors that it holds, and
-must be of the size that the definition gives: each live (layer, group) once.  If not, the command ends with status 1.
+(``--warmup``) are left out: until each model has had each place of the order, the heap still grows.  Decoding is timed
+from the first new token to the last, prefill from the call to the first token; ratios are of the rounds' pairs.  The
+cache is measured after the last token, from the tensors that it holds, and must be of the size that the definition
+gives: each live (layer, group) once.  If not, the command ends with status 1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from sla_megatron.errors import one_line_errors
 from sla_megatron.flag_types import number
 
+from .heap import keep_freed_memory
 from .models import SHAPES, VARIANTS, hf_config
 from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
 
@@ -68,6 +69,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
     import transformers
 
+    keep_freed_memory()
     transformers.logging.set_verbosity_error()
     torch.manual_seed(1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]

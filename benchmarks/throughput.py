@@ -7,7 +7,8 @@
 A step is Megatron's: forward and backward passes of all microbatches, gradient finalisation, optimizer.  The models of
 a row live in the same processes and take turns in an order that rotates, so that the machine's drift cancels: a ratio
 is the median over rounds of dense seconds over this model's in the same round.  Its bounds are the middle half of the
-rounds.  Memory is what torch allocates: what a model and its optimizer hold, and the most during a step.
+rounds.  The first rounds (``--warmup``) are left out.  Memory is what torch allocates: what a model and its optimizer
+hold, and the most during a step.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 from sla_megatron.device import add_device_arg, megatron_device
 
 from .allocations import allocations
+from .heap import keep_freed_memory
 from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
 from .targets import peak_over_dense
 from .training_steps import VARIANTS, TrainingSteps, model_flags, settle
@@ -68,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--microbatches", type=int, default=1, help="of a step (default: 1)")
     parser.add_argument("--micro-batch-size", type=int, default=1, help="samples (default: 1)")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each model (default: 15)")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds left out before them (default: 3)")
     parser.add_argument("--core-attention", default="sdpa", choices=("megatron", "sdpa"))
     parser.add_argument("--flags", default="", help="more of Megatron's flags, in one word, for every model")
     # What the ranks are told: where rank 0 answers.
@@ -77,9 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one line where a value cannot be."""
-    for name in ("microbatches", "micro_batch_size", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")
+    for name, least in (("microbatches", 1), ("micro_batch_size", 1), ("rounds", 1), ("warmup", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
     for context in args.contexts:
         if context < 2:
             parser.error(f"--contexts {context}: expected 2 or more")
@@ -113,7 +116,7 @@ def measure(args: argparse.Namespace, layout: str, model: str, context: int) -> 
             str(answer),
         ]
         command += ["--models", model, "--contexts", str(context), "--layouts", layout, "--variants", *args.variants]
-        for name in ("microbatches", "micro_batch_size", "rounds", "core_attention", "device"):
+        for name in ("microbatches", "micro_batch_size", "rounds", "warmup", "core_attention", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         # The last: torch's profiler, which counts allocations on the CPU, says when it starts and stops.
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), "KINETO_LOG_LEVEL": "99"}
@@ -130,6 +133,7 @@ def measure_on_rank(args: argparse.Namespace) -> None:
     """One rank's part; the first writes all rows."""
     logging.disable(logging.WARNING)
     (layout,), (model,), (context,) = args.layouts, args.models, args.contexts
+    keep_freed_memory()
     with megatron_device(["--device", args.device]) as device:
         import torch
         from megatron.core import parallel_state, tensor_parallel
@@ -146,7 +150,7 @@ def measure_on_rank(args: argparse.Namespace) -> None:
         models, memory = {}, {}
         for variant in wanted:
             models[variant], memory[variant] = built(args, device, variant)
-        times = timed(models, args.rounds, device)
+        times = timed(models, args.warmup, args.rounds, device)
         what = {"model": model, "context": context, "layout": layout}
         what["dtype"] = str(models["dense"].args.params_dtype).removeprefix("torch.")
         rows = [what | row_of(variant, models, times, memory[variant]) for variant in wanted]
@@ -183,12 +187,12 @@ def built(args: argparse.Namespace, device: str, variant: str) -> tuple[Training
     return model, {"held_bytes": held.kept, "step_bytes": step.peak, "peak_bytes": held.kept + step.peak}
 
 
-def timed(models: dict[str, TrainingSteps], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each model's steps, in rounds; the first round is left out."""
+def timed(models: dict[str, TrainingSteps], warmup: int, rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each model's steps, in rounds; the first ``warmup`` rounds are left out."""
     import torch
 
     times: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(rounds + 1):
+    for number in range(warmup + rounds):
         names = list(models)
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
@@ -198,7 +202,7 @@ def timed(models: dict[str, TrainingSteps], rounds: int, device: str) -> dict[st
             if device == "cuda":
                 torch.cuda.synchronize()
             torch.distributed.barrier()
-            if number:
+            if number >= warmup:
                 times[name].append(time.perf_counter() - start)
     return times
 

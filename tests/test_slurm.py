@@ -153,9 +153,13 @@ class Watch:
         return int(self.until(rf"iteration +({first + 1})/ *\d+ .*lm loss")[1])
 
 
-def ranks_on(node: str, run: Path) -> list[int]:
-    """Processes of the node's step, by what Slurm and :func:`submit` put into their environment."""
+def processes_on(node: str, run: Path) -> list[int]:
+    """The node's ranks and their helpers, by what Slurm and :func:`submit` put into their environment.
+
+    A helper does not end with a rank that is killed, and Slurm, where it does not use cgroups, does not find it then.
+    """
     names = [f"SLURMD_NODENAME={node}\0".encode(), f"RUN_DIR={run}\0".encode()]
+    commands = (b"sla_megatron.pretrain_gpt", b"multiprocessing.spawn")
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -164,7 +168,7 @@ def ranks_on(node: str, run: Path) -> list[int]:
                 command = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if all(name in environment for name in names) and b"sla_megatron.pretrain_gpt" in command:
+            if all(name in environment for name in names) and any(name in command for name in commands):
                 found.append(int(folder.name))
     return found
 
@@ -185,7 +189,7 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
 
     # One node's processes die in mid-step.
     watch.training()
-    victims = ranks_on("node2", run)
+    victims = processes_on("node2", run)
     assert victims
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
