@@ -87,9 +87,9 @@ def test_targets_are_the_worst_row() -> None:
     slower = row("full", 0.90, 1200, context=1024)
     found = targets({"throughput": [result(DENSE, FULL, PRUNED, row("dense", 1.0, 1000, 1024), slower)]})
     by_name = {cells[0]: cells for cells in found.rows}
-    assert by_name["training, `pruned`, tokens/s"][2:] == ("1.030 (1.020-1.040)", "not measured")
-    assert by_name["training, `full`, tokens/s"][2] == "0.900 (0.890-0.910)"
-    assert by_name["training, peak memory"][2] == "1.200"
+    assert by_name["training, `pruned`, tokens/s"][2:] == ("1.030 (1.020-1.040); 1 of 1", "not measured")
+    assert by_name["training, `full`, tokens/s"][2] == "0.900 (0.890-0.910); 1 of 2"
+    assert by_name["training, peak memory"][2] == "1.200; 2 of 3"
     assert by_name["generation, decoded tokens/s"][2:] == ("not measured", "not measured")
 
 
@@ -98,7 +98,7 @@ def test_the_narrow_model_has_a_target_of_its_own() -> None:
     narrow, usual = ({"rows": [{"model": model, "decode_ratio": {"full": ratio | {"median": median}}}]}
                      for model, median in (("narrow", 0.9), ("gpt2-124m", 1.02)))  # fmt: skip
     found = targets({"generation": [each | {"machine": {"device": "cpu"}} for each in (narrow, usual)]})
-    assert [cells[2] for cells in found.rows[-2:]] == ["1.020 (0.800-1.000)", "0.900 (0.800-1.000)"]
+    assert [cells[2] for cells in found.rows[-2:]] == ["1.020 (0.800-1.000); 1 of 1", "0.900 (0.800-1.000); 0 of 1"]
 
 
 def test_before_and_after_pairs_the_rows_that_both_have() -> None:
