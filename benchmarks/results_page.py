@@ -123,6 +123,12 @@ token counts that nobody has trained with this project yet:
 """
 
 
+#: What the rows of before have in common.
+BEFORE = """\
+Each ratio is to dense in a run of its own. Before, freed memory was not kept ([benchmarks](benchmarks.md)): part of a
+difference, and of the spreads, may be the measurement's.
+"""
+
 #: Results of which an earlier state is kept in a ``-before`` file -> what was changed since.
 CHANGES = {
     "throughput-cpu": """\
@@ -182,7 +188,7 @@ def page(results: Path, folder: Path) -> str:
             parts.append("On a CPU: not measured.\n")
         if section.on_gpu and not has_gpu:
             parts.append(f"On a GPU: not measured. `{section.on_gpu}`\n")
-    parts.append("## Speed changes\n")
+    parts += ["## Speed changes\n", BEFORE]
     for path, result in earlier.items():
         after = current.get(path.with_name(path.name.replace("-before", "")))
         if after is not None:
