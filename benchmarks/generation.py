@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from sla_megatron.errors import one_line_errors
-from sla_megatron.flag_types import number
 
 from .heap import keep_freed_memory
 from .models import SHAPES, VARIANTS, hf_config
-from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
+from .record import Table, add_output_args, check_output, count, save_figure, shown, spread, write_result
 
 DTYPES = ("fp32", "bf16")
 
@@ -37,11 +36,11 @@ def main() -> None:
         "generation",
     )
     parser.add_argument("--model", choices=list(SHAPES), default="gpt2-124m", help="the shape (default: gpt2-124m)")
-    parser.add_argument("--prompts", type=_count("--prompts"), nargs="+", default=[128, 1024, 4096], metavar="TOKENS")
-    parser.add_argument("--batches", type=_count("--batches"), nargs="+", default=[1], metavar="B")
-    parser.add_argument("--tokens", type=_count("--tokens", 2), default=33, help="new tokens (default: 33)")
-    parser.add_argument("--rounds", type=_count("--rounds"), default=9, help="that are timed (default: 9)")
-    parser.add_argument("--warmup", type=_count("--warmup", 0), default=3, help="rounds left out (default: 3)")
+    parser.add_argument("--prompts", type=count("--prompts"), nargs="+", default=[128, 1024, 4096], metavar="TOKENS")
+    parser.add_argument("--batches", type=count("--batches"), nargs="+", default=[1], metavar="B")
+    parser.add_argument("--tokens", type=count("--tokens", 2), default=33, help="new tokens (default: 33)")
+    parser.add_argument("--rounds", type=count("--rounds"), default=9, help="that are timed (default: 9)")
+    parser.add_argument("--warmup", type=count("--warmup", 0), default=3, help="rounds left out (default: 3)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 without one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is")
     with one_line_errors():
@@ -58,10 +57,6 @@ def main() -> None:
     wrong = [row for row in rows for each in row["variants"].values() if each["cache_bytes"] != each["formula_bytes"]]
     if wrong:
         sys.exit(f"benchmarks.generation: error: the cache is not of the formula's size: {wrong[0]}")
-
-
-def _count(flag: str, least: int = 1) -> Any:
-    return number(flag, int, f"an integer of {least} or more", least)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -23,10 +23,9 @@ from typing import Any, NoReturn
 from sla_megatron.config import default_skip_distance
 from sla_megatron.device import add_device_arg, megatron_device
 from sla_megatron.errors import FlagError, one_line_errors
-from sla_megatron.flag_types import number
 
 from .pipeline_models import Shape
-from .record import Table, add_output_args, check_output, save_figure, shown, write_result
+from .record import Table, add_output_args, check_output, count, save_figure, shown, write_result
 
 WAYS = {"dense": "dense", "sla": "SLA", "relay": "relayed", "padded": "padded"}
 
@@ -61,23 +60,19 @@ def _parser() -> argparse.ArgumentParser:
         ),
         "transport",
     )
-    parser.add_argument("--ranks", type=_count("--ranks", 2), default=2, help="to start (default: 2)")
+    parser.add_argument("--ranks", type=count("--ranks", 2), default=2, help="to start (default: 2)")
     parser.add_argument(
-        "--virtual-stages", type=_count("--virtual-stages"), nargs="+", metavar="V", help="a rank (default: 1 2 4)"
+        "--virtual-stages", type=count("--virtual-stages"), nargs="+", metavar="V", help="a rank (default: 1 2 4)"
     )
     for name, default in (("layers", 16), ("hidden", 256), ("heads", 8), ("seq-length", 256), ("microbatches", 4)):
-        parser.add_argument(f"--{name}", type=_count(f"--{name}"), default=default, help=f"default: {default}")
-    parser.add_argument("--distance", type=_count("--distance"), help="of the skips (default: 3/4 of the layers)")
-    parser.add_argument("--steps", type=_count("--steps"), default=10, help="timed, of each model (default: 10)")
+        parser.add_argument(f"--{name}", type=count(f"--{name}"), default=default, help=f"default: {default}")
+    parser.add_argument("--distance", type=count("--distance"), help="of the skips (default: 3/4 of the layers)")
+    parser.add_argument("--steps", type=count("--steps"), default=10, help="timed, of each model (default: 10)")
     parser.add_argument(
-        "--transfers", type=_count("--transfers"), default=30, help="timed, of each payload (default: 30)"
+        "--transfers", type=count("--transfers"), default=30, help="timed, of each payload (default: 30)"
     )
-    parser.add_argument("--warmup", type=_count("--warmup", 0), default=2, help="of both, left out (default: 2)")
+    parser.add_argument("--warmup", type=count("--warmup", 0), default=2, help="of both, left out (default: 2)")
     return add_device_arg(parser)
-
-
-def _count(flag: str, least: int = 1) -> Any:
-    return number(flag, int, f"an integer of {least} or more", least)
 
 
 def shapes_of(args: argparse.Namespace) -> list[Shape]:
