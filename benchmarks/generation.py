@@ -8,6 +8,9 @@ Three models of one shape with random weights, dense, ``full`` and ``pruned``, g
 from the first new token to the last, prefill from the call to the first token; ratios are of the rounds' pairs.  The
 cache is measured after the last token, from the tensors that it holds, and must be of the size that the definition
 gives: each live (layer, group) once.  If not, the command ends with status 1.
+
+With ``--compile`` the cache is of fixed size and each new token is a compiled step, as transformers does by itself on a
+GPU; a compiler that has to break the model's graph ends the command.  Compiling falls into the warm-up.
 """
 
 from __future__ import annotations
@@ -41,10 +44,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=count("--tokens", 2), default=33, help="new tokens (default: 33)")
     parser.add_argument("--rounds", type=count("--rounds"), default=9, help="that are timed (default: 9)")
     parser.add_argument("--warmup", type=count("--warmup", 0), default=3, help="rounds left out (default: 3)")
+    parser.add_argument("--compile", action="store_true", help="a static cache and compiled decoding steps")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 without one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is")
     with one_line_errors():
         args = parser.parse_args()
+    if args.compile and not args.warmup:
+        parser.error("--warmup 0: expected 1 or more with --compile")
     check_output(parser, args)
     import torch
 
@@ -66,13 +72,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
-    torch.manual_seed(1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    longest = max(args.prompts) + args.tokens
-    models = {variant: build(args.model, variant, longest, dtype, args.device) for variant in VARIANTS}
     rows = []
     for length in args.prompts:
         for batch in args.batches:
+            # New models for each: one keeps its static cache, and its compiled steps, at the longest prompt's size.
+            torch.compiler.reset()
+            torch.manual_seed(1)
+            positions = length + args.tokens
+            models = {variant: build(args.model, variant, positions, dtype, args.device) for variant in VARIANTS}
             vocabulary = SHAPES[args.model]["vocab_size"]
             prompt = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(1))
             rows.append(measure_one(models, prompt.to(args.device), args))
@@ -109,7 +117,7 @@ def measure_one(models: dict[str, Any], prompt: Any, args: argparse.Namespace) -
     for turn in range(args.warmup + args.rounds):
         first = turn % len(VARIANTS)
         for variant in (*VARIANTS[first:], *VARIANTS[:first]):
-            seconds, cache[variant] = generate(models[variant], prompt, args.tokens)
+            seconds, cache[variant] = generate(models[variant], prompt, args.tokens, args.compile)
             if turn >= args.warmup:
                 prefill[variant].append(seconds[0])
                 decode[variant].append(seconds[1])
@@ -120,6 +128,7 @@ def measure_one(models: dict[str, Any], prompt: Any, args: argparse.Namespace) -
         "batch": batch,
         "new_tokens": args.tokens,
         "dtype": args.dtype,
+        "compiled": args.compile,
         "variants": {
             variant: {
                 "decode_tokens_per_second": spread([rate / seconds for seconds in decode[variant]]),
@@ -141,7 +150,17 @@ def _ratios(dense: list[float], other: list[float]) -> list[float]:
     return [a / b for a, b in zip(dense, other, strict=True)]
 
 
-def generate(model: Any, prompt: Any, new_tokens: int) -> tuple[tuple[float, float], int]:
+def static_and_compiled() -> dict[str, Any]:
+    """Arguments of ``generate``: a cache of fixed size, and ``torch.compile`` of a step in one graph."""
+    from transformers import CompileConfig
+
+    config = CompileConfig(fullgraph=True)
+    # On a GPU transformers compiles in any case; elsewhere only when asked by this.
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def generate(model: Any, prompt: Any, new_tokens: int, compiled: bool = False) -> tuple[tuple[float, float], int]:
     """Greedy generation: seconds of prefill and of decoding, and the bytes that the cache holds at the end."""
     import torch
 
@@ -153,6 +172,7 @@ def generate(model: Any, prompt: Any, new_tokens: int) -> tuple[tuple[float, flo
         do_sample=False,
         return_dict_in_generate=True,
         streamer=clock,
+        **(static_and_compiled() if compiled else {}),
     )
     # The prompt's time, then one each token.
     if len(clock.times) != 1 + new_tokens:
@@ -209,7 +229,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [
         Table(
             f"Generation: {first['model']}, {first['dtype']}, {first['new_tokens']} new tokens, "
-            f"{result['machine']['device']}",
+            f"{'compiled, ' if first.get('compiled') else ''}{result['machine']['device']}",
             (*header, "cache, MB", "/ dense", "formula"),
             rows,
             note="Median (least-most). Ratios above 1 are faster than dense, and are medians over pairs of one round.",

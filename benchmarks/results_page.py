@@ -69,7 +69,8 @@ SECTIONS = (
         "Generation",
         "benchmarks.generation",
         "Greedy decoding with the Hugging Face model. `narrow` is a model so small that its time is that of starting "
-        "operations, of which a layer that reads an earlier one has more.",
+        "operations, of which a layer that reads an earlier one has more. Compiled: with a "
+        "static cache, and a step is one graph.",
         "python -m benchmarks.generation --model gpt2-124m --prompts 128 1024 4096 16384",
     ),
     Section(

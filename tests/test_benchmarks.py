@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,12 +121,17 @@ def test_transport(tmp_path: Path) -> None:
     assert interleaved["ranks"][0]["resident_bytes"] == 0 < interleaved["ranks"][1]["resident_bytes"]
 
 
-def test_generation(tmp_path: Path) -> None:
-    """The cache is the formula's, 13 of 16 groups; every round is in the figures."""
-    flags = ("--model", "tiny", "--prompts", "8", "24", "--batches", "2", "--tokens", "5", "--rounds", "3")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_generation(compiled: bool, tmp_path: Path) -> None:
+    """The cache is the formula's, 13 of 16 groups, also where its size is fixed; every round is in the figures."""
+    if compiled and shutil.which("g++") is None:
+        pytest.skip("torch compiles for a processor with g++")
+    flags = ["--model", "tiny", "--prompts", "24", "8", "--batches", "2", "--tokens", "5", "--rounds", "3"]
+    flags += ["--compile", "--warmup", "1"] if compiled else []
     result = run("generation", tmp_path, *flags, "--device", "cpu")
-    assert [(row["prompt"], row["batch"], row["new_tokens"]) for row in result["rows"]] == [(8, 2, 5), (24, 2, 5)]
+    assert [(row["prompt"], row["batch"], row["new_tokens"]) for row in result["rows"]] == [(24, 2, 5), (8, 2, 5)]
     for row in result["rows"]:
+        assert row["compiled"] == compiled
         # Keys and values, 2 prompts, their tokens and all new ones but the last, heads of 16, fp32.
         group = 2 * 2 * (row["prompt"] + 4) * 16 * 4
         for variant, groups in (("dense", 16), ("full", 13), ("pruned", 13)):
@@ -159,6 +165,7 @@ def test_convert(tmp_path: Path) -> None:
         ("throughput", ["--rounds", "0"], "--rounds 0: expected 1 or more"),
         ("transport", ["--layers", "6", "--ranks", "4"], "--layers 6: expected a multiple of --ranks 4"),
         ("generation", ["--rounds", "none"], "--rounds none: expected an integer of 1 or more"),
+        ("generation", ["--compile", "--warmup", "0"], "--warmup 0: expected 1 or more with --compile"),
         ("convert", ["--folder", "no/such"], "--folder no/such: expected a folder that is there"),
     ],
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 from transformers.cache_utils import Cache
 
 from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
@@ -81,6 +82,25 @@ def test_other_ways_of_generating(name: str) -> None:
     assert generate(model, tokens(1), **greedy, cache_implementation="static", disable_compile=True).equal(expected)
     draft = build(tiny(num_hidden_layers=2, sla_skip_distances=[1]), seed=3)
     assert generate(model, tokens(1), **greedy, assistant_model=draft).equal(expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_compiles_in_one_graph_once(name: str) -> None:
+    """As transformers asks of a model with ``_can_compile_fullgraph``: on a GPU it compiles steps by itself."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor], **__: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model, greedy = model_of(name), {"do_sample": False}
+    config = CompileConfig(backend=keep, fullgraph=True)
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    compiled = generate(model, tokens(), **greedy, cache_implementation="static", compile_config=config)
+    assert compiled.equal(generate(model, tokens(), **greedy))
+    # One for seven steps: the prompt is not compiled, and no step is so different that it needs a graph of its own.
+    assert len(graphs) == 1
 
 
 # What the cache holds.

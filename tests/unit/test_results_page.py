@@ -93,12 +93,25 @@ def test_targets_are_the_worst_row() -> None:
     assert by_name["generation, decoded tokens/s"][2:] == ("not measured", "not measured")
 
 
-def test_the_narrow_model_has_a_target_of_its_own() -> None:
-    ratio = {"n": 3, "median": 0.9, "min": 0.8, "max": 1.0}
-    narrow, usual = ({"rows": [{"model": model, "decode_ratio": {"full": ratio | {"median": median}}}]}
-                     for model, median in (("narrow", 0.9), ("gpt2-124m", 1.02)))  # fmt: skip
-    found = targets({"generation": [each | {"machine": {"device": "cpu"}} for each in (narrow, usual)]})
-    assert [cells[2] for cells in found.rows[-2:]] == ["1.020 (0.800-1.000); 1 of 1", "0.900 (0.800-1.000); 0 of 1"]
+def test_decoding_has_a_target_for_each_kind() -> None:
+    """By model and by whether it is compiled; results of before that was asked are not."""
+    kinds = {
+        ("narrow", None): 0.9,
+        ("narrow", False): 0.95,
+        ("narrow", True): 0.98,
+        ("gpt2-124m", None): 1.02,
+        ("gpt2-124m", True): 1.01,
+    }
+    results = []
+    for (model, compiled), median in kinds.items():
+        row = {"model": model, "decode_ratio": {"full": {"n": 3, "median": median, "min": 0.8, "max": 1.1}}}
+        row |= {} if compiled is None else {"compiled": compiled}
+        results.append({"machine": {"device": "cpu"}, "rows": [row]})
+    spread = "(0.800-1.100)"
+    assert [cells[2] for cells in targets({"generation": results}).rows[-4:]] == [
+        *(f"1.020 {spread}; 1 of 1", f"1.010 {spread}; 1 of 1"),
+        *(f"0.900 {spread}; 0 of 2", f"0.980 {spread}; 0 of 1"),
+    ]
 
 
 def test_before_and_after_pairs_the_rows_that_both_have() -> None:
