@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from sla_megatron.device import add_device_arg, megatron_device
+from sla_megatron.errors import one_line_errors
 
 from .allocations import allocations
 from .heap import keep_freed_memory
-from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
+from .record import Table, add_output_args, check_output, count, save_figure, shown, spread, write_result
 from .targets import peak_over_dense
 from .training_steps import VARIANTS, TrainingSteps, model_flags, settle
 
@@ -41,7 +42,8 @@ NAME = "throughput"
 def main() -> None:
     """Measure every model, context and layout, and write ``--out``."""
     parser = make_parser()
-    args = parser.parse_args()
+    with one_line_errors():
+        args = parser.parse_args()
     if args.rank_answer is not None:
         measure_on_rank(args)
         return
@@ -62,15 +64,17 @@ def make_parser() -> argparse.ArgumentParser:
     """Of the command and of the ranks that it starts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["small"], metavar="NAME", help="small models, or presets")
-    parser.add_argument("--contexts", nargs="+", type=int, default=[512], metavar="TOKENS")
+    parser.add_argument("--contexts", nargs="+", type=count("--contexts", 2), default=[512], metavar="TOKENS")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="dense is always run")
     parser.add_argument(
         "--layouts", nargs="+", default=["1x1"], metavar="PxV", help="pipeline ranks x virtual stages (default: 1x1)"
     )
-    parser.add_argument("--microbatches", type=int, default=1, help="of a step (default: 1)")
-    parser.add_argument("--micro-batch-size", type=int, default=1, help="samples (default: 1)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each model (default: 15)")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds left out before them (default: 3)")
+    parser.add_argument("--microbatches", type=count("--microbatches"), default=1, help="of a step (default: 1)")
+    parser.add_argument("--micro-batch-size", type=count("--micro-batch-size"), default=1, help="samples (default: 1)")
+    parser.add_argument("--rounds", type=count("--rounds"), default=15, help="timed steps of each model (default: 15)")
+    parser.add_argument(
+        "--warmup", type=count("--warmup", 0), default=3, help="left out before them (default: 3)"
+    )
     parser.add_argument("--core-attention", default="sdpa", choices=("megatron", "sdpa"))
     parser.add_argument("--flags", default="", help="more of Megatron's flags, in one word, for every model")
     # What the ranks are told: where rank 0 answers.
@@ -80,12 +84,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with one line where a value cannot be."""
-    for name, least in (("microbatches", 1), ("micro_batch_size", 1), ("rounds", 1), ("warmup", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
-    for context in args.contexts:
-        if context < 2:
-            parser.error(f"--contexts {context}: expected 2 or more")
     for layout in args.layouts:
         parts = layout.split("x")
         if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):

@@ -1,8 +1,14 @@
-"""Launchers of ranks that a command has started.  Only the standard library is imported."""
+"""Ending what was started.  Only the standard library is imported."""
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import subprocess
+import sys
+
+#: Linux's prctl: the signal that a process gets when the thread that started it ends.
+_PR_SET_PDEATHSIG = 1
 
 
 def stop(launcher: subprocess.Popen) -> None:
@@ -13,3 +19,9 @@ def stop(launcher: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         launcher.kill()
         launcher.wait()
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """From now on this process gets the signal when its parent ends, however that ends; nothing but on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -13,10 +13,13 @@ Flags: Megatron's, ``--sla ...`` (``arguments.py``) and ``--device`` (``device.p
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import signal
 import time
 
 # Nothing heavier is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
 from .errors import OFF, Refusal, refuse
+from .launchers import end_with_parent
 
 _PROGRAM_START = time.time()
 
@@ -79,3 +82,6 @@ def require_pretraining(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     main()
+elif multiprocessing.current_process().name != "MainProcess":
+    # That helper.  It hears no --exit-signal (checkpoint_writer.py), and would outlive a rank that is killed.
+    end_with_parent(signal.SIGKILL)

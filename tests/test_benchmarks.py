@@ -162,7 +162,7 @@ def test_convert(tmp_path: Path) -> None:
     ("name", "flags", "message"),
     [
         ("throughput", ["--layouts", "1x2"], "--layouts 1x2: expected virtual stages on 2 ranks or more"),
-        ("throughput", ["--rounds", "0"], "--rounds 0: expected 1 or more"),
+        ("throughput", ["--rounds", "0"], "--rounds 0: expected an integer of 1 or more"),
         ("transport", ["--layers", "6", "--ranks", "4"], "--layers 6: expected a multiple of --ranks 4"),
         ("generation", ["--rounds", "none"], "--rounds none: expected an integer of 1 or more"),
         ("generation", ["--compile", "--warmup", "0"], "--warmup 0: expected 1 or more with --compile"),

@@ -153,22 +153,18 @@ class Watch:
         return int(self.until(rf"iteration +({first + 1})/ *\d+ .*lm loss")[1])
 
 
-def processes_on(node: str, run: Path) -> list[int]:
-    """The node's ranks and their helpers, by what Slurm and :func:`submit` put into their environment.
-
-    A helper does not end with a rank that is killed, and Slurm, where it does not use cgroups, does not find it then.
-    """
+def processes_on(node: str, run: Path, command: bytes) -> list[int]:
+    """Those that run the command on the node, by what Slurm and :func:`submit` put into their environment."""
     names = [f"SLURMD_NODENAME={node}\0".encode(), f"RUN_DIR={run}\0".encode()]
-    commands = (b"sla_megatron.pretrain_gpt", b"multiprocessing.spawn")
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             try:
                 environment = (folder / "environ").read_bytes()
-                command = (folder / "cmdline").read_bytes()
+                running = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if all(name in environment for name in names) and any(name in command for name in commands):
+            if all(name in environment for name in names) and command in running:
                 found.append(int(folder.name))
     return found
 
@@ -189,11 +185,13 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
 
     # One node's processes die in mid-step.
     watch.training()
-    victims = processes_on("node2", run)
-    assert victims
+    victims, helpers = (processes_on("node2", run, each) for each in (b"sla_megatron.pretrain_gpt", b"multiprocessing"))
+    assert victims and helpers
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
     saved = int(watch.until(r"sla-job: attempt 2 failed with status \d+: iteration (\d+) is saved")[1])
+    # Their helpers have no other that would end them: this Slurm does not use cgroups.
+    assert not set(helpers) & set(processes_on("node2", run, b"multiprocessing"))
     watch.until(f"resuming from iteration {saved}")
 
     # A node goes down: Slurm itself requeues the job, without a word to it.

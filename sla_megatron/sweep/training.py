@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import shlex
@@ -20,7 +19,7 @@ from typing import Any
 from ..environment import commit, machine
 from ..files import write_json
 from ..job.checkpoints import newest_complete, point_to, tracked
-from ..launchers import stop
+from ..launchers import end_with_parent, stop
 from .errors import RunFailed
 from .flag_words import ROOT
 from .folder import RunFolder, SweepFolder
@@ -28,9 +27,6 @@ from .grid import Run
 from .training_log import LAUNCH_MARK, TrainingLog, read_log
 
 _POLL_SECONDS = 0.2
-
-#: Linux's prctl: the signal that a process gets when its parent ends.
-_PR_SET_PDEATHSIG = 1
 
 Say = Callable[[str], None]
 Progress = Callable[[Run, TrainingLog], None]
@@ -155,7 +151,7 @@ def _follow(
             stderr=subprocess.STDOUT,
             # Training that outlives this process keeps the run locked; what can be told to end, is.
             pass_fds=(lock,),
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent,
         )
     with _forwarding_signals(process), folder.log.open(errors="replace") as reader:
         log, rest = TrainingLog(), ""
@@ -172,10 +168,6 @@ def _follow(
         except BaseException:
             stop(process)
             raise
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager

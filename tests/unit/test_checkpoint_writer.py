@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+#: A process like ``python -m sla_megatron.pretrain_gpt``, that starts a helper as Megatron does and says which it is.
+RANK = """
+import multiprocessing, sys, time
+import sla_megatron.pretrain_gpt
+sys.modules["__main__"].__spec__ = sla_megatron.pretrain_gpt.__spec__
+manager = multiprocessing.get_context("spawn").Manager()
+print(manager._process.pid, flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -38,6 +51,22 @@ def test_the_queue_outlives_the_signal(writer) -> None:
     time.sleep(0.5)
     queue.put("written")
     assert helper.is_alive() and queue.get() == "written"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_the_helper_ends_with_a_rank_that_is_killed() -> None:
+    """A rank that gets no word, as where memory runs out, leaves no process behind that hears no signal either."""
+    rank = subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    command = Path("/proc") / rank.stdout.readline().strip() / "cmdline"
+    assert b"multiprocessing" in command.read_bytes()
+    rank.kill()
+    rank.wait()
+    deadline = time.monotonic() + 20
+    # Of a process that has ended and that nobody has asked about yet the command is empty.
+    while command.exists() and command.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_without_it_the_queue_dies(writer) -> None:
