@@ -72,9 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--microbatches", type=count("--microbatches"), default=1, help="of a step (default: 1)")
     parser.add_argument("--micro-batch-size", type=count("--micro-batch-size"), default=1, help="samples (default: 1)")
     parser.add_argument("--rounds", type=count("--rounds"), default=15, help="timed steps of each model (default: 15)")
-    parser.add_argument(
-        "--warmup", type=count("--warmup", 0), default=3, help="left out before them (default: 3)"
-    )
+    parser.add_argument("--warmup", type=count("--warmup", 0), default=3, help="left out before them (default: 3)")
     parser.add_argument("--core-attention", default="sdpa", choices=("megatron", "sdpa"))
     parser.add_argument("--flags", default="", help="more of Megatron's flags, in one word, for every model")
     # What the ranks are told: where rank 0 answers.

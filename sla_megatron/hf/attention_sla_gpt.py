@@ -293,9 +293,13 @@ class SlaGPTAttention(nn.Module):
         queries = self.query_pieces.take(query.reshape(rows, -1, *query.shape[2:]), 1, by_index)
         if mask is not None:
             mask = mask.repeat_interleave(self.blocks, dim=0)
+        shape = (rows, -1, *stores[0][0].shape[2:])
         results = []
-        for part, store, place in zip(queries, stores, self.places, strict=True):
-            key, value = (t.reshape(rows, -1, *t.shape[2:]).narrow(1, *place) for t in store)
+        for part, (key, value), (first, count) in zip(queries, stores, self.places, strict=True):
+            key, value = key.reshape(shape), value.reshape(shape)
+            # A view that changes nothing would cost time too.
+            if count < key.shape[1]:
+                key, value = key.narrow(1, first, count), value.narrow(1, first, count)
             results.append(attend(part, key, value, mask))
         output = self.query_pieces.put_back([result[0] for result in results], 2, by_index)
         if results[0][1] is None:
