@@ -16,6 +16,7 @@ GPU; a compiler that has to break the model's graph ends the command.  Compiling
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from pathlib import Path
@@ -114,9 +115,12 @@ def measure_one(models: dict[str, Any], prompt: Any, args: argparse.Namespace) -
     prefill: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     decode: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     cache: dict[str, int] = {}
+    # What a compiler leaves takes most of a second to look through, in whichever turn it happens to be done.
+    gc.disable()
     for turn in range(args.warmup + args.rounds):
         first = turn % len(VARIANTS)
         for variant in (*VARIANTS[first:], *VARIANTS[:first]):
+            gc.collect()
             seconds, cache[variant] = generate(models[variant], prompt, args.tokens, args.compile)
             if turn >= args.warmup:
                 prefill[variant].append(seconds[0])
@@ -154,7 +158,8 @@ def static_and_compiled() -> dict[str, Any]:
     """Arguments of ``generate``: a cache of fixed size, and ``torch.compile`` of a step in one graph."""
     from transformers import CompileConfig
 
-    config = CompileConfig(fullgraph=True)
+    # Of several models in one process, all after the first would else be compiled for shapes that vary.
+    config = CompileConfig(fullgraph=True, dynamic=False)
     # On a GPU transformers compiles in any case; elsewhere only when asked by this.
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config}
