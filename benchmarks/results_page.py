@@ -70,7 +70,9 @@ SECTIONS = (
         "benchmarks.generation",
         "Greedy decoding with the Hugging Face model. `narrow` is a model so small that its time is that of starting "
         "operations, of which a layer that reads an earlier one has more. Compiled: with a "
-        "static cache, and a step is one graph.",
+        "static cache, and a step is one graph. Nothing is gained then by copying less of the cache for each token, a "
+        "`full` model computes its dead projections too, and a layer that reads an earlier one still calls attention "
+        "twice.",
         "python -m benchmarks.generation --model gpt2-124m --prompts 128 1024 4096 16384",
     ),
     Section(
