@@ -30,7 +30,7 @@ from typing import Any
 
 from sla_megatron.errors import one_line_errors
 from sla_megatron.files import flush
-from sla_megatron.flag_types import number
+from sla_megatron.flag_types import count
 
 from .models import SHAPES, VARIANTS, hf_config
 from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
@@ -49,11 +49,10 @@ def main() -> None:
         ),
         "convert",
     )
-    count = "an integer of {} or more".format
     parser.add_argument("--model", choices=list(SHAPES), default="gpt2-350m", help="the shape (default: gpt2-350m)")
     parser.add_argument("--variant", choices=VARIANTS, default="full", help="its attention (default: full)")
-    parser.add_argument("--rounds", type=number("--rounds", int, count(1), 1), default=5, help="timed (default: 5)")
-    parser.add_argument("--warmup", type=number("--warmup", int, count(0), 0), default=1, help="left out (default: 1)")
+    parser.add_argument("--rounds", type=count("--rounds"), default=5, help="timed (default: 5)")
+    parser.add_argument("--warmup", type=count("--warmup", 0), default=1, help="left out (default: 1)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write (default: the system's for such)")
     with one_line_errors():
         args = parser.parse_args()

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from sla_megatron.errors import one_line_errors
+from sla_megatron.flag_types import count
 
 from .heap import keep_freed_memory
 from .models import SHAPES, VARIANTS, hf_config
-from .record import Table, add_output_args, check_output, count, save_figure, shown, spread, write_result
+from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
 
 DTYPES = ("fp32", "bf16")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from sla_megatron.environment import commit, machine
 from sla_megatron.files import write_json
-from sla_megatron.flag_types import number
 from sla_megatron.plan.report import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,11 +124,6 @@ def command_line() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", spec.name] if spec else ["python", os.path.relpath(sys.argv[0], ROOT)]
     return " ".join([*program, *sys.argv[1:]])
-
-
-def count(flag: str, least: int = 1) -> Callable[[str], float]:
-    """The type of a flag that takes an integer of ``least`` or more."""
-    return number(flag, int, f"an integer of {least} or more", least)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -29,10 +29,11 @@ from typing import Any
 
 from sla_megatron.device import add_device_arg, megatron_device
 from sla_megatron.errors import one_line_errors
+from sla_megatron.flag_types import count
 
 from .allocations import allocations
 from .heap import keep_freed_memory
-from .record import Table, add_output_args, check_output, count, save_figure, shown, spread, write_result
+from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
 from .targets import peak_over_dense
 from .training_steps import VARIANTS, TrainingSteps, model_flags, settle
 

@@ -23,9 +23,10 @@ from typing import Any, NoReturn
 from sla_megatron.config import default_skip_distance
 from sla_megatron.device import add_device_arg, megatron_device
 from sla_megatron.errors import FlagError, one_line_errors
+from sla_megatron.flag_types import count
 
 from .pipeline_models import Shape
-from .record import Table, add_output_args, check_output, count, save_figure, shown, write_result
+from .record import Table, add_output_args, check_output, save_figure, shown, write_result
 
 WAYS = {"dense": "dense", "sla": "SLA", "relay": "relayed", "padded": "padded"}
 

@@ -40,6 +40,11 @@ def number(
     return read
 
 
+def count(flag: str, least: int = 1) -> Callable[[str], float]:
+    """An integer of ``least`` or more."""
+    return number(flag, int, f"an integer of {least} or more", least)
+
+
 def file_name(flag: str) -> Callable[[str], str]:
     """A name that is not empty."""
 

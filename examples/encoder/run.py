@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.record import add_output_args, check_output, write_result
 from sla_megatron.config import default_num_skip_groups, default_skip_distance
 from sla_megatron.data.quiet import quiet
 from sla_megatron.device import add_device_arg, megatron_device
 from sla_megatron.errors import FlagError, one_line_errors
-from sla_megatron.flag_types import OneLineParser, number
+from sla_megatron.flag_types import OneLineParser, count
 
 from .report import plot, tables
 
@@ -43,12 +42,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         prog="examples.encoder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for flag, default, least, meaning in _SIZES:
-        convert = _count(flag, least)
+        convert = count(flag, least)
         parser.add_argument(flag, type=convert, default=default, metavar="N", help=f"{meaning} (default: {default})")
-    distance = _count("--distance", 1)
+    distance = count("--distance")
     parser.add_argument("--distance", type=distance, nargs="+", metavar="N", help="default: round(0.75 * layers)")
     parser.add_argument(
-        "--skip-groups", type=_count("--skip-groups", 0), metavar="K", help="default: round(0.75 * heads)"
+        "--skip-groups", type=count("--skip-groups", 0), metavar="K", help="default: round(0.75 * heads)"
     )
     parser.add_argument(
         "--core-attention", choices=("megatron", "sdpa"), default="megatron", help="default: %(default)s"
@@ -61,10 +60,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     _check(args)
     check_output(parser, args)
     return args
-
-
-def _count(flag: str, least: int) -> Any:
-    return number(flag, int, f"an integer of {least} or more", least)
 
 
 def _check(args: argparse.Namespace) -> None:
