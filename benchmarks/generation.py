@@ -73,6 +73,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     import transformers
 
     keep_freed_memory()
+    # Collected between the turns: what a compiler leaves takes most of a second to look through, whenever it is done.
+    gc.disable()
     transformers.logging.set_verbosity_error()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     rows = []
@@ -116,13 +118,12 @@ def measure_one(models: dict[str, Any], prompt: Any, args: argparse.Namespace) -
     prefill: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     decode: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     cache: dict[str, int] = {}
-    # What a compiler leaves takes most of a second to look through, in whichever turn it happens to be done.
-    gc.disable()
+    how = static_and_compiled() if args.compile else {}
     for turn in range(args.warmup + args.rounds):
         first = turn % len(VARIANTS)
         for variant in (*VARIANTS[first:], *VARIANTS[:first]):
             gc.collect()
-            seconds, cache[variant] = generate(models[variant], prompt, args.tokens, args.compile)
+            seconds, cache[variant] = generate(models[variant], prompt, args.tokens, how)
             if turn >= args.warmup:
                 prefill[variant].append(seconds[0])
                 decode[variant].append(seconds[1])
@@ -166,8 +167,12 @@ def static_and_compiled() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": config}
 
 
-def generate(model: Any, prompt: Any, new_tokens: int, compiled: bool = False) -> tuple[tuple[float, float], int]:
-    """Greedy generation: seconds of prefill and of decoding, and the bytes that the cache holds at the end."""
+def generate(model: Any, prompt: Any, new_tokens: int, how: dict[str, Any]) -> tuple[tuple[float, float], int]:
+    """Greedy generation: seconds of prefill and of decoding, and the bytes that the cache holds at the end.
+
+    Args:
+        how: more arguments of the model's ``generate``.
+    """
     import torch
 
     clock, start = Clock(), time.perf_counter()
@@ -178,7 +183,7 @@ def generate(model: Any, prompt: Any, new_tokens: int, compiled: bool = False) -
         do_sample=False,
         return_dict_in_generate=True,
         streamer=clock,
-        **(static_and_compiled() if compiled else {}),
+        **how,
     )
     # The prompt's time, then one each token.
     if len(clock.times) != 1 + new_tokens:
