@@ -3,6 +3,7 @@
 Under ``--exit-signal-handler`` the ranks note the signal and go on to the end of their step, saves included.  Slurm
 sends it to every process of the step, though, and with it to the process that holds the queue of Megatron's checkpoint
 writer, which has no handler: it dies, and the save with it.  Here that process is started early, deaf to the signal.
+It ends with its rank all the same, however that ends: ``pretrain_gpt.py``, which it imports, sees to that.
 """
 
 from __future__ import annotations

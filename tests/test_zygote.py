@@ -16,6 +16,7 @@ import pytest
 
 from tests.support import launch
 from tests.support.launch import ROOT, kill_ranks, run_worker, start_ranks
+from tests.support.processes import alive
 from tests.support.zygote import OF_A_RANK, ForkedRank
 
 pytestmark = pytest.mark.skipif(launch._GPU.exists(), reason="nothing is forked where there is a GPU")
@@ -86,18 +87,9 @@ def test_they_do_not_outlive_who_asked_for_them(tmp_path: Path) -> None:
     )
     with subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT, stdout=subprocess.PIPE) as process:
         pids = [int(word) for word in process.stdout.readline().split()]
-        assert len(pids) == 2 and all(_alive(pid) for pid in pids)
+        assert len(pids) == 2 and all(alive(pid) for pid in pids)
         process.kill()
     deadline = time.monotonic() + 60
-    while any(map(_alive, pids)):
+    while any(map(alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def _alive(pid: int) -> bool:
-    """Whether it runs: who has ended may still wait to be asked for its status."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False

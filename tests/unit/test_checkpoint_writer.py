@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -10,9 +9,10 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+
+from tests.support.processes import alive
 
 #: A process like ``python -m sla_megatron.pretrain_gpt``, that starts a helper as Megatron does and says which it is.
 RANK = """
@@ -59,16 +59,14 @@ def test_the_helper_ends_with_a_rank_that_is_killed() -> None:
     """A rank that gets no word, as where memory runs out, leaves no process behind that hears no signal either."""
     rank = subprocess.Popen([sys.executable, "-c", RANK], stdout=subprocess.PIPE, text=True)
     assert rank.stdout is not None
-    command = Path("/proc") / rank.stdout.readline().strip() / "cmdline"
-    assert b"multiprocessing" in command.read_bytes()
+    helper = int(rank.stdout.readline())
+    assert alive(helper)
     rank.kill()
     rank.wait()
     deadline = time.monotonic() + 20
-    # Of a process that has ended and that nobody has asked about yet the command is empty; else there is none.
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        while command.read_bytes():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    while alive(helper):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_without_it_the_queue_dies(writer) -> None:
