@@ -40,21 +40,21 @@ setup(
     description="Train GPTs with Skip-Layer Attention on NVIDIA Megatron, tensor-parallel, on GPUs or CPUs",
     python_requires=">=3.12",
     # sla-patch finds the patches beside it, wherever it is installed.
-    packages=[*find_packages(include=["sla_megatron", "sla_megatron.*"]), "sla_megatron.patching.patches"],
-    package_dir={"sla_megatron.patching.patches": "patches"},
-    package_data={"sla_megatron.patching.patches": ["*.patch"]},
+    packages=[*find_packages(include=["sla_megatron", "sla_megatron.*"]), "sla_megatron.commands.patch.patches"],
+    package_dir={"sla_megatron.commands.patch.patches": "patches"},
+    package_data={"sla_megatron.commands.patch.patches": ["*.patch"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={
         "console_scripts": [
             "sla-pretrain = sla_megatron.pretrain_gpt:main",
-            "sla-plan = sla_megatron.plan.cli:main",
-            "sla-convert = sla_megatron.convert.cli:main",
-            "sla-data = sla_megatron.data.cli:main",
-            "sla-doctor = sla_megatron.doctor.cli:main",
-            "sla-job = sla_megatron.job.cli:main",
-            "sla-sweep = sla_megatron.sweep.cli:main",
-            "sla-patch = sla_megatron.patching.cli:main",
+            "sla-plan = sla_megatron.commands.plan.cli:main",
+            "sla-convert = sla_megatron.commands.convert.cli:main",
+            "sla-data = sla_megatron.commands.data.cli:main",
+            "sla-doctor = sla_megatron.commands.doctor.cli:main",
+            "sla-job = sla_megatron.commands.job.cli:main",
+            "sla-sweep = sla_megatron.commands.sweep.cli:main",
+            "sla-patch = sla_megatron.commands.patch.cli:main",
         ]
     },
 )

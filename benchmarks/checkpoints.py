@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.files import write_whole
+from sla_megatron.common.files import write_whole
 
 
 def save_random_checkpoint(folder: Path, config: Any, seed: int = 1) -> int:
@@ -19,8 +19,8 @@ def save_random_checkpoint(folder: Path, config: Any, seed: int = 1) -> int:
     """
     import torch
 
-    from sla_megatron.convert.architecture import argv_from_config
-    from sla_megatron.convert.megatron_model import args_of, build, megatron_alone
+    from sla_megatron.commands.convert.architecture import argv_from_config
+    from sla_megatron.commands.convert.megatron_model import args_of, build, megatron_alone
 
     tokenizer = ("--tokenizer-type", "NullTokenizer", "--vocab-size", str(config.vocab_size))
     with megatron_alone():

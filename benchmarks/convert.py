@@ -28,9 +28,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.errors import one_line_errors
-from sla_megatron.files import flush
-from sla_megatron.flag_types import count
+from sla_megatron.common.errors import one_line_errors
+from sla_megatron.common.files import flush
+from sla_megatron.common.flag_types import count
 
 from .models import SHAPES, VARIANTS, hf_config
 from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
@@ -71,17 +71,17 @@ def main() -> None:
 def import_libraries() -> None:
     """Import, before any fork, what the command imports.  Nothing is computed: threads would not survive a fork."""
     with warnings.catch_warnings(action="ignore"):
-        from sla_megatron.device import megatron_device
+        from sla_megatron.cpu.device import megatron_device
 
         with megatron_device(["--device", "cpu"]), contextlib.redirect_stdout(io.StringIO()):
             import megatron.training.checkpointing  # noqa: F401
             import transformers  # noqa: F401
 
-            import sla_megatron.arguments
-            import sla_megatron.convert.cli
-            import sla_megatron.convert.commands
-            import sla_megatron.convert.hf_reader
-            import sla_megatron.model  # noqa: F401
+            import sla_megatron.commands.convert.cli
+            import sla_megatron.commands.convert.commands
+            import sla_megatron.commands.convert.hf_reader
+            import sla_megatron.flags.arguments
+            import sla_megatron.model.builder  # noqa: F401
 
 
 def measure(args: argparse.Namespace, folder: Path, startup: float) -> list[dict[str, Any]]:
@@ -143,7 +143,7 @@ def one_run(direction: str, way: str, source: Path, result: Path) -> dict[str, f
 
 def convert(direction: str, source: Path, result: Path) -> None:
     """``sla-convert DIRECTION SOURCE RESULT``, and all that it wrote on the disk."""
-    from sla_megatron.convert import cli
+    from sla_megatron.commands.convert import cli
 
     sys.argv = ["sla-convert", direction, str(source), str(result)]
     try:

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.errors import one_line_errors
-from sla_megatron.flag_types import count
+from sla_megatron.common.errors import one_line_errors
+from sla_megatron.common.flag_types import count
 
 from .heap import keep_freed_memory
 from .models import SHAPES, VARIANTS, hf_config

@@ -63,7 +63,7 @@ def lower_bound(shape: Shape, element_bytes: int) -> list[tuple[int, int]]:
 
 def hop_bytes(shape: Shape, element_bytes: int) -> list[HopBytes]:
     """Every hop's, in order."""
-    from sla_megatron.plan.traffic import hop_traffic, relayed_groups
+    from sla_megatron.commands.plan.traffic import hop_traffic, relayed_groups
 
     job = job_of(shape, element_bytes)
     hops = hop_traffic(job)

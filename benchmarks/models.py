@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sla_megatron.config import SLAConfig, default_num_skip_groups, default_skip_distance
+from sla_megatron.attention.sla_config import SLAConfig, default_num_skip_groups, default_skip_distance
 
 _GPT2 = {"vocab_size": 50257, "hidden_act": "gelu_pytorch_tanh"}
 _LLAMA = {

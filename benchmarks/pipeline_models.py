@@ -43,10 +43,10 @@ class Shape:
 
 def job_of(shape: Shape, element_bytes: int) -> Any:
     """The same run as ``sla-plan`` sees it."""
+    from sla_megatron.commands.plan.compute import ModelWork
+    from sla_megatron.commands.plan.job import Job
     from sla_megatron.pipeline.layout import PipelineLayout
     from sla_megatron.pipeline.payload import MicrobatchShape
-    from sla_megatron.plan.compute import ModelWork
-    from sla_megatron.plan.job import Job
 
     sizes = [shape.layers // shape.stages] * shape.stages
     return Job(
@@ -61,7 +61,7 @@ def job_of(shape: Shape, element_bytes: int) -> Any:
 
 
 def _sla(shape: Shape) -> Any:
-    from sla_megatron.config import SLAConfig, default_num_skip_groups
+    from sla_megatron.attention.sla_config import SLAConfig, default_num_skip_groups
 
     return SLAConfig(shape.layers, shape.heads, (shape.distance,), default_num_skip_groups(shape.heads))
 
@@ -74,7 +74,7 @@ def build(shape: Shape, dtype: Any, skips: bool) -> list[Any]:
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from sla_megatron.cpu.flags import CONFIG_ON_CPU
-    from sla_megatron.model import SLAGPTModelBuilder, SLAGPTModelConfig
+    from sla_megatron.model.builder import SLAGPTModelBuilder, SLAGPTModelConfig
 
     transformer = TransformerConfig(
         num_layers=shape.layers,

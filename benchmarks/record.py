@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.environment import commit, machine
-from sla_megatron.files import write_json
-from sla_megatron.plan.report import table
+from sla_megatron.commands.plan.report import table
+from sla_megatron.common.environment import commit, machine
+from sla_megatron.common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

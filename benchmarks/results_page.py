@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.files import write_whole
+from sla_megatron.common.files import write_whole
 
 from .record import ROOT, Table
 from .targets import before_and_after, targets

@@ -9,11 +9,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.sweep import plot as sweep_plot
-from sla_megatron.sweep.errors import SweepError
-from sla_megatron.sweep.folder import SweepFolder
-from sla_megatron.sweep.report import HEADER, NOTE, cells
-from sla_megatron.sweep.summary import groups
+from sla_megatron.commands.sweep import plot as sweep_plot
+from sla_megatron.commands.sweep.errors import SweepError
+from sla_megatron.commands.sweep.report import HEADER, NOTE, cells
+from sla_megatron.commands.sweep.results_folder import SweepFolder
+from sla_megatron.commands.sweep.summary import groups
 
 from .record import Table, add_output_args, check_output, write_result
 

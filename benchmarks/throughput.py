@@ -27,9 +27,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.device import add_device_arg, megatron_device
-from sla_megatron.errors import one_line_errors
-from sla_megatron.flag_types import count
+from sla_megatron.common.errors import one_line_errors
+from sla_megatron.common.flag_types import count
+from sla_megatron.cpu.device import add_device_arg, megatron_device
 
 from .allocations import allocations
 from .heap import keep_freed_memory

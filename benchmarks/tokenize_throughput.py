@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.data.cli import main as sla_data
+from sla_megatron.commands.data.cli import main as sla_data
 
 ROUNDS = 4
 
@@ -116,8 +116,8 @@ def timed(seconds: Counter[str], name: str) -> Iterator[None]:
 
 def measure(folder: Path, parts: list[Path], settings: dict[str, str]) -> dict[str, Any]:
     """One tokenizer: both ways over each part, in turns, then memory."""
-    from sla_megatron.data.quiet import quiet
-    from sla_megatron.tokenizers import DEFAULTS, build
+    from sla_megatron.common.announcements import quiet
+    from sla_megatron.common.tokenizers import DEFAULTS, build
 
     with quiet():
         import megatron.core.datasets.indexed_dataset  # noqa: F401

@@ -13,11 +13,11 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sla_megatron.config import SLAConfig
+from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.commands.plan.compute import ModelWork, stage_operations
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.routes import RoutePlan
-from sla_megatron.plan.compute import ModelWork, stage_operations
 
 from .record import ROOT
 
@@ -65,8 +65,8 @@ def settle(flags: Sequence[str]) -> Namespace:
     """Megatron's arguments of ``flags``, validated; of ``torchrun``'s world."""
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-    from sla_megatron.arguments import settled_args
-    from sla_megatron.device import add_device_arg
+    from sla_megatron.cpu.device import add_device_arg
+    from sla_megatron.flags.arguments import settled_args
 
     before, sys.argv = sys.argv, ["benchmark", *flags]
     try:
@@ -92,7 +92,7 @@ class TrainingSteps:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.process_groups_config import ProcessGroupCollection
 
-        from sla_megatron.model import gpt_config_from_args
+        from sla_megatron.model.builder import gpt_config_from_args
 
         self.args = args
         config = gpt_config_from_args(args)
@@ -142,8 +142,8 @@ class TrainingSteps:
 
     def _planned(self) -> tuple[ModelWork, MicrobatchShape, PipelineLayout, SLAConfig]:
         """What the planner calls this model; a dense one is a skip-layer one in which nothing skips."""
+        from sla_megatron.commands.plan.settle import microbatch_shape, model_work
         from sla_megatron.pipeline.megatron_layout import pipeline_layout
-        from sla_megatron.plan.settle import microbatch_shape, model_work
 
         groups = self.args.num_query_groups if self.args.group_query_attention else self.args.num_attention_heads
         sla = self.sla or SLAConfig(self.args.num_layers, groups, (self.args.num_layers,), 0)

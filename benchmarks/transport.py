@@ -20,10 +20,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sla_megatron.config import default_skip_distance
-from sla_megatron.device import add_device_arg, megatron_device
-from sla_megatron.errors import FlagError, one_line_errors
-from sla_megatron.flag_types import count
+from sla_megatron.attention.sla_config import default_skip_distance
+from sla_megatron.common.errors import FlagError, one_line_errors
+from sla_megatron.common.flag_types import count
+from sla_megatron.cpu.device import add_device_arg, megatron_device
 
 from .pipeline_models import Shape
 from .record import Table, add_output_args, check_output, save_figure, shown, write_result

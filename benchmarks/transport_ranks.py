@@ -135,7 +135,7 @@ def memory_rows(shape: Shape, models: dict[str, Any], job: Any, device: str) -> 
     """Each rank's K/V that wait for another stage at the schedule's peak, and the most that a step of it allocates."""
     import torch
 
-    from sla_megatron.plan.traffic import rank_memory
+    from sla_megatron.commands.plan.traffic import rank_memory
 
     with live_kv() as live:
         train_step(models["sla"], shape)

@@ -13,18 +13,18 @@ __version__ = "0.1.0"
 
 # Loaded on first use: importing Megatron takes seconds, and must not happen before the CPU backend is entered.
 _HOME = {
-    "FlagError": "errors",
-    "SLAConfig": "config",
-    "add_sla_args": "arguments",
-    "cpu_backend": "cpu",
-    "enter_megatron_device": "device",
-    "gpt_config_from_args": "model",
-    "megatron_device": "device",
-    "parse_and_validate_args": "arguments",
-    "report_model": "report",
-    "sla_config_from_args": "validation",
-    "sla_layer_spec": "layer_specs",
-    "sla_transformer_blocks": "block",
+    "FlagError": "common.errors",
+    "SLAConfig": "attention.sla_config",
+    "add_sla_args": "flags.arguments",
+    "cpu_backend": "cpu.backend",
+    "enter_megatron_device": "cpu.device",
+    "gpt_config_from_args": "model.builder",
+    "megatron_device": "cpu.device",
+    "parse_and_validate_args": "flags.arguments",
+    "report_model": "model.report",
+    "sla_config_from_args": "flags.validation",
+    "sla_layer_spec": "model.layer_specs",
+    "sla_transformer_blocks": "model.transformer_block",
 }
 
 __all__ = sorted(_HOME)

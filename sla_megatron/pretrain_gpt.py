@@ -18,8 +18,8 @@ import signal
 import time
 
 # Nothing heavier is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
-from .errors import OFF, Refusal, refuse
-from .launchers import end_with_parent
+from .common.errors import OFF, Refusal, refuse
+from .common.launchers import end_with_parent
 
 _PROGRAM_START = time.time()
 
@@ -39,7 +39,7 @@ _NOT_HERE: tuple[Refusal, ...] = (
 
 def main() -> None:
     """Parse ``sys.argv``, then hand over to ``megatron.training.pretrain``."""
-    from .device import megatron_device
+    from .cpu.device import megatron_device
 
     with megatron_device():
         _pretrain()
@@ -51,12 +51,12 @@ def _pretrain() -> None:
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from .arguments import parse_and_validate_args
-    from .checkpoint_writer import shield_checkpoint_writer
-    from .device import add_device_arg
-    from .gpt_data import forward_step, train_valid_test_datasets
-    from .model import gpt_config_from_args
-    from .report import report_model
+    from .cpu.device import add_device_arg
+    from .flags.arguments import parse_and_validate_args
+    from .model.builder import gpt_config_from_args
+    from .model.report import report_model
+    from .training.checkpoint_writer import shield_checkpoint_writer
+    from .training.gpt_data import forward_step, train_valid_test_datasets
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(

@@ -30,7 +30,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _tensors(source: Any) -> dict[str, torch.Tensor]:
-    from sla_megatron.convert.mapping import entries
+    from sla_megatron.commands.convert.mapping import entries
 
     return {entry.hf: source.get(entry.hf) for entry in entries(source.config) if torch.Size(entry.shape).numel()}
 
@@ -38,9 +38,9 @@ def _tensors(source: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", GRID)
 def test_there_and_back(checkpoints: Path, tmp_path: Path, name: str) -> None:
     """Logits of both models; megatron -> hf -> megatron -> hf: every tensor bit for bit, padded rows included."""
-    from sla_megatron.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
-    from sla_megatron.convert.hf_reader import HFSource
-    from sla_megatron.convert.verify import THRESHOLD, compare
+    from sla_megatron.commands.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.hf_reader import HFSource
+    from sla_megatron.commands.convert.verify import THRESHOLD, compare
 
     source = open_megatron(checkpoints / name)
     assert source.config["vocab_size"] == VOCABULARY

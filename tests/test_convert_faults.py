@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from sla_megatron.convert import cli
+from sla_megatron.commands.convert import cli
 from tests.support.convert_models import save_random_checkpoint
 from tests.support.launch import ROOT
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint ``megatron`` and its export ``hf``."""
-    from sla_megatron.convert.commands import megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
 
     folder = tmp_path_factory.mktemp("good")
     save_random_checkpoint(folder / "megatron", {"sla": True, "sla_skip_distance": [3]})
@@ -165,7 +165,7 @@ def test_a_sliding_window(convert: Callable[..., str], tmp_path: Path) -> None:
 
 def test_overwriting_on_request(good: Path, tmp_path: Path) -> None:
     """The new folder takes the place of the old one, whole."""
-    from sla_megatron.convert.commands import megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
 
     out = tmp_path / "out"
     out.mkdir()
@@ -198,14 +198,14 @@ def test_a_full_disk(
 
 def test_sigkill(tmp_path: Path) -> None:
     """A conversion that is killed while it writes leaves no result under its name, and the source as it was."""
-    from sla_megatron.convert.commands import megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
 
     source, out = tmp_path / "megatron", tmp_path / "out"
     # Large enough that it is still writing when it is killed.
     save_random_checkpoint(source, {"num_layers": 24, "hidden_size": 256, "ffn_hidden_size": 2048})
     before = _fingerprint(source)
     process = subprocess.Popen(
-        [sys.executable, "-m", "sla_megatron.convert.cli", "megatron-to-hf", str(source), str(out)],
+        [sys.executable, "-m", "sla_megatron.commands.convert.cli", "megatron-to-hf", str(source), str(out)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

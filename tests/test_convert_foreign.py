@@ -57,9 +57,9 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_dense_hugging_face_model(tmp_path: Path, name: str) -> None:
     """Megatron's logits are the original's; as a skip-layer model whose distance is beyond the last layer, too."""
-    from sla_megatron.convert.commands import WithSLA, hf_to_megatron, megatron_to_hf, open_megatron
-    from sla_megatron.convert.hf_reader import HFSource
-    from sla_megatron.convert.verify import THRESHOLD, compare
+    from sla_megatron.commands.convert.commands import WithSLA, hf_to_megatron, megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.hf_reader import HFSource
+    from sla_megatron.commands.convert.verify import THRESHOLD, compare
 
     torch.manual_seed(4)
     make, changes = FOREIGN[name]
@@ -84,8 +84,8 @@ def test_a_dense_hugging_face_model(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("projection", ["full", "pruned"])
 def test_dense_to_sla_keeps_the_weights(tmp_path: Path, projection: str) -> None:
     """The same weights, but for rows of keys and values that nobody reads; the settings are those asked for."""
-    from sla_megatron.convert.commands import WithSLA, hf_to_megatron, open_megatron
-    from sla_megatron.convert.mapping import entries
+    from sla_megatron.commands.convert.commands import WithSLA, hf_to_megatron, open_megatron
+    from sla_megatron.commands.convert.mapping import entries
 
     save_random_checkpoint(tmp_path / "dense", {"position_embedding_type": "rope"})
     dense = open_megatron(tmp_path / "dense")

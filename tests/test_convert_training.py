@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sla_megatron.convert import cli
+from sla_megatron.commands.convert import cli
 from tests.support.convert_models import save_random_checkpoint
 from tests.support.launch import ROOT
 from tests.support.pipelines import FOUR_RANKS, MODELS
@@ -40,8 +40,8 @@ def _flags(name: str, **flags: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``<name>/megatron``: after two steps on four ranks, with optimizer state; ``<name>/hf`` and ``<name>/back``."""
-    from sla_megatron.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
-    from sla_megatron.convert.hf_reader import HFSource
+    from sla_megatron.commands.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.hf_reader import HFSource
 
     folder = tmp_path_factory.mktemp("trained")
     saves = {
@@ -58,8 +58,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 def test_logits_of_a_sharded_run(trained: Path, name: str) -> None:
     """Saved at TP=2 x PP=2 and interleaved: Megatron's logits and the export's."""
-    from sla_megatron.convert.commands import open_megatron
-    from sla_megatron.convert.verify import THRESHOLD, compare
+    from sla_megatron.commands.convert.commands import open_megatron
+    from sla_megatron.commands.convert.verify import THRESHOLD, compare
 
     source = open_megatron(trained / name / "megatron")
     assert source.config["vocab_size"] == VOCABULARY
@@ -110,7 +110,7 @@ def test_the_command(trained: Path, tmp_path: Path, convert: Callable[..., tuple
 
     from transformers import AutoModelForCausalLM
 
-    from sla_megatron.convert.commands import megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
 
     megatron_to_hf(open_megatron(checkpoint / "iter_0000002"), tmp_path / "half", torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", trust_remote_code=True).dtype == torch.bfloat16
@@ -129,9 +129,9 @@ def test_the_command(trained: Path, tmp_path: Path, convert: Callable[..., tuple
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from sla_megatron.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
-from sla_megatron.convert.hf_reader import HFSource
-from sla_megatron.convert.megatron_model import megatron_alone
+from sla_megatron.commands.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
+from sla_megatron.commands.convert.hf_reader import HFSource
+from sla_megatron.commands.convert.megatron_model import megatron_alone
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sla_megatron.data.cli import main
-from sla_megatron.tokenizers import DEFAULTS, build
+from sla_megatron.commands.data.cli import main
+from sla_megatron.common.tokenizers import DEFAULTS, build
 from tests.support.tokenizers import hugging_face_folder, tiktoken_file, train_sentencepiece
 
 TEXTS = [f"Document {i}: {'naïve Straße 中文 😀 def f(x):'[: i % 30]}{' word' * (i * 7 % 23)}" for i in range(80)]

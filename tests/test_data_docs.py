@@ -10,8 +10,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from sla_megatron.data import cli
-from sla_megatron.data.documents import FAULTS
+from sla_megatron.commands.data import cli
+from sla_megatron.commands.data.documents import FAULTS
 from tests.support.launch import ROOT
 from tests.support.runs import argv, figures, train_on_all_ranks
 from tests.support.tokenizers import hugging_face_folder

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from sla_megatron.data.cli import main
+from sla_megatron.commands.data.cli import main
 from tests.support.tokenizers import hugging_face_folder
 
 KILLS = 20
@@ -154,7 +154,7 @@ def test_workers_end_with_the_process_they_work_for(
 ) -> None:
     arguments = command(folder, tmp_path / "out", workers=3)
     process = subprocess.Popen(
-        [sys.executable, "-m", "sla_megatron.data.cli", *arguments],
+        [sys.executable, "-m", "sla_megatron.commands.data.cli", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -118,7 +118,7 @@ def test_the_folder_of_the_file_of_bad_nodes_must_exist(tmp_path: Path, capsys: 
     """Said before anything is examined."""
     import sys
 
-    from sla_megatron.doctor import cli
+    from sla_megatron.commands.doctor import cli
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sla-doctor", "--bad-nodes", str(tmp_path / "absent/bad.txt")])

@@ -40,7 +40,7 @@ README = (ROOT / "examples" / "evaluate" / "README.md").read_text()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``checkpoints`` of a random skip-layer model, ``exported`` with a tokenizer, and ``text.txt``."""
-    from sla_megatron.convert.commands import megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
 
     path = tmp_path_factory.mktemp("evaluate")
     save_random_checkpoint(path / "checkpoints", FLAGS | {"seq_length": LENGTH})

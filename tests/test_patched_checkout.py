@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sla_megatron.seams import CHECKED_WITH, VERSION_FILE, minor_of, version_in
+from sla_megatron.upstream.seams import CHECKED_WITH, VERSION_FILE, minor_of, version_in
 from tests.support.launch import start_ranks, wait_for_ranks
 from tests.support.runs import CPU_FLAGS, ITERATIONS, argv
 
@@ -56,7 +56,7 @@ def git(folder: str | Path, *words: str) -> str:
 
 
 def sla_patch(command: str, folder: Path) -> int:
-    return subprocess.run([sys.executable, "-m", "sla_megatron.patching.cli", command, folder]).returncode
+    return subprocess.run([sys.executable, "-m", "sla_megatron.commands.patch.cli", command, folder]).returncode
 
 
 @pytest.fixture(scope="module", params=REVISIONS)
@@ -124,7 +124,7 @@ def test_patched_it_trains_as_before_and_as_our_entry_point_does(checkout: Path,
 def test_every_touched_name_is_in_the_checkout(checkout: Path) -> None:
     """As expected, in the Megatron that would run."""
     done = subprocess.run(
-        [sys.executable, "-m", "sla_megatron.patching.cli", "registry", checkout], capture_output=True, text=True
+        [sys.executable, "-m", "sla_megatron.commands.patch.cli", "registry", checkout], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
     assert re.fullmatch(r"(\d+) of \1 names fit\n", done.stdout)

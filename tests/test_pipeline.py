@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sla_megatron.config import SLAConfig
+from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.residency import residency
 from sla_megatron.pipeline.routes import RoutePlan

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 
 from sla_megatron import cpu_backend
-from sla_megatron.config import SLAConfig
+from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.commands.plan import cli
+from sla_megatron.commands.plan.compute import ModelWork
+from sla_megatron.commands.plan.job import Job
+from sla_megatron.commands.plan.program import RECEIVE, RUN, SEND, WAIT, Communication, Pipeline, operations
+from sla_megatron.commands.plan.traffic import hop_traffic, totals
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.schedule import Schedule
-from sla_megatron.plan import cli
-from sla_megatron.plan.compute import ModelWork
-from sla_megatron.plan.job import Job
-from sla_megatron.plan.program import RECEIVE, RUN, SEND, WAIT, Communication, Pipeline, operations
-from sla_megatron.plan.traffic import hop_traffic, totals
-from tests.unit import test_schedule
+from tests.unit.pipeline import test_schedule
 
 # Of Megatron's own making.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:'type' is deprecated:DeprecationWarning")

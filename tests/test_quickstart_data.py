@@ -9,9 +9,9 @@ import numpy
 import pytest
 
 from examples.quickstart import build_dataset, corpus
-from sla_megatron.data import tokenize_command
-from sla_megatron.data.quiet import quiet
-from sla_megatron.data.training_tokenizer import EOS_ID, PAD_ID
+from sla_megatron.commands.data import tokenize_command
+from sla_megatron.commands.data.training_tokenizer import EOS_ID, PAD_ID
+from sla_megatron.common.announcements import quiet
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import sweep as sweep_result
-from sla_megatron.sweep.cli import main
-from sla_megatron.sweep.training_log import LAUNCH_MARK
+from sla_megatron.commands.sweep.cli import main
+from sla_megatron.commands.sweep.training_log import LAUNCH_MARK
 from tests.support.indexed_files import write_indexed
 from tests.support.launch import ROOT, rank_environment
 from tests.support.slurm import Cluster, cluster, missing
@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
 
 
 def sweep(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "sla_megatron.sweep.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "sla_megatron.commands.sweep.cli", *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")

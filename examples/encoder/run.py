@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.record import add_output_args, check_output, write_result
-from sla_megatron.config import default_num_skip_groups, default_skip_distance
-from sla_megatron.data.quiet import quiet
-from sla_megatron.device import add_device_arg, megatron_device
-from sla_megatron.errors import FlagError, one_line_errors
-from sla_megatron.flag_types import OneLineParser, count
+from sla_megatron.attention.sla_config import default_num_skip_groups, default_skip_distance
+from sla_megatron.common.announcements import quiet
+from sla_megatron.common.errors import FlagError, one_line_errors
+from sla_megatron.common.flag_types import OneLineParser, count
+from sla_megatron.cpu.device import add_device_arg, megatron_device
 
 from .report import plot, tables
 

@@ -210,11 +210,11 @@ def megatron_logits(checkpoint: Path, vocab_size: int, length: int) -> Iterator[
         vocab_size: rows of the vocabulary that are not padding.
         length: the longest window.
     """
-    from sla_megatron.convert.commands import stored_args
-    from sla_megatron.convert.errors import ConvertError
-    from sla_megatron.convert.megatron_reader import MegatronSource, checkpoint_folder
-    from sla_megatron.convert.verify import megatron_model
-    from sla_megatron.errors import FlagError
+    from sla_megatron.commands.convert.commands import stored_args
+    from sla_megatron.commands.convert.errors import ConvertError
+    from sla_megatron.commands.convert.megatron_reader import MegatronSource, checkpoint_folder
+    from sla_megatron.commands.convert.verify import megatron_model
+    from sla_megatron.common.errors import FlagError
 
     try:
         folder = checkpoint_folder(checkpoint)

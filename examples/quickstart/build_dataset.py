@@ -21,8 +21,8 @@ from pathlib import Path
 import sentencepiece
 
 from examples.quickstart import corpus
-from sla_megatron.data import cli
-from sla_megatron.files import flush, write_json
+from sla_megatron.commands.data import cli
+from sla_megatron.common.files import flush, write_json
 
 MANIFEST = "dataset.json"
 

@@ -20,7 +20,14 @@ def export(checkpoints: Path, folder: Path) -> str:
         TrainingFailed: if the export computes something else than Megatron, or cannot be used.
     """
     print(f"\nexport: {checkpoints} to {folder}", flush=True)
-    command = [sys.executable, "-m", "sla_megatron.convert.cli", "megatron-to-hf", str(checkpoints), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "sla_megatron.commands.convert.cli",
+        "megatron-to-hf",
+        str(checkpoints),
+        str(folder),
+    ]
     # The folder is the quickstart's own: an earlier launch's export of fewer iterations.
     run = subprocess.run([*command, "--overwrite", "--verify"], capture_output=True, text=True)
     if run.returncode == 2:

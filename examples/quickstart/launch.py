@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from examples.quickstart.training_log import LAUNCH_MARK, Records, describe
-from sla_megatron.launchers import stop
+from sla_megatron.common.launchers import stop
 
 TAIL_LINES = 30
 # torchrun follows a failure with a traceback of its own, which says nothing about the cause.

@@ -19,10 +19,10 @@ from examples.quickstart import build_dataset, flags, launch, workdir
 from examples.quickstart.corpus import CorpusError
 from examples.quickstart.export import export
 from examples.quickstart.training_log import Result, summarise, table
-from sla_megatron.config import KV_PROJECTIONS
-from sla_megatron.errors import FlagError, flag_of
-from sla_megatron.flag_types import OneLineParser
-from sla_megatron.validation import SLA_SETTINGS, resolve_sla_args
+from sla_megatron.attention.sla_config import KV_PROJECTIONS
+from sla_megatron.common.errors import FlagError, flag_of
+from sla_megatron.common.flag_types import OneLineParser
+from sla_megatron.flags.validation import SLA_SETTINGS, resolve_sla_args
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

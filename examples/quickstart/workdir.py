@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from examples.quickstart.training_log import Result
-from sla_megatron import files
-from sla_megatron.errors import flag_of
+from sla_megatron.common import files
+from sla_megatron.common.errors import flag_of
 
 MODELS = ("dense", "sla")
 SETTINGS = "settings.json"

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import FlagError
-from ..seams import replaced, require_megatron
+from ..common.errors import FlagError
+from ..upstream.seams import replaced, require_megatron
 from .tensors import CudaMeansCpu
 
 DEVICES = ("auto", "cpu", "cuda")

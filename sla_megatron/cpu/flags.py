@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
-from ..errors import OFF, FlagError, Refusal, refuse
+from ..common.errors import OFF, FlagError, Refusal, refuse
 
 # Defaults that need CUDA: attribute, value on the CPU.  Changing one is reported, not refused: these are Megatron's
 # defaults, and none of them changes what is computed.  The fused GELU stays: it is another function, the tanh

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..seams import Seam
+from ..upstream.seams import Seam
 from . import cuda_api, optimizer
 from .norm import torch_norm
 from .tensors import backward_on_cpu

@@ -16,7 +16,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from ..seams import Reliance
+from ..upstream.seams import Reliance
 from .payload import MicrobatchShape
 from .routes import RoutePlan
 from .schedule import Pass, Schedule

@@ -16,8 +16,8 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from ..microbatch_kv import Bundle
-from ..roles import BundleName
+from ..attention.microbatch_kv import Bundle
+from ..attention.roles import BundleName
 from .payload import MicrobatchShape
 
 

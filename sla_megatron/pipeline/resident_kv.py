@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..microbatch_kv import Bundle
-from ..roles import BundleName
+from ..attention.microbatch_kv import Bundle
+from ..attention.roles import BundleName
 
 
 class _State(Enum):

@@ -15,8 +15,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..config import SLAConfig
-from ..roles import BundleName
+from ..attention.roles import BundleName
+from ..attention.sla_config import SLAConfig
 from .layout import PipelineLayout
 
 

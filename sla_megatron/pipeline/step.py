@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from ..microbatch_kv import MicrobatchKV
+from ..attention.microbatch_kv import MicrobatchKV
 from .packing import pack, unpack
 from .payload import MicrobatchShape
 from .resident_kv import ResidentKV

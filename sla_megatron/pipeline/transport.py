@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from ..seams import Reliance, Seam, SeamError, install
+from ..upstream.seams import Reliance, Seam, SeamError, install
 from .communicator import COMMUNICATOR, PayloadOrder, SLAP2PCommunicator
 from .payload import MicrobatchShape
 from .routes import RoutePlan

@@ -102,7 +102,7 @@ def save_random_checkpoint(folder: Path, flags: dict[str, Any], seed: int = 3) -
     import torch
 
     from benchmarks.checkpoints import save
-    from sla_megatron.convert.megatron_model import args_of, build, megatron_alone
+    from sla_megatron.commands.convert.megatron_model import args_of, build, megatron_alone
 
     with megatron_alone():
         args = args_of(argv_of(flags), torch.float32)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.doctor import cli
+from sla_megatron.commands.doctor import cli
 
 from .trainer_worker import open_servers
 
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> None:
 
 
 def hang_in_the_layout() -> None:
-    from sla_megatron.doctor import layout
+    from sla_megatron.commands.doctor import layout
 
     layout.build = lambda args: time.sleep(1000)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 
-from sla_megatron.data.inspection import MAGIC, VERSION
+from sla_megatron.commands.data.inspection import MAGIC, VERSION
 
 _UINT16 = 8
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.device import megatron_device
+from sla_megatron.cpu.device import megatron_device
 
 VOCABULARY, SEQUENCE, BATCH, HIDDEN, HEAD_SIZE = 32, 12, 2, 32, 8
 LAYERS, HEADS = 4, 4
@@ -109,8 +109,8 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from sla_megatron.config import SLAConfig
-    from sla_megatron.model import SLAGPTModelBuilder, SLAGPTModelConfig
+    from sla_megatron.attention.sla_config import SLAConfig
+    from sla_megatron.model.builder import SLAGPTModelBuilder, SLAGPTModelConfig
     from tests.reference import ReferenceGPT
     from tests.support import sharding
 

@@ -31,7 +31,7 @@ class PipelineListener(Listener):
         super().listen_to(training)
         from megatron.core.pipeline_parallel import p2p_communication, schedules
 
-        from sla_megatron.microbatch_kv import MicrobatchKV
+        from sla_megatron.attention.microbatch_kv import MicrobatchKV
         from sla_megatron.pipeline.resident_kv import Resident
 
         self._wrap(schedules, "forward_step", lambda *_: self._after_pass("F"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sla_megatron import gpt_data, pretrain_gpt
+from sla_megatron import pretrain_gpt
+from sla_megatron.training import gpt_data
 
 whole_batch = gpt_data.get_batch
 

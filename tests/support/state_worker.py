@@ -32,7 +32,7 @@ def state() -> dict[str, Any]:
     import torch
 
     before = set(os.environ)
-    from sla_megatron.device import megatron_device
+    from sla_megatron.cpu.device import megatron_device
 
     with megatron_device(["--device", "cpu"]):
         from megatron.core import parallel_state

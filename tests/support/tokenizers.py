@@ -11,8 +11,8 @@ from typing import Any
 
 import sentencepiece
 
-from sla_megatron.convert import tokenizer as carried
-from sla_megatron.convert import tokenizer_formats
+from sla_megatron.commands.convert import tokenizer as carried
+from sla_megatron.commands.convert import tokenizer_formats
 
 CORPUS = [
     line

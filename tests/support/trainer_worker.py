@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     requests = json.loads((folder / "request.json").read_text())
     logging.disable(logging.WARNING)
     # Imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
-    from sla_megatron.device import megatron_device
+    from sla_megatron.cpu.device import megatron_device
 
     with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]):
         from megatron.core.datasets import gpt_dataset
@@ -101,7 +101,7 @@ def enter_upstream() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from sla_megatron.gpt_data import forward_step, train_valid_test_datasets
+    from sla_megatron.training.gpt_data import forward_step, train_valid_test_datasets
 
     args = parse_and_validate_args()
     model = gpt_config_from_args(args)
@@ -124,7 +124,7 @@ class Listener:
         self.num_shared = 0
 
     def listen_to(self, training: Any) -> None:
-        from sla_megatron.microbatch_kv import MicrobatchKV
+        from sla_megatron.attention.microbatch_kv import MicrobatchKV
 
         self._wrap(training, "training_log", self._on_step)
         self._wrap(training, "evaluate", self._on_evaluation)

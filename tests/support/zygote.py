@@ -29,10 +29,10 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "
 #: The last ones are imported by a run, the first of which takes seconds.
 IMPORTED = (
     "megatron.training.training",
-    "sla_megatron.arguments",
-    "sla_megatron.gpt_data",
-    "sla_megatron.model",
-    "sla_megatron.report",
+    "sla_megatron.flags.arguments",
+    "sla_megatron.training.gpt_data",
+    "sla_megatron.model.builder",
+    "sla_megatron.model.builder.report",
     "megatron.core.tokenizers.text",
     "megatron.core.models.mimo",
     "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
@@ -124,7 +124,7 @@ def _shared(environment: Mapping[str, str]) -> dict[str, str]:
 
 def import_all() -> None:
     """What workers import of Megatron, now or in a run, as they do: on the CPU backend, which is left again."""
-    from sla_megatron.device import megatron_device
+    from sla_megatron.cpu.device import megatron_device
 
     with megatron_device(["--device", "cpu"]):
         for name in IMPORTED:

@@ -16,7 +16,7 @@ settings.register_profile("unit", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("unit")
 
 #: Importing these brings in all of Megatron that the unit tests need.
-_MEGATRON = ("megatron.training.training", "sla_megatron.arguments", "sla_megatron.model")
+_MEGATRON = ("megatron.training.training", "sla_megatron.flags.arguments", "sla_megatron.model.builder")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from hypothesis import strategies as st
 
-from sla_megatron.config import SLAConfig
+from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.pipeline.schedule import Schedule

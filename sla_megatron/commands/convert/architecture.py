@@ -1,0 +1,240 @@
+"""Between Megatron's arguments and the fields of ``config.json``.  Pure Python.
+
+The exported folder is described by the checkpoint's own arguments; no reference model is asked.  What the format cannot
+say is refused by name: an export that computes something else would be worse than none.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from ...attention.sla_config import compact_ranges
+from ...common.errors import OFF, flag_of
+from ...flags.validation import num_query_groups, sla_config_from_args
+from .errors import ConvertError
+
+Config = dict[str, Any]
+
+# What --use-rope-scaling computes.  megatron.training builds its GPTs with these constants, the factor too: in 0.19
+# --rope-scaling-factor does not reach the model (GPTModelConfig.rope_scaling_factor stays at its default).
+_LLAMA3: Config = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+#: The format's ``model_type``.
+MODEL_TYPE = "sla_gpt"
+
+# Options that change what a GPT computes and that the format has no field for: attribute, values that are fine.
+_NOT_IN_FORMAT: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("num_experts", OFF),
+    ("multi_latent_attention", OFF),
+    ("mtp_num_layers", OFF),
+    ("hybrid_layer_pattern", OFF),
+    ("experimental_attention_variant", OFF),
+    ("linear_attention_freq", OFF),
+    ("heterogeneous_layers_config_path", OFF),
+    ("heterogeneous_layers_config_encoded_json", OFF),
+    ("attention_output_gate", OFF),
+    ("window_size", OFF),
+    ("no_rope_freq", OFF),
+    ("softmax_type", (None, "vanilla")),
+    ("qk_l2_norm", OFF),
+    ("qk_clip", OFF),
+    ("apply_residual_connection_post_layernorm", OFF),
+    ("mup_base_hidden_size", OFF),
+    ("activation_func_clamp_value", OFF),
+    ("glu_linear_offset", (None, False, 0, 0.0)),
+    ("quick_geglu", OFF),
+    ("softmax_scale", OFF),
+    ("position_embedding_type", ("learned_absolute", "rope")),
+)
+
+
+def config_from_args(args: Namespace, vocab_size: int) -> Config:
+    """The fields of ``config.json`` for a checkpoint's arguments.
+
+    Args:
+        args: as Megatron stored them, validated.
+        vocab_size: rows of the vocabulary that are not padding.
+
+    Raises:
+        ConvertError: for an option that the format has no field for.
+    """
+    for name, fine in _NOT_IN_FORMAT:
+        value = getattr(args, name, None)
+        if value not in fine:
+            raise ConvertError(f"{flag_of(name)} {value}: the Hugging Face format has no field for it")
+    rope = args.position_embedding_type == "rope"
+    config: Config = {
+        "model_type": MODEL_TYPE,
+        "vocab_size": vocab_size,
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.ffn_hidden_size,
+        "num_hidden_layers": args.num_layers,
+        "num_attention_heads": args.num_attention_heads,
+        "num_key_value_heads": num_query_groups(args),
+        "head_dim": args.kv_channels,
+        "hidden_act": _activation(args),
+        "max_position_embeddings": args.max_position_embeddings,
+        "normalization": args.normalization,
+        "norm_eps": _norm_epsilon(args),
+        "norm_zero_centered": bool(_zero_centered(args)),
+        "position_embedding_type": args.position_embedding_type,
+        "rope_theta": float(args.rotary_base),
+        "rotary_percent": float(args.rotary_percent),
+        "rotary_interleaved": bool(rope and args.rotary_interleaved),
+        "rope_scaling": _rope_scaling(args) if rope else None,
+        "attention_bias": bool(args.add_bias_linear or args.add_qkv_bias),
+        "attention_output_bias": bool(args.add_bias_linear),
+        "mlp_bias": bool(args.add_bias_linear),
+        "gated_mlp": bool(args.swiglu),
+        "qk_layernorm": bool(args.qk_layernorm),
+        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
+    }
+    return config | sla_fields(args)
+
+
+def sla_fields(args: Namespace) -> Config:
+    """The ``sla_*`` fields; empty lists without ``--sla``."""
+    sla = sla_config_from_args(args)
+    if sla is None or sla.is_dense:
+        return {"sla_skip_distances": [], "sla_skip_groups": [], "sla_layers": [], "sla_kv_projection": "full"}
+    return {
+        "sla_skip_distances": list(sla.skip_distances),
+        "sla_skip_groups": list(sla.skip_groups),
+        "sla_layers": list(sla.consumer_layers),
+        "sla_kv_projection": sla.kv_projection,
+    }
+
+
+def _activation(args: Namespace) -> str:
+    if args.swiglu:
+        return "silu"
+    if args.squared_relu:
+        return "relu2"
+    # Megatron's fused kernel is the tanh approximation; without fusion it is exact.
+    return "gelu_pytorch_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu"
+
+
+def _zero_centered(args: Namespace) -> bool:
+    return getattr(args, "layernorm_zero_centered_gamma", False) or getattr(args, "apply_layernorm_1p", False)
+
+
+def _norm_epsilon(args: Namespace) -> float:
+    return float(getattr(args, "norm_epsilon", None) or args.layernorm_epsilon)
+
+
+def _rope_scaling(args: Namespace) -> Config | None:
+    linear = args.rotary_seq_len_interpolation_factor
+    if args.use_rope_scaling:
+        if linear not in (None, 1):
+            raise ConvertError(f"--rotary-seq-len-interpolation-factor {linear}: not together with --use-rope-scaling")
+        return dict(_LLAMA3)
+    return None if linear in (None, 1) else {"rope_type": "linear", "factor": float(linear)}
+
+
+def argv_from_config(config: Mapping[str, Any]) -> list[str]:
+    """Megatron's flags for a model of ``config``; the reverse of :func:`config_from_args`.
+
+    Raises:
+        ConvertError: for a value that Megatron has no flag for.
+    """
+    flags: dict[str, Any] = {
+        "num-layers": config["num_hidden_layers"],
+        "hidden-size": config["hidden_size"],
+        "ffn-hidden-size": config["intermediate_size"],
+        "num-attention-heads": config["num_attention_heads"],
+        "kv-channels": config["head_dim"],
+        "seq-length": config["max_position_embeddings"],
+        "max-position-embeddings": config["max_position_embeddings"],
+        "normalization": config["normalization"],
+        "norm-epsilon": config["norm_eps"],
+        "apply-layernorm-1p": config["norm_zero_centered"],
+        "position-embedding-type": config["position_embedding_type"],
+        "untie-embeddings-and-output-weights": not config["tie_word_embeddings"],
+        "qk-layernorm": config["qk_layernorm"],
+    }
+    if config["num_key_value_heads"] != config["num_attention_heads"]:
+        flags |= {"group-query-attention": True, "num-query-groups": config["num_key_value_heads"]}
+    return _as_argv(flags | _rope_flags(config) | _bias_flags(config) | _activation_flags(config) | _sla_flags(config))
+
+
+def _as_argv(flags: Mapping[str, Any]) -> list[str]:
+    argv: list[str] = []
+    for name, value in flags.items():
+        if value is True:
+            argv.append(f"--{name}")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            argv += [f"--{name}", str(value)]
+    return argv
+
+
+def _rope_flags(config: Mapping[str, Any]) -> Config:
+    if config["position_embedding_type"] != "rope":
+        return {}
+    flags: Config = {
+        "rotary-base": _whole(config["rope_theta"], "rope_theta"),
+        "rotary-percent": config["rotary_percent"],
+        "rotary-interleaved": config["rotary_interleaved"],
+    }
+    scaling = config.get("rope_scaling")
+    if scaling is None:
+        return flags
+    if scaling["rope_type"] == "linear":
+        return flags | {"rotary-seq-len-interpolation-factor": _whole(scaling["factor"], "rope_scaling.factor")}
+    if dict(scaling) != _LLAMA3:
+        raise ConvertError(f"rope_scaling {dict(scaling)}: Megatron has linear scaling, and {_LLAMA3}")
+    return flags | {"use-rope-scaling": True}
+
+
+def _whole(value: float, name: str) -> int:
+    if value != int(value):
+        raise ConvertError(f"{name} {value}: Megatron takes whole numbers")
+    return int(value)
+
+
+def _bias_flags(config: Mapping[str, Any]) -> Config:
+    attention, output, mlp = (config[name] for name in ("attention_bias", "attention_output_bias", "mlp_bias"))
+    if output != mlp or (mlp and not attention):
+        raise ConvertError(
+            f"attention_bias {attention}, attention_output_bias {output}, mlp_bias {mlp}: Megatron has biases in all "
+            "linear layers, in those of queries, keys and values alone, or in none"
+        )
+    return {"disable-bias-linear": not mlp, "add-qkv-bias": attention and not mlp}
+
+
+def _activation_flags(config: Mapping[str, Any]) -> Config:
+    act, gated = config["hidden_act"], config["gated_mlp"]
+    if gated and act == "silu":
+        return {"swiglu": True}
+    if not gated and act == "relu2":
+        return {"squared-relu": True, "no-bias-gelu-fusion": True}
+    if not gated and act == "gelu":
+        return {"no-bias-gelu-fusion": True}
+    if not gated and act in ("gelu_pytorch_tanh", "gelu_new") and config["mlp_bias"]:
+        return {}
+    raise ConvertError(
+        f"hidden_act {act} with gated_mlp {gated} and mlp_bias {config['mlp_bias']}: Megatron has gated silu, and "
+        "plain gelu, gelu_pytorch_tanh (with biases) and relu2"
+    )
+
+
+def _sla_flags(config: Mapping[str, Any]) -> Config:
+    if not config["sla_skip_distances"]:
+        return {}
+    return {
+        "sla": True,
+        "sla-skip-distance": config["sla_skip_distances"],
+        "sla-num-skip-groups": len(config["sla_skip_groups"]),
+        # Where none is beyond the distance, that is Megatron's default.
+        "sla-layers": compact_ranges(config["sla_layers"]) or None,
+        "sla-kv-projection": config["sla_kv_projection"],
+    }

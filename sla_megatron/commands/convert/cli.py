@@ -1,0 +1,203 @@
+"""``sla-convert``: Megatron checkpoints to Hugging Face folders and back, exactly, without a GPU.
+
+sla-convert megatron-to-hf checkpoints exported --verify
+sla-convert hf-to-megatron exported checkpoints-again
+sla-convert dense-to-sla dense-checkpoints sla-checkpoints --sla-skip-distance 9
+sla-convert describe checkpoints
+sla-convert verify checkpoints exported
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from ...common.errors import FlagError
+from .errors import ConvertError
+
+_SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main() -> None:
+    """Run one command.  What cannot be done ends it: one line on stderr, exit status 2; logits that differ, 1."""
+    args = _parser().parse_args()
+    try:
+        status = args.command(args)
+    except (ConvertError, FlagError) as error:
+        text = str(error)
+        print(text if text.startswith("sla-") else f"sla-convert: error: {text}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sla-convert", description=__doc__, formatter_class=_Raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    export = commands.add_parser("megatron-to-hf", help="a checkpoint, however it was sharded, to a folder")
+    export.add_argument("checkpoint", type=Path, help="the --save folder, or one iter_* of it")
+    export.add_argument("out", type=Path)
+    export.add_argument("--max-shard-size", type=_shard_bytes, default="5GB", help="such as 500MB; default 5GB")
+    _add_checkpoint_options(export)
+    _add_output_options(export)
+    export.set_defaults(command=_megatron_to_hf)
+
+    back = commands.add_parser(
+        "hf-to-megatron", help="our export, or a dense model of Llama's family or GPT-2, to a checkpoint"
+    )
+    back.add_argument("hf", type=Path)
+    back.add_argument("out", type=Path)
+    _add_output_options(back)
+    back.set_defaults(command=_hf_to_megatron)
+
+    start = commands.add_parser(
+        "dense-to-sla", help="a dense checkpoint to one that pretraining goes on from with --sla"
+    )
+    start.add_argument("checkpoint", type=Path)
+    start.add_argument("out", type=Path)
+    start.add_argument("--sla-skip-distance", type=int, nargs="+", metavar="N")
+    start.add_argument("--sla-num-skip-groups", type=int, metavar="K")
+    start.add_argument("--sla-layers", metavar="RANGES")
+    start.add_argument("--sla-kv-projection", choices=("full", "pruned"))
+    _add_checkpoint_options(start)
+    _add_output_options(start, verify=False)
+    start.set_defaults(command=_dense_to_sla)
+
+    show = commands.add_parser("describe", help="the architecture of a checkpoint or folder, and how tensors map")
+    show.add_argument("model", type=Path)
+    _add_checkpoint_options(show)
+    show.set_defaults(command=_describe)
+
+    check = commands.add_parser("verify", help="compare logits of a checkpoint and a folder on random tokens")
+    check.add_argument("checkpoint", type=Path)
+    check.add_argument("hf", type=Path)
+    _add_checkpoint_options(check)
+    check.set_defaults(command=_verify)
+    check.add_argument("--threshold", type=float, help="largest relative error; default 1e-5")
+    return parser
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer-model", metavar="PATH", help="where the tokenizer's model is now, if it has moved")
+    parser.add_argument(
+        "--override",
+        type=_override,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace one of the checkpoint's arguments, such as bias_gelu_fusion=False",
+    )
+
+
+def _add_output_options(parser: argparse.ArgumentParser, verify: bool = True) -> None:
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the result; default: as stored")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    if verify:
+        parser.add_argument("--verify", action="store_true", help="compare logits afterwards, as the verify command")
+        parser.add_argument("--threshold", type=float, help="largest relative error of --verify; default 1e-5")
+
+
+def _override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE")
+    try:
+        return name.replace("-", "_"), ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name.replace("-", "_"), value
+
+
+def _shard_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a size such as 500MB or 5GB")
+    return int(float(match[1]) * _SHARD_UNITS[match[2].upper()])
+
+
+# Each command imports what it needs: torch and Megatron take seconds, which --help and a bad path need not cost.
+
+
+def _checkpoint(args: argparse.Namespace, path: Path) -> Any:
+    """The checkpoint in ``path``, opened as :func:`_add_checkpoint_options` allows."""
+    from .commands import open_megatron
+
+    return open_megatron(path, args.tokenizer_model, dict(args.override))
+
+
+def _dtype(args: argparse.Namespace) -> Any:
+    from .commands import DTYPES
+
+    return DTYPES.get(args.dtype)
+
+
+def _megatron_to_hf(args: argparse.Namespace) -> int:
+    from .commands import megatron_to_hf
+    from .output import require_free
+
+    require_free(args.out, args.overwrite)
+    source = _checkpoint(args, args.checkpoint)
+    carried = megatron_to_hf(source, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.tokenizer_model)
+    print(f"{args.out}: written; tokenizer: {carried}")
+    return _compare(args, source, args.out) if args.verify else 0
+
+
+def _hf_to_megatron(args: argparse.Namespace) -> int:
+    from .commands import hf_to_megatron, open_megatron
+    from .hf_reader import HFSource
+    from .output import require_free
+
+    require_free(args.out, args.overwrite)
+    source = HFSource(args.hf)
+    hf_to_megatron(source, args.out, _dtype(args), args.overwrite)
+    print(f"{args.out}: written; --load starts from it at iteration 0, without optimizer state")
+    return _compare(args, open_megatron(args.out), args.hf) if args.verify else 0
+
+
+def _dense_to_sla(args: argparse.Namespace) -> int:
+    from .commands import WithSLA, hf_to_megatron
+    from .output import require_free
+
+    require_free(args.out, args.overwrite)
+    dense = _checkpoint(args, args.checkpoint)
+    source = WithSLA(dense, args.sla_skip_distance, args.sla_num_skip_groups, args.sla_layers, args.sla_kv_projection)
+    hf_to_megatron(source, args.out, _dtype(args), args.overwrite)
+    print(f"{args.out}: written; --load with the same --sla flags starts from it at iteration 0")
+    return 0
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from .commands import describe
+    from .hf_reader import HFSource
+
+    is_export = (args.model / "config.json").exists()
+    print(describe(HFSource(args.model) if is_export else _checkpoint(args, args.model)))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    return _compare(args, _checkpoint(args, args.checkpoint), args.hf)
+
+
+def _compare(args: argparse.Namespace, source: Any, folder: Path) -> int:
+    from .verify import THRESHOLD, compare
+
+    threshold = THRESHOLD if args.threshold is None else args.threshold
+    found = compare(source, folder)
+    verdict = "equal" if found.relative <= threshold else f"NOT equal (threshold {threshold:g})"
+    print(
+        f"{source.path} against {folder}: logits {verdict}; relative error {found.relative:.2e}, "
+        f"largest difference {found.largest:.2e}"
+    )
+    return 0 if found.relative <= threshold else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""What ``sla-convert`` does: each command reads one model and writes, or compares, another."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from warnings import catch_warnings
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from tqdm import tqdm
+
+from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
+from ...common.errors import flag_of
+from ...common.tokenizers import TokenizerError
+from ...flags.validation import parse_layers
+from .errors import ConvertError
+from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
+from .hf_reader import vocabulary_tensors
+from .mapping import KEY, VALUE, entries, sla_of
+from .megatron_reader import MegatronSource, checkpoint_folder, last_line
+from .megatron_writer import write_megatron
+from .output import finished_folder
+from .source import Source
+from .tokenizer import carry_tokenizer, vocabulary_size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_GIB = 2**30
+
+
+def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Mapping[str, Any] | None = None) -> Source:
+    """A checkpoint (a ``--save`` folder, or one iteration of it) by its own arguments.
+
+    Args:
+        path: the folder.
+        tokenizer_model: where the tokenizer's model is now, if it has moved.
+        overrides: arguments that replace the stored ones.
+    """
+    folder = checkpoint_folder(path)
+    args = stored_args(folder)
+    for name, value in (overrides or {}).items():
+        if not hasattr(args, name):
+            raise ConvertError(f"--override {name}: the checkpoint's arguments have no such name")
+        setattr(args, name, value)
+    try:
+        size = vocabulary_size(args, tokenizer_model)
+    except TokenizerError as error:
+        raise ConvertError(str(error)) from error
+    return MegatronSource(folder, args, size)
+
+
+def stored_args(folder: Path) -> Namespace:
+    """The arguments that Megatron stored in a checkpoint.
+
+    Raises:
+        ConvertError: if there are none that can be read.
+    """
+    from ...cpu.device import megatron_device
+
+    # Megatron's modules warn of what this machine lacks.
+    with catch_warnings(action="ignore"), redirect_stdout(StringIO()), megatron_device(["--device", "cpu"]):
+        # Importing it registers the types that the arguments hold.
+        import megatron.training.checkpointing  # noqa: F401
+        from megatron.core import dist_checkpointing
+
+        try:
+            state = dist_checkpointing.load_common_state_dict(str(folder))
+        except (Exception, CheckpointException) as error:
+            raise ConvertError(f"{folder}: its arguments cannot be read: {last_line(error)}") from error
+    if "args" not in state:
+        raise ConvertError(f"{folder} holds no arguments of Megatron's trainer")
+    return state["args"]
+
+
+def megatron_to_hf(
+    source: Source,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * _GIB,
+    overwrite: bool = False,
+    tokenizer_model: str | None = None,
+) -> str:
+    """Write ``source`` as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns what was carried.
+
+    Memory: one tensor of the checkpoint and one of the result, beside the libraries.
+    """
+    infos = [
+        TensorInfo(entry.hf, dtype or source.dtype(entry.hf), entry.shape)
+        for entry in entries(source.config)
+        if torch.Size(entry.shape).numel()
+    ]
+    with finished_folder(out, overwrite) as folder, _progress(infos, "megatron-to-hf") as bar:
+
+        def get(name: str) -> Tensor:
+            tensor = source.get(name)
+            bar.update(tensor.numel() * tensor.element_size())
+            return tensor
+
+        write_weights(folder, infos, get, max_shard_bytes)
+        _write_padding(source, folder, dtype)
+        try:
+            carried = carry_tokenizer(source.args, folder, tokenizer_model)
+        except TokenizerError as error:
+            raise ConvertError(str(error)) from error
+        write_model_files(folder, source.config, infos[0].dtype, _special_ids(folder))
+    return carried
+
+
+def _write_padding(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    padding = {name: source.padding(name) for name in vocabulary_tensors(source.config)}
+    padding = {name: rows for name, rows in padding.items() if rows is not None}
+    infos = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
+    write_safetensors(folder / PADDING_FILE, infos, padding.__getitem__)
+
+
+def _special_ids(folder: Path) -> dict[str, Any]:
+    """The token ids that ``generate`` needs, from the tokenizer that was carried along."""
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if (folder / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = {name: getattr(tokenizer, name) for name in ids}
+    return ids
+
+
+def hf_to_megatron(
+    source: Source, out: Path, dtype: torch.dtype | None = None, overwrite: bool = False, flags: Sequence[str] = ()
+) -> None:
+    """Write ``source`` as a checkpoint that Megatron's ``--load`` starts from, at iteration 0, without optimizer."""
+    stored = dtype or source.dtype("model.embed_tokens.weight")
+    with finished_folder(out, overwrite) as folder:
+        write_megatron(source, folder, stored, [*_tokenizer_flags(source), *flags])
+
+
+def _tokenizer_flags(source: Source) -> list[str]:
+    """The flags of the tokenizer that goes with the weights: the checkpoint's own, or the folder's."""
+    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
+    if source.args is not None:
+        given = {name: getattr(source.args, name, None) for name in names}
+    elif (source.path / "tokenizer_config.json").exists():
+        # transformers asks before it reads a folder that holds code, though the tokenizer needs none of it.
+        code = ["--trust-remote-code"] if list(source.path.glob("*.py")) else []
+        return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(source.path.absolute()), *code]
+    else:
+        given = {"tokenizer_type": "NullTokenizer", "vocab_size": source.config["vocab_size"]}
+    return [text for name, value in given.items() if value for text in (flag_of(name), str(value))]
+
+
+class WithSLA:
+    """A dense source, seen as a skip-layer model of the same weights: a start for continued pretraining.
+
+    Args:
+        dense: the source.
+        distances, num_skip_groups, layers, kv_projection: as the ``--sla`` flags; ``None`` takes their defaults.
+
+    Raises:
+        ConvertError: if ``dense`` is not dense.
+    """
+
+    def __init__(
+        self,
+        dense: Source,
+        distances: Sequence[int] | None = None,
+        num_skip_groups: int | None = None,
+        layers: str | None = None,
+        kv_projection: str | None = None,
+    ) -> None:
+        if dense.config["sla_skip_distances"]:
+            raise ConvertError(f"{dense.path}: it is a skip-layer model already")
+        groups, count = dense.config["num_key_value_heads"], dense.config["num_hidden_layers"]
+        skipping = default_num_skip_groups(groups) if num_skip_groups is None else num_skip_groups
+        if not 0 <= skipping <= groups:
+            raise ConvertError(f"--sla-num-skip-groups {skipping}: expected an integer from 0 to {groups}")
+        chosen = dense.config | {
+            "sla_skip_distances": list(distances or [default_skip_distance(count)]),
+            "sla_skip_groups": list(evenly_spread(skipping, groups)),
+            "sla_layers": list(parse_layers(layers, count) if layers else range(1, count + 1)),
+            "sla_kv_projection": kv_projection or "full",
+        }
+        try:
+            self._sla = sla_of(chosen)
+        except ValueError as error:
+            raise ConvertError(str(error)) from error
+        self.dense, self.path, self.args = dense, dense.path, dense.args
+        self.config = chosen | {"sla_layers": list(self._sla.consumer_layers)}
+        self._entries = {entry.hf: entry for entry in entries(self.config)}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dense tensor's."""
+        return self.dense.dtype(name)
+
+    def get(self, name: str) -> Tensor:
+        """The dense tensor; of a pruned model's keys and values, the rows of live groups."""
+        tensor, entry = self.dense.get(name), self._entries[name]
+        if entry.part not in (KEY, VALUE):
+            return tensor
+        head = self.config["head_dim"]
+        live = self._sla.projected_groups(entry.layer + 1)
+        return torch.cat([tensor[group * head : (group + 1) * head] for group in live])
+
+    def padding(self, name: str) -> Tensor | None:
+        """The dense model's."""
+        return self.dense.padding(name)
+
+
+def describe(source: Source) -> str:
+    """The architecture, and the table by which every tensor is converted."""
+    config, sla = source.config, sla_of(source.config)
+    lines = [f"{source.path}"]
+    lines += [f"  {name}: {value}" for name, value in config.items() if not name.startswith("sla_")]
+    skipping = "dense" if sla.is_dense else f"distance {' '.join(map(str, sla.skip_distances))}, {sla.pattern()}"
+    lines.append(f"  skip-layer attention: {skipping}, layers {compact_ranges(sla.consumer_layers) or 'none'}")
+    rows = list(entries(config))
+    width = max(len(entry.hf) for entry in rows)
+    for entry in rows:
+        where = entry.megatron if entry.layer is None else f"{entry.megatron} [{entry.layer}]"
+        shape = "x".join(map(str, entry.shape))
+        lines.append(f"{entry.hf:{width}}  {shape:>14}  {entry.part:10}  {where}")
+    return "\n".join(lines)
+
+
+def _progress(infos: Sequence[TensorInfo], what: str) -> Any:
+    total = sum(info.num_bytes for info in infos)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=not sys.stderr.isatty())

@@ -1,0 +1,115 @@
+"""Hugging Face folders: sharded safetensors, written a tensor at a time; the files that make them loadable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConvertError
+
+_HF_CODE = Path(__file__).parents[2] / "hf"
+CODE_FILES = tuple(sorted(path.name for path in _HF_CODE.glob("*_sla_gpt.py")))
+
+#: The vocabulary rows that Megatron padded, which the format cuts, so that they can come back.
+PADDING_FILE = "megatron_padding.safetensors"
+
+_TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, type and shape of a tensor that is going to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, infos: Iterable[TensorInfo], get: Callable[[str], Tensor]) -> None:
+    """Write one file, holding one tensor at a time.
+
+    The format's own library takes all tensors of a file at once, and copies them.
+    """
+    infos, header, offset = list(infos), {}, 0
+    for info in infos:
+        header[info.name] = {
+            "dtype": _TYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.num_bytes],
+        }
+        offset += info.num_bytes
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for info in infos:
+            tensor = get(info.name).to(info.dtype).contiguous()
+            if tuple(tensor.shape) != info.shape:
+                raise ConvertError(f"tensor {info.name} has shape {tuple(tensor.shape)}, expected {info.shape}")
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def split_into_shards(infos: Iterable[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
+    """Neighbouring tensors together, as many as fit; one that does not fit at all is alone."""
+    shards: list[list[TensorInfo]] = []
+    size = 0
+    for info in infos:
+        if not shards or size + info.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += info.num_bytes
+    return shards
+
+
+def write_weights(
+    folder: Path, infos: Iterable[TensorInfo], get: Callable[[str], Tensor], max_shard_bytes: int
+) -> None:
+    """``model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their index."""
+    shards = split_into_shards(infos, max_shard_bytes)
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], get)
+        return
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, shard, get)
+    index = {
+        "metadata": {"total_size": sum(info.num_bytes for shard in shards for info in shard)},
+        "weight_map": {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard},
+    }
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented, with a final newline."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_model_files(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, special: Mapping[str, Any]) -> None:
+    """``config.json``, ``generation_config.json`` and the model's code.  ``special``: token ids."""
+    module = "modeling_sla_gpt"
+    auto_map = {
+        "AutoConfig": "configuration_sla_gpt.SlaGPTConfig",
+        "AutoModel": f"{module}.SlaGPTModel",
+        "AutoModelForCausalLM": f"{module}.SlaGPTForCausalLM",
+    }
+    name = str(dtype).removeprefix("torch.")
+    # transformers warns of a field of this name, even of an empty one.
+    fields = {field: value for field, value in config.items() if field != "rope_scaling" or value is not None}
+    kind = {"architectures": ["SlaGPTForCausalLM"], "auto_map": auto_map, "dtype": name}
+    write_json(folder / "config.json", kind | fields | dict(special))
+    write_json(folder / "generation_config.json", {"do_sample": False} | dict(special))
+    for file in CODE_FILES:
+        shutil.copyfile(_HF_CODE / file, folder / file)

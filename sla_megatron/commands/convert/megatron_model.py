@@ -1,0 +1,134 @@
+"""A Megatron model in this process, from flags: to be filled and saved, or to be asked for logits."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cpu.device import megatron_device
+from .assemble import Assembler
+from .errors import ConvertError
+
+#: What the run that goes on will choose for itself; here it only has to be built.  The flags are Megatron's.
+_HERE = (
+    *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4", "--transformer-impl", "local"),
+    *("--no-persist-layer-norm", "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"),
+    *("--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion", "--use-cpu-initialization"),
+    *("--attention-dropout", "0", "--hidden-dropout", "0", "--distributed-backend", "gloo"),
+)
+
+_TYPE_FLAGS = {torch.float32: (), torch.bfloat16: ("--bf16",), torch.float16: ("--fp16",)}
+
+
+@contextmanager
+def megatron_alone() -> Iterator[None]:
+    """Within the block this process is a Megatron run of one rank, on the CPU."""
+    with warnings.catch_warnings(action="ignore"), megatron_device(["--device", "cpu"]):
+        import torch.distributed as dist
+        from megatron.core import parallel_state, tensor_parallel
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            parallel_state.initialize_model_parallel()
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def args_of(argv: Sequence[str], dtype: torch.dtype) -> Namespace:
+    """Megatron's settled arguments for ``argv``, in a run of one rank.  Call within :func:`megatron_alone`.
+
+    Raises:
+        ConvertError: for what Megatron does not accept.
+    """
+    from ...common.errors import FlagError
+    from ...flags.arguments import settled_args
+
+    before, sys.argv = sys.argv, ["sla-convert", *argv, *_HERE, *_TYPE_FLAGS[dtype]]
+    try:
+        # Megatron lists every argument.
+        with redirect_stdout(StringIO()):
+            return settled_args(will_run_here=False)
+    except (FlagError, AssertionError, ValueError) as error:
+        raise ConvertError(f"Megatron does not accept the model: {' '.join(str(error).split())}") from error
+    finally:
+        sys.argv = before
+
+
+def build(args: Namespace) -> Any:
+    """The ``GPTModel`` of ``args``, all of it, in evaluation mode, in ``args.params_dtype``."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from ...model.builder import SLAGPTModelBuilder, SLAGPTModelConfig, gpt_config_from_args
+
+    config = gpt_config_from_args(args)
+    # Every weight is about to be overwritten.
+    config.transformer.perform_initialization = False
+    builder = SLAGPTModelBuilder if isinstance(config, SLAGPTModelConfig) else GPTModelBuilder
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = builder(config).build_model(groups, pre_process=True, post_process=True)
+    return model.to(args.params_dtype).eval()
+
+
+def sharded_tensors(model: Any) -> tuple[dict[str, Any], Iterator[tuple[str, int | None, Tensor, tuple[int, ...]]]]:
+    """What Megatron saves of ``model``, and each tensor of it.
+
+    Returns:
+        the sharded state dictionary, and for each tensor its key in a checkpoint, its layer where layers are stored as
+        one tensor, its data, which may be written to, and where this begins in the stored tensor (without the layer).
+    """
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    metadata = {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = model.sharded_state_dict(metadata=metadata)
+    # Parts of a gated MLP's first matrix are made from it when it is saved; as views, they can be filled.
+    apply_factories(state)
+
+    def tensors() -> Iterator[tuple[str, int | None, Tensor, tuple[int, ...]]]:
+        for value in nested_values(state):
+            if isinstance(value, ShardedTensor):
+                prepended = value.prepend_axis_num
+                layer = value.global_offset[0] if prepended else None
+                yield value.key, layer, value.data, tuple(value.global_offset[prepended:])
+
+    return state, tensors()
+
+
+def fill(model: Any, source: Any, vocabulary_rows: int) -> dict[str, Any]:
+    """Give ``model`` the weights of ``source``; returns what Megatron saves of it.
+
+    Args:
+        model: as :func:`build` made it.
+        source: of the same architecture.
+        vocabulary_rows: of the model, padding included.
+
+    Raises:
+        ConvertError: if the model has a tensor that the source says nothing about.
+    """
+    state, tensors = sharded_tensors(model)
+    assembler = Assembler(source, vocabulary_rows)
+    with torch.no_grad():
+        for key, layer, data, offsets in tensors:
+            whole = assembler.tensor(key, layer)
+            for dim, (offset, length) in enumerate(zip(offsets, data.shape, strict=True)):
+                whole = whole.narrow(dim, offset, length)
+            data.copy_(whole)
+    assembler.require_all_used()
+    return state

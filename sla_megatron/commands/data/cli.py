@@ -1,0 +1,62 @@
+"""``sla-data``: from any text to Megatron's indexed format.
+
+sla-data tokenizer --input corpus.jsonl --vocab-size 32000 --output tokenizer.model
+sla-data tokenize --input corpus.jsonl --output-prefix data/corpus \\
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --workers 8
+sla-data inspect data/corpus
+sla-data merge --output-prefix data/all data/corpus data/more
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from ...common.errors import FlagError
+from ...common.tokenizers import TokenizerError
+from . import inspect_command, merge_command, tokenize_command, tokenizer_command
+from .errors import DataError
+
+COMMANDS = (tokenizer_command, tokenize_command, inspect_command, merge_command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.  What cannot be done ends it: one line on stderr, exit status 2; an unsound data set, 1."""
+    parser = argparse.ArgumentParser(
+        prog="sla-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add_command(commands)
+    args = parser.parse_args(argv)
+    try:
+        with _environment():
+            status = args.command(args)
+    except (DataError, FlagError, TokenizerError) as error:
+        print(f"sla-data: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("sla-data: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    if status:
+        sys.exit(status)
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Within the block no GPU is looked for, and Megatron need not wonder aloud which rank it is."""
+    before = dict(os.environ)
+    os.environ.update({"CUDA_VISIBLE_DEVICES": "", "RANK": "0"})
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Documents to token ids, by the tokenizer that Megatron trains with."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from array import array
+from typing import Any
+
+import numpy
+
+from ...common.tokenizers import TokenizerError, build, tokenizer_name
+
+#: What Megatron's index calls its types, and the codes of ``array`` that convert lists of ids fastest.
+_CODES = {"uint16": "H", "int32": "i"}
+
+
+class Encoder:
+    """Text to the ids of one document, its end included.
+
+    Args:
+        settings: of the tokenizer, as :func:`sla_megatron.common.tokenizers.tokenizer_settings` gives them.
+        append_eod: whether a document ends with the tokenizer's end-of-document token.
+
+    Raises:
+        TokenizerError: if the tokenizer cannot be built, or has no token to end documents with.
+    """
+
+    def __init__(self, settings: dict[str, Any], append_eod: bool) -> None:
+        from megatron.core.datasets.indexed_dataset import DType
+
+        # A long document is no reason for transformers to warn: pretraining cuts it.
+        logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+        self.tokenizer = build(Namespace(**settings))
+        self.vocab_size: int = self.tokenizer.vocab_size
+        self.dtype: type[numpy.number] = DType.optimal_dtype(self.vocab_size)
+        self._code = _CODES[self.dtype.__name__]
+        self._end = self._end_of_document(Namespace(**settings)) if append_eod else []
+
+    def _end_of_document(self, settings: Namespace) -> list[int]:
+        """The token to append; none where the tokenizer ends every text with it by itself."""
+        eod = self.tokenizer.eod
+        if eod is None or eod < 0:
+            raise TokenizerError(f"{tokenizer_name(settings)} has no end-of-document token: expected --no-append-eod")
+        return [] if self.tokenizer.tokenize("a")[-1:] == [eod] else [eod]
+
+    def __call__(self, text: str) -> numpy.ndarray:
+        """Token ids ``[n]`` of ``dtype``.  Raises whatever the tokenizer raises on a text that it cannot encode."""
+        return numpy.frombuffer(array(self._code, self.tokenizer.tokenize(text) + self._end), dtype=self.dtype)

@@ -1,0 +1,124 @@
+"""How many parameters the job's model has, and how large a checkpoint of it is, without building it.
+
+Legend: ``h`` hidden size, ``d`` head size, ``H`` query heads, ``G`` K/V groups, ``f`` inner size of an MLP.
+"""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from typing import Any
+
+from .finding import Skipped
+
+#: Bytes of an element, by the type's name.
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+
+
+def parameter_count(args: Namespace, vocabulary: int | None) -> int:
+    """Parameters of the whole model; all of its experts, no padding but the vocabulary's.
+
+    Args:
+        args: validated; call where Megatron may be imported.
+        vocabulary: tokens of the tokenizer; None takes what the flags say.
+
+    Raises:
+        Skipped: for a model that is not counted here.
+    """
+    model = model_config(args, vocabulary)
+    config = model.transformer
+    if config.multi_latent_attention or getattr(config, "mtp_num_layers", None):
+        raise Skipped("parameters are not estimated with multi-latent attention or multi-token prediction")
+    hidden, norm = config.hidden_size, _norm_width(config)
+    count = _padded(model) * hidden * (1 if model.share_embeddings_and_output_weights else 2)
+    if model.position_embedding_type == "learned_absolute":
+        count += model.seq_length * hidden
+    for layer in range(config.num_layers):
+        count += _attention(config) + _mlp(config, layer) + 2 * norm * hidden
+    return count + norm * hidden - _left_out(model)
+
+
+def model_config(args: Namespace, vocabulary: int | None) -> Any:
+    """The job's model, as its own configuration describes it."""
+    from ...model.builder import gpt_config_from_args
+
+    args = copy.copy(args)
+    if args.padded_vocab_size is None and vocabulary is not None:
+        args.vocab_size = vocabulary
+    if args.padded_vocab_size is None and args.vocab_size is None:
+        raise Skipped("the size of the vocabulary is not known")
+    return gpt_config_from_args(args)
+
+
+def checkpoint_bytes(args: Namespace, parameters: int) -> int:
+    """Bytes of a checkpoint of ``parameters``: weights, and what the optimizer keeps for each."""
+    return parameters * (args.params_dtype.itemsize + _optimizer_bytes(args))
+
+
+def _optimizer_bytes(args: Namespace) -> int:
+    """What an optimizer's state holds for a parameter: Adam's two moments or a momentum, and a master weight."""
+    if args.no_save_optim:
+        return 0
+    moments = {"sgd": ("exp_avg_dtype",)}.get(args.optimizer, ("exp_avg_dtype", "exp_avg_sq_dtype"))
+    state = sum(_width(getattr(args, name, None)) for name in moments)
+    has_master = args.params_dtype.itemsize < 4 or args.use_distributed_optimizer
+    return state + (_width(getattr(args, "main_params_dtype", None)) if has_master else 0)
+
+
+def _width(dtype: Any) -> int:
+    if hasattr(dtype, "itemsize"):
+        return dtype.itemsize
+    return _BYTES.get(str(dtype), 4)
+
+
+def _attention(config: Any) -> int:
+    hidden, head, heads = config.hidden_size, config.kv_channels, config.num_attention_heads
+    groups = config.num_query_groups or heads
+    gated = 2 if getattr(config, "attention_output_gate", False) else 1
+    qkv = head * (gated * heads + 2 * groups)
+    count = hidden * qkv + heads * head * hidden
+    count += qkv * int(config.add_bias_linear or config.add_qkv_bias) + hidden * int(config.add_bias_linear)
+    if config.qk_layernorm and not config.qk_l2_norm:
+        count += 2 * head * _norm_width(config)
+    return count
+
+
+def _mlp(config: Any, layer: int) -> int:
+    """Parameters of the MLP, or of all experts with their router, of ``layer``, which counts from 0."""
+    frequency = config.moe_layer_freq
+    is_moe = config.num_moe_experts and (
+        frequency[layer] if isinstance(frequency, list) else layer % (frequency or 1) == 0
+    )
+    if not is_moe:
+        return _one_mlp(config, config.hidden_size, config.ffn_hidden_size)
+    inner = getattr(config, "moe_latent_size", None) or config.hidden_size
+    count = config.num_moe_experts * _one_mlp(config, inner, config.moe_ffn_hidden_size or config.ffn_hidden_size)
+    count += config.num_moe_experts * config.hidden_size
+    if getattr(config, "moe_latent_size", None):
+        count += 2 * config.hidden_size * inner
+    if config.moe_shared_expert_intermediate_size:
+        count += _one_mlp(config, config.hidden_size, config.moe_shared_expert_intermediate_size)
+    return count
+
+
+def _one_mlp(config: Any, width: int, inner: int) -> int:
+    gated = 2 if config.gated_linear_unit else 1
+    bias = inner * gated + width if config.add_bias_linear else 0
+    return width * inner * (gated + 1) + bias
+
+
+def _norm_width(config: Any) -> int:
+    return 2 if config.normalization == "LayerNorm" else 1
+
+
+def _left_out(model: Any) -> int:
+    from ...model.report import pruned_parameters
+
+    return pruned_parameters(model) if getattr(model, "sla", None) is not None else 0
+
+
+def _padded(model: Any) -> int:
+    if not model.should_pad_vocab:
+        return model.vocab_size
+    multiple = model.make_vocab_size_divisible_by * model.transformer.tensor_model_parallel_size
+    return -(-model.vocab_size // multiple) * multiple

@@ -1,0 +1,52 @@
+"""The flags of ``sla-doctor`` beside those of the job."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from ...common.errors import FlagError
+from ...common.flag_types import WITH_VALUE, file_name, number
+
+DEFAULT_TIMEOUT = 300.0
+
+
+def add_doctor_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags to ``parser`` and return it."""
+    group = parser.add_argument_group("sla-doctor", "whether the job can run; takes the job's own flags beside these")
+    group.add_argument(
+        "--num-gpus",
+        type=number("--num-gpus", int, "an integer >= 1"),
+        metavar="N",
+        **WITH_VALUE,
+        help="World size to assume where this runs alone. Default: the fewest GPUs that the parallel sizes allow.",
+    )
+    group.add_argument(
+        "--quick", action="store_true", help="Leave out the forward and backward pass over the job's layout."
+    )
+    group.add_argument(
+        "--timeout",
+        type=number("--timeout", float, "seconds, more than 0", below=1e9),
+        default=DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+        **WITH_VALUE,
+        help="How long rank 0 waits for the others: to come, to examine their nodes, and to run the layout. "
+        f"Default: {DEFAULT_TIMEOUT:.0f}.",
+    )
+    group.add_argument(
+        "--bad-nodes",
+        type=file_name("--bad-nodes"),
+        metavar="FILE",
+        **WITH_VALUE,
+        help="Write the names of the nodes whose own check failed to this file, one a line; empty if there is none. "
+        "A check that fails on all nodes says nothing of one, but for missing GPUs.",
+    )
+    return parser
+
+
+def check_doctor_args(args: Namespace) -> None:
+    """What needs no job.  Raises :class:`FlagError`."""
+    if args.bad_nodes is not None:
+        path = Path(args.bad_nodes)
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise FlagError("--bad-nodes", args.bad_nodes, "a file in a directory that exists")

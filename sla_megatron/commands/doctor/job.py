@@ -1,0 +1,98 @@
+"""The job's flags, settled as the job will settle them."""
+
+from __future__ import annotations
+
+import io
+import re
+import traceback
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+from ...common.errors import FlagError
+from ...cpu.device import add_device_arg
+from .finding import Fault
+from .flags import add_doctor_args
+from .place import Place
+
+_ERROR_PREFIX = re.compile(r"^[\w.-]+: error: ")
+
+
+def job_args(place: Place, num_gpus: int | None, on_cpu: bool) -> Namespace:
+    """Megatron's validated arguments of the job that ``sys.argv`` describes.
+
+    Args:
+        place: the world size is this process's, or without a launcher ``num_gpus`` or the fewest that fit.
+        num_gpus: the world size to assume without a launcher.
+        on_cpu: whether the job itself will run in the CPU backend, which is active then.
+
+    Raises:
+        Fault: for the first thing that Megatron or this project does not accept.
+    """
+    from ...flags.arguments import settled_args
+    from ...pretrain_gpt import require_pretraining
+    from ..plan.settle import fewest_gpus
+
+    def check(args: Namespace) -> None:
+        require_pretraining(args)
+        if place.launched:
+            args.rank, args.world_size = place.rank, place.world_size
+            if num_gpus not in (None, place.world_size):
+                raise FlagError("--num-gpus", num_gpus, f"the job's world size, {place.world_size}, or nothing")
+        else:
+            args.rank, args.world_size = 0, num_gpus or fewest_gpus(args)
+
+    with _one_line():
+        return settled_args(
+            _provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}, check=check, will_run_here=on_cpu
+        )
+
+
+def sizes(args: Namespace) -> str:
+    """How the world size divides; it does, or Megatron's validation would have raised."""
+    parts = {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "VPP": args.virtual_pipeline_model_parallel_size or 1,
+        "CP": args.context_parallel_size,
+        "EP": args.expert_model_parallel_size,
+        "DP": args.data_parallel_size,
+    }
+    shown = " x ".join(f"{name} {size}" for name, size in parts.items() if size > 1) or "one rank"
+    microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    return (
+        f"world size {args.world_size}: {shown}; {args.num_layers} layers, {args.num_attention_heads} heads; "
+        f"{args.global_batch_size} samples a step, {microbatches} microbatches of {args.micro_batch_size} a pipeline"
+    )
+
+
+def _provider(parser: ArgumentParser) -> ArgumentParser:
+    parser.prog = "sla-doctor"
+    return add_doctor_args(add_device_arg(parser))
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn whatever parsing and validating raise into a :class:`Fault`, and drop what they print."""
+    printed = io.StringIO()
+    try:
+        with quietly(), redirect_stderr(printed):
+            yield
+    except FlagError as error:
+        raise Fault(_ERROR_PREFIX.sub("", str(error))) from error
+    except SystemExit as ended:
+        # argparse prints its usage, two thousand lines, and then what is wrong.
+        last = next(iter(reversed(printed.getvalue().split("\n\n")[-1].strip().splitlines())), "Megatron gave up")
+        raise Fault(_ERROR_PREFIX.sub("", last)) from ended
+    except Exception as error:
+        # An assertion without a message says in its own code what it wants.
+        text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+        raise Fault(f"Megatron does not accept these flags: {' '.join(text.split())}") from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within the block Megatron prints nothing and warns of nothing."""
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
+        yield

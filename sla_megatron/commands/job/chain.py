@@ -1,0 +1,221 @@
+"""A run as a chain of attempts: where each began and ended, and what comes next.
+
+``chain.json`` in the run's folder remembers the attempts, so that a first start and a lost checkpoint, a preemption and
+a crash loop are told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ...common.checkpoint_folders import TRACKER, newest_complete, point_to, tracked
+from ...common.files import write_json
+
+FINISHED, REQUEUE, STOP = "finished", "requeue", "stop"
+
+
+class JobError(Exception):
+    """Why a job must not start, as one line."""
+
+
+@dataclass
+class Attempt:
+    """One start of the job.  Iterations are of the newest complete checkpoint, 0 before the first."""
+
+    job: str
+    nodes: str
+    began: str
+    began_at: int
+    ended: str | None = None
+    ended_at: int | None = None
+    how: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by itself, or without a word, and left no newer checkpoint than it began with."""
+        return self.how not in ("preempted", "finished") and (self.ended_at or self.began_at) <= self.began_at
+
+
+@dataclass
+class Chain:
+    """The attempts of the run in ``folder``."""
+
+    folder: Path
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Chain:
+        """Raises JobError if there is a file that cannot be read."""
+        path = folder / "chain.json"
+        try:
+            return cls(folder, [Attempt(**attempt) for attempt in json.loads(path.read_text())["attempts"]])
+        except FileNotFoundError:
+            return cls(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JobError(f"{path} cannot be read ({error}): expected it as it was, or moved away") from error
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "chain.json", {"attempts": [asdict(attempt) for attempt in self.attempts]})
+
+    @property
+    def newest(self) -> int:
+        """The newest checkpoint that was ever seen complete."""
+        return max((max(a.began_at, a.ended_at or 0) for a in self.attempts), default=0)
+
+    def failures(self, job: str) -> int:
+        """How many of the last attempts of ``job`` failed in a row; a job that is submitted anew counts from 0."""
+        count = 0
+        for attempt in reversed(self.attempts):
+            if attempt.job != job or not attempt.failed:
+                break
+            count += 1
+        return count
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """The few of Megatron's flags that a chain depends on."""
+
+    save: Path
+    train_iters: int | None
+
+
+def training_flags(flags: Sequence[str]) -> TrainingFlags:
+    """Read from all flags of a run, the last of a name counts.
+
+    Raises:
+        JobError: where the chain could not go on from what it saves.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--load", type=Path)
+    parser.add_argument("--train-iters", type=int)
+    parser.add_argument("--ckpt-format", default="torch_dist")
+    parser.add_argument("--finetune", action="store_true")
+    try:
+        found, _ = parser.parse_known_args(list(flags))
+    except argparse.ArgumentError as error:
+        raise JobError(str(error)) from error
+    if found.save is None:
+        raise JobError("--save: expected a folder, where an attempt goes on from")
+    if found.load is None or found.load.absolute() != found.save.absolute():
+        raise JobError(
+            f"--load {found.load}: expected the folder of --save, {found.save}, where an attempt goes on from; "
+            "weights to begin with are --pretrained-checkpoint"
+        )
+    if found.finetune:
+        raise JobError("--finetune would begin anew at each attempt: expected --pretrained-checkpoint for the weights")
+    if found.ckpt_format != "torch_dist":
+        raise JobError(f"--ckpt-format {found.ckpt_format}: expected torch_dist, whose checkpoints can be checked")
+    return TrainingFlags(found.save, found.train_iters)
+
+
+def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, say: Callable[[str], None]) -> str:
+    """Before an attempt: the checkpoint folder is put in order, the attempt is noted.
+
+    Args:
+        chain: the attempts so far.
+        flags: of the run.
+        job: Slurm's number of the job.
+        nodes: where it runs.
+        limit: failures in a row that end the chain.
+        say: receives lines for the log.
+
+    Returns:
+        ``FINISHED`` if there is nothing left to train, ``STOP`` in a crash loop, else ``REQUEUE``: go on.
+
+    Raises:
+        JobError: if checkpoints that there were are gone.
+    """
+    newest, broken = newest_complete(flags.save)
+    if chain.attempts and chain.attempts[-1].ended is None:
+        _note_end(chain.attempts[-1], newest, "without a word")
+        say(f"attempt {len(chain.attempts)} ended without a word: its node failed, or the job was killed")
+    known = max(chain.newest, _tracked_iteration(flags.save))
+    if newest is None and known:
+        seen = "; ".join(f"{path.name}: {reason}" for path, reason in broken.items()) or "no iter_* folder"
+        raise JobError(
+            f"{flags.save} had a checkpoint of iteration {known} and has no complete one now ({seen}): expected it to "
+            f"be restored; to begin anew, another --save, or remove {chain.folder / 'chain.json'} and {TRACKER}"
+        )
+    if newest is None:
+        if tracked(flags.save) is not None:
+            raise JobError(f"{flags.save / TRACKER} says {tracked(flags.save)!r}: expected an iteration, or no file")
+        say("no checkpoint yet: starting from the beginning" if chain.attempts else "first start: no checkpoint yet")
+        for path, reason in broken.items():
+            say(f"{path} is not complete ({reason}), and the first: it will be written anew")
+    else:
+        if newest < known:
+            say(f"the checkpoint of iteration {known} is lost or damaged: falling back to iteration {newest}")
+        point_to(flags.save, newest, broken, say)
+        say(f"resuming from iteration {newest}")
+    if flags.train_iters is not None and (newest or 0) >= flags.train_iters:
+        say(f"finished: iteration {newest} of {flags.train_iters}")
+        chain.write()
+        return FINISHED
+    if chain.failures(job) >= limit:
+        chain.write()
+        return _stopped(chain, job, say)
+    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0))
+    chain.write()
+    say(f"attempt {len(chain.attempts)} of this run, job {job} on {nodes}")
+    return REQUEUE
+
+
+def end(
+    chain: Chain, flags: TrainingFlags, status: int, signalled: bool, limit: int, say: Callable[[str], None]
+) -> str:
+    """After an attempt that ended with ``status``: ``FINISHED``, ``REQUEUE`` or ``STOP``.
+
+    Whether an attempt got anywhere is read off its checkpoints: torchrun returns 1 after a signal even if all ranks
+    saved, and Megatron 0 after errors.
+    """
+    if not chain.attempts:
+        raise JobError(f"{chain.folder}: expected an attempt that has begun")
+    attempt = chain.attempts[-1]
+    newest, _ = newest_complete(flags.save)
+    saved = f"iteration {newest} is saved" if newest else "nothing is saved"
+    gained = (newest or 0) - attempt.began_at
+    gain = f"{gained} iterations more than it began with" if gained else "no more than it began with"
+    done = newest is not None and flags.train_iters is not None and newest >= flags.train_iters
+    if done or (flags.train_iters is None and status == 0 and not signalled):
+        how, verdict, line = "finished", FINISHED, f"finished: {saved}"
+    elif signalled:
+        how, verdict, line = "preempted", REQUEUE, f"ended by a signal: {saved}, {gain}"
+    elif status == 0 and gained > 0:
+        how, verdict, line = "exited", REQUEUE, f"ended by itself before the last iteration: {saved}"
+    else:
+        how, verdict, line = f"status {status}", REQUEUE, f"failed with status {status}: {saved}, {gain}"
+    _note_end(attempt, newest, how)
+    chain.write()
+    say(f"attempt {len(chain.attempts)} {line}")
+    if verdict == REQUEUE and chain.failures(attempt.job) >= limit:
+        return _stopped(chain, attempt.job, say)
+    return verdict
+
+
+def _stopped(chain: Chain, job: str, say: Callable[[str], None]) -> str:
+    say(
+        f"stopping: {chain.failures(job)} attempts in a row failed without a new checkpoint; the logs say why. "
+        "Submitted again, the job goes on from the newest checkpoint"
+    )
+    return STOP
+
+
+def _note_end(attempt: Attempt, newest: int | None, how: str) -> None:
+    attempt.ended, attempt.ended_at, attempt.how = _now(), newest or 0, how
+
+
+def _tracked_iteration(folder: Path) -> int:
+    said = tracked(folder)
+    return said if isinstance(said, int) else 0
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,86 @@
+"""``sla-patch``: --sla in pretrain_gpt.py of your own Megatron-LM checkout.
+
+sla-patch check DIR
+sla-patch apply DIR
+sla-patch revert DIR
+sla-patch registry [DIR]
+
+DIR is a checkout of a supported version.  Exit status: 0 done, or applied; 1 check: not applied; registry: a name does
+not fit; 2 it cannot be done, and nothing was changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ...common.errors import StartError
+from .checkout import Checkout, PatchError
+
+
+def main() -> None:
+    """Run one command.  What cannot be done ends it: one line on stderr, exit status 2."""
+    arguments = _parser().parse_args()
+    try:
+        status = arguments.command(arguments.checkout)
+    except (PatchError, StartError) as error:
+        print(f"sla-patch: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BrokenPipeError:  # Whoever reads has read enough, as head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sla-patch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("check", _check, "whether the patch is applied, and whether it fits"),
+        ("apply", _apply, "apply the patch; once or twice is the same"),
+        ("revert", _revert, "take the patch back"),
+    ):
+        subparser = commands.add_parser(name, help=text, description=text)
+        subparser.add_argument("checkout", metavar="DIR", type=lambda path: Checkout(Path(path)))
+        subparser.set_defaults(command=command)
+    registry = commands.add_parser(
+        "registry",
+        help="every name of Megatron and torch that this project replaces or relies on; with DIR, whether each fits",
+    )
+    registry.add_argument("checkout", metavar="DIR", nargs="?", type=lambda path: Checkout(Path(path)))
+    registry.set_defaults(command=_registry)
+    return parser
+
+
+def _check(checkout: Checkout) -> int:
+    if checkout.is_applied():
+        print(f"{checkout.script}: {checkout.patch.name} is applied (Megatron {checkout.version})")
+        return 0
+    print(f"{checkout.script}: not applied; {checkout.patch.name} fits (Megatron {checkout.version})")
+    return 1
+
+
+def _apply(checkout: Checkout) -> int:
+    done = "applied" if checkout.apply() else "was applied already, nothing changed:"
+    print(f"{checkout.script}: {done} {checkout.patch.name} (Megatron {checkout.version})")
+    return 0
+
+
+def _revert(checkout: Checkout) -> int:
+    done = "took back" if checkout.revert() else "was not applied, nothing changed:"
+    print(f"{checkout.script}: {done} {checkout.patch.name} (Megatron {checkout.version})")
+    return 0
+
+
+def _registry(checkout: Checkout | None) -> int:
+    from .registry_command import print_registry
+
+    return print_registry(checkout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""``sla-plan``: what skip-layer attention moves, keeps and costs in a pipeline, before anything runs.
+
+It takes the flags of ``sla_megatron.pretrain_gpt`` and some of its own (``flags.py``), and needs no GPU:
+
+    sla-plan --sla --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --seq-length 4096 \\
+        --max-position-embeddings 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 \\
+        --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 \\
+        --link-gb-per-s 50 --compute-tflops 400 --suggest --plot step.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...common.errors import one_line_errors
+from ...common.files import write_whole
+from .as_json import as_json
+from .figures import Figures
+from .flags import STDOUT, add_plan_args, check_plan_args, rates
+from .job import PlanError
+from .plot import plot
+from .report import report
+from .settle import settled_job
+
+#: Seconds after which a long search says how far it is.
+_PATIENCE = 3.0
+
+
+def main() -> None:
+    """Plan for the run that ``sys.argv`` describes.  A bad flag ends it: one line on stderr, exit status 2."""
+    # A plan is one process's, whatever launched it.
+    os.environ["RANK"] = "0"
+    with _one_line_errors():
+        _plan()
+
+
+def _plan() -> None:
+    parser = add_plan_args(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    # Before Megatron is imported, which takes seconds.
+    asked, _ = parser.parse_known_args()
+    check_plan_args(asked)
+
+    figures = Figures.of(settled_job(), rates(asked), asked.suggest, _progress())
+    if asked.plot is not None:
+        plot(figures.prediction, Path(asked.plot))
+    if asked.json == STDOUT:
+        print(as_json(figures))
+        return
+    if asked.json is not None:
+        write_whole(Path(asked.json), as_json(figures) + "\n")
+    print(report(figures))
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        with one_line_errors():
+            yield
+    except PlanError as error:
+        print(f"sla-megatron: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _progress() -> Callable[[str], None]:
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        if time.monotonic() - start > _PATIENCE:
+            print(f"sla-plan: {line}", file=sys.stderr, flush=True)
+
+    return say
+
+
+if __name__ == "__main__":
+    main()

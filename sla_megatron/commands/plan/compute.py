@@ -1,0 +1,78 @@
+"""Floating-point operations of each virtual stage, for the simulated timeline.  Pure Python.
+
+Legend: ``q`` sequence length, ``b`` microbatch size, ``h`` hidden size, ``H`` query heads, ``d`` head size, ``G``
+projected K/V groups, ``T`` tensor-parallel and ``C`` context-parallel size.  Matrix multiplications only, two
+operations for each multiply-add, attention counted as causal: what Megatron's own throughput figure counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...attention.sla_config import SLAConfig
+from ...pipeline.layout import PipelineLayout
+from ...pipeline.payload import MicrobatchShape
+
+#: A backward pass computes gradients of inputs and of weights.
+BACKWARD_OVER_FORWARD = 2
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """What of a model decides its work, beside the sizes of a microbatch.
+
+    Attributes:
+        num_heads: ``H``.
+        mlp_weights: for each layer, the MLP's weights that one token meets (with experts: those of its experts).
+        output_gate: whether attention has an output gate as wide as its queries.
+        vocabulary: rows of the output layer, padding included; 0 where the flags do not tell.
+        recompute: what a backward pass computes again: nothing, attention without its projections, or whole layers.
+        recomputed_layers: of each virtual stage, how many layers ``"full"`` recomputes; ``None``: all.
+    """
+
+    num_heads: int
+    mlp_weights: tuple[int, ...]
+    output_gate: bool = False
+    vocabulary: int = 0
+    recompute: Literal["none", "attention", "full"] = "none"
+    recomputed_layers: int | None = None
+
+
+def stage_operations(
+    work: ModelWork, shape: MicrobatchShape, layout: PipelineLayout, sla: SLAConfig, dense: bool = False
+) -> list[tuple[float, float]]:
+    """(forward, backward) operations of each virtual stage for one microbatch, on one GPU.
+
+    ``dense`` is the model without skip-layer attention, which projects the K/V of every group in every layer.
+    """
+    gpus = shape.tensor_parallel_size * shape.context_parallel_size
+    tokens = shape.sequence_length * shape.microbatch_size
+    stages = []
+    for stage, layers in enumerate(layout.stages):
+        groups = [sla.num_query_groups if dense else len(sla.projected_groups(layer)) for layer in layers]
+        forwards = [_layer(work, shape, layer, count) for layer, count in zip(layers, groups, strict=True)]
+        forward, again = sum(forwards), _recomputed(work, shape, forwards)
+        if stage == layout.num_stages - 1:
+            forward += 2 * tokens * shape.hidden_size * work.vocabulary
+        stages.append((forward / gpus, (BACKWARD_OVER_FORWARD * forward + again) / gpus))
+    return stages
+
+
+def _layer(work: ModelWork, shape: MicrobatchShape, layer: int, projected_groups: int) -> int:
+    """Forward operations of one layer for one microbatch, over all of its GPUs."""
+    # Query (its gate beside it) and output projections, key and value projections.
+    heads = work.num_heads * (2 + work.output_gate) + 2 * projected_groups
+    weights = shape.hidden_size * shape.head_size * heads + work.mlp_weights[layer - 1]
+    return 2 * shape.sequence_length * shape.microbatch_size * weights + _attention(work, shape)
+
+
+def _attention(work: ModelWork, shape: MicrobatchShape) -> int:
+    """Scores and weighted values of one layer; ``q * q / 2`` pairs of positions, since attention is causal."""
+    return 2 * shape.microbatch_size * shape.sequence_length**2 * work.num_heads * shape.head_size
+
+
+def _recomputed(work: ModelWork, shape: MicrobatchShape, forwards: list[int]) -> int:
+    if work.recompute == "full":
+        return sum(forwards[: work.recomputed_layers])
+    return len(forwards) * _attention(work, shape) if work.recompute == "attention" else 0

@@ -1,0 +1,111 @@
+"""The flags of ``sla-plan`` beside those of pretraining."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...common.errors import FlagError
+from ...common.flag_types import WITH_VALUE, file_name, number
+from .predict import Rates
+
+PLOT_SUFFIXES = (".png", ".svg")
+
+#: ``--json``'s value for the standard output.
+STDOUT = "-"
+
+
+def add_plan_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add the flags to ``parser`` and return it."""
+    group = parser.add_argument_group("sla-plan", "what skip-layer attention costs in this run; needs no GPU")
+    group.add_argument(
+        "--num-gpus",
+        type=number("--num-gpus", int, "an integer >= 1"),
+        **_WITH_VALUE,
+        help="GPUs of the run (the world size). Default: the fewest that the parallel sizes allow.",
+    )
+    group.add_argument(
+        "--link-gb-per-s",
+        type=number("--link-gb-per-s", float, "gigabytes a second, more than 0"),
+        **_WITH_VALUE,
+        help="Bandwidth between neighbouring pipeline ranks, for each GPU and direction, in gigabytes (1e9 bytes) a "
+        "second. With --compute-tflops it has a step simulated.",
+    )
+    group.add_argument(
+        "--link-latency-us",
+        type=number("--link-latency-us", float, "microseconds, 0 or more", least=0),
+        **_WITH_VALUE,
+        help="Microseconds that a transfer takes beside its bytes. Default: 0.",
+    )
+    group.add_argument(
+        "--compute-tflops",
+        type=number("--compute-tflops", float, "TFLOP/s, more than 0"),
+        **_WITH_VALUE,
+        help="What each GPU achieves on this model, in 1e12 floating-point operations a second, its tensor-parallel "
+        "communication included: the throughput that Megatron logs for a run without pipeline parallelism.",
+    )
+    group.add_argument(
+        "--suggest",
+        action="store_true",
+        help="Rank pipeline sizes and virtual stages for this model, batch and number of GPUs: by predicted step time "
+        "where rates are given, else by K/V bytes on the wire.",
+    )
+    group.add_argument(
+        "--plot",
+        type=file_name("--plot"),
+        **_WITH_VALUE,
+        help="Draw the simulated timeline to this .png or .svg file.",
+    )
+    group.add_argument(
+        "--json",
+        type=file_name("--json"),
+        **_WITH_VALUE,
+        help="Write every figure, exact, to this file; - writes it to the standard output in place of the tables.",
+    )
+    group.add_argument("--overwrite", action="store_true", help="Let --plot and --json replace a file.")
+    return parser
+
+
+def check_plan_args(args: Namespace) -> None:
+    """What needs no model.  Raises :class:`FlagError`."""
+    both = "beside it: a step is simulated from both"
+    if args.compute_tflops is None and args.link_gb_per_s is not None:
+        raise FlagError("--link-gb-per-s", f"{args.link_gb_per_s:g}", f"--compute-tflops {both}")
+    if args.link_gb_per_s is None and args.compute_tflops is not None:
+        raise FlagError("--compute-tflops", f"{args.compute_tflops:g}", f"--link-gb-per-s {both}")
+    if args.link_latency_us is not None and args.link_gb_per_s is None:
+        latency = f"{args.link_latency_us:g}"
+        raise FlagError("--link-latency-us", latency, "--link-gb-per-s and --compute-tflops beside it")
+    if args.plot is not None:
+        _check_plot(args)
+    if args.json not in (None, STDOUT):
+        _check_file("--json", args.json, args.overwrite)
+
+
+def rates(args: Namespace) -> Rates | None:
+    """The rates that were given, in bytes, operations and seconds."""
+    if args.link_gb_per_s is None:
+        return None
+    return Rates(args.link_gb_per_s * 1e9, args.compute_tflops * 1e12, (args.link_latency_us or 0) / 1e6)
+
+
+def _check_plot(args: Namespace) -> None:
+    if Path(args.plot).suffix.lower() not in PLOT_SUFFIXES:
+        raise FlagError("--plot", args.plot, f"a file name that ends in {' or '.join(PLOT_SUFFIXES)}")
+    if args.link_gb_per_s is None:
+        raise FlagError("--plot", args.plot, "--link-gb-per-s and --compute-tflops beside it, to have a step to draw")
+    _check_file("--plot", args.plot, args.overwrite)
+    if find_spec("matplotlib") is None:
+        raise FlagError("--plot", args.plot, "matplotlib to be installed: pip install matplotlib")
+
+
+def _check_file(flag: str, name: str, overwrite: bool) -> None:
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FlagError(flag, name, "a file in a directory that exists")
+    if path.exists() and not overwrite:
+        raise FlagError(flag, name, "a new file, or --overwrite beside it")
+
+
+_WITH_VALUE = {**WITH_VALUE, "metavar": "VALUE"}

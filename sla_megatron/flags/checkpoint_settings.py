@@ -1,0 +1,92 @@
+"""SLA settings travel with a checkpoint's arguments: taken from there on request, and compared on every load.
+
+Megatron stores the whole argument namespace in each checkpoint.  A weight matrix says nothing of the function it was
+trained for, so a run whose settings differ from its checkpoint's would train another model from the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from argparse import Namespace
+from contextlib import redirect_stdout
+from typing import Any
+
+from megatron.training.checkpointing import load_args_from_checkpoint
+
+from ..attention.sla_config import compact_ranges
+from ..common.errors import FlagError, flag_of
+from .validation import SLA_SETTINGS, sla_config_from_args
+
+
+def adopt_checkpoint_args(args: Namespace) -> None:
+    """For ``--use-checkpoint-args``: upstream's arguments as upstream takes them, and the SLA settings that the command
+    line leaves open, in place.
+
+    The checkpoint in ``--load`` goes before ``--pretrained-checkpoint``.
+    Raises :class:`FlagError` without either, or, as upstream, for local checkpoints.
+    """
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise FlagError("--use-checkpoint-args", True, "--load or --pretrained-checkpoint beside it")
+    if args.non_persistent_ckpt_type == "local":
+        raise FlagError("--non-persistent-ckpt-type", "local", "another type with --use-checkpoint-args")
+    results = [load_args_from_checkpoint(args, load_arg=name) for name in ("pretrained_checkpoint", "load")]
+    found = [result[1] for result in results if isinstance(result, tuple)]
+    if not found or not getattr(found[-1], "sla", False):
+        return
+    args.sla = True
+    for name in SLA_SETTINGS:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(found[-1], name))
+
+
+def require_same_settings(args: Namespace) -> None:
+    """Refuse to load a checkpoint of other SLA settings, unless ``--finetune`` changes them on purpose.
+
+    Even then ``--sla-kv-projection pruned`` must match: the weights have other shapes.  Raises :class:`FlagError`.
+    """
+    saved = _saved_args(args, "load")
+    may_change = args.finetune
+    if saved is None:
+        # Megatron treats --pretrained-checkpoint as the start of a new run, as with --finetune.
+        saved, may_change = _saved_args(args, "pretrained_checkpoint"), True
+    if saved is None:
+        return
+    ours, theirs = _settings(args), _settings(saved)
+    changed = [flag for flag in ours if ours[flag] != theirs[flag]]
+    if not changed:
+        return
+    if not may_change:
+        flag = changed[0]
+        raise FlagError(
+            flag,
+            ours[flag],
+            f"{theirs[flag]} as in the checkpoint that is loaded (or --finetune, to change it on purpose)",
+        )
+    if "pruned" in (ours["--sla-kv-projection"], theirs["--sla-kv-projection"]):
+        flag = "--sla-kv-projection" if "--sla-kv-projection" in changed else changed[0]
+        raise FlagError(flag, ours[flag], f"{theirs[flag]} as in the checkpoint: pruned weights fit no other settings")
+
+
+def _settings(args: Namespace) -> dict[str, Any]:
+    """Flag -> value, comparable between runs: layers are spelled out, and all are ``off`` without ``--sla``."""
+    sla = sla_config_from_args(args)
+    if sla is None:
+        return {"--sla": "off", **{flag_of(name): "off" for name in SLA_SETTINGS}}
+    return {
+        "--sla": "on",
+        "--sla-skip-distance": " ".join(map(str, sla.skip_distances)),
+        "--sla-num-skip-groups": str(sla.num_skip_groups),
+        "--sla-layers": compact_ranges(sla.consumer_layers) or "none",
+        "--sla-kv-projection": sla.kv_projection,
+    }
+
+
+def _saved_args(args: Namespace, load_arg: str) -> Namespace | None:
+    """The arguments stored in the checkpoint that ``args.<load_arg>`` points to; ``None`` where there is none yet."""
+    if getattr(args, load_arg, None) is None or args.non_persistent_ckpt_type == "local":
+        return None
+    # Upstream's reader also overwrites the arguments it is given, and prints each: a copy, and silence.
+    with redirect_stdout(io.StringIO()):
+        result = load_args_from_checkpoint(copy.copy(args), load_arg=load_arg)
+    return result[1] if isinstance(result, tuple) else None

@@ -1,0 +1,227 @@
+"""Every check of the ``--sla`` flags, in one place, before any process group exists.
+
+Each refusal is a :class:`~sla_megatron.common.errors.FlagError`: one line with the flag, its value and what is accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+
+from ..attention.sla_config import SLAConfig, compact_ranges, default_num_skip_groups, default_skip_distance
+from ..common.errors import OFF, FlagError, Refusal, flag_of, refuse
+from ..pipeline.schedule import Schedule
+
+#: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
+SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
+
+# Megatron options that do not go with --sla: attribute, values that are fine, what the message says is accepted.
+_REFUSED: tuple[Refusal, ...] = (
+    ("multi_latent_attention", OFF, "no multi-latent attention with --sla: there are no K/V groups to share"),
+    ("mtp_num_layers", OFF, "no multi-token prediction with --sla"),
+    ("experimental_attention_variant", OFF, "no experimental attention with --sla"),
+    ("linear_attention_freq", OFF, "no linear attention with --sla"),
+    ("heterogeneous_layers_config_path", OFF, "equal layers with --sla"),
+    ("heterogeneous_layers_config_encoded_json", OFF, "equal layers with --sla"),
+    ("hybrid_layer_pattern", OFF, "a GPT with --sla, no hybrid model"),
+    ("no_rope_freq", OFF, "the same rotary embedding in all layers with --sla: K/V are shared between them"),
+    ("qk_clip", OFF, "no --qk-clip with --sla: it rescales a layer's own keys by logits that came from others"),
+    ("cuda_graph_impl", (*OFF, "none"), "none with --sla: CUDA graphs are not supported"),
+    ("enable_cuda_graph", OFF, "no CUDA graphs with --sla"),
+    ("external_cuda_graph", OFF, "no CUDA graphs with --sla"),
+    ("fine_grained_activation_offloading", OFF, "no activation offloading with --sla"),
+    ("cpu_offloading_num_layers", OFF, "0 with --sla: activation offloading is not supported"),
+    ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm with --sla"),
+    ("delay_wgrad_compute", OFF, "no --delay-wgrad-compute with --sla"),
+    ("use_megatron_fsdp", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
+    ("use_torch_fsdp2", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
+    ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
+    ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
+    ("sft", OFF, "no --sft with --sla: packed sequences are not supported"),
+    (
+        "dataloader_inter_document_masking",
+        OFF,
+        "no --dataloader-inter-document-masking with --sla: packed sequences are not supported",
+    ),
+    ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel with --sla"),
+    ("inprocess_restart", OFF, "no --inprocess-restart with --sla"),
+)
+
+# The same of options that Megatron has from 0.20 on.
+_REFUSED_FROM_0_20: tuple[Refusal, ...] = (
+    ("enable_mhc_connections", OFF, "no hyper-connections with --sla: a pipeline's hidden states have another width"),
+)
+
+_PRUNED_OPTIMIZERS = ("adam", "sgd")
+
+
+def sla_config_from_args(args: Namespace) -> SLAConfig | None:
+    """What parsed and resolved arguments say about skip-layer attention; ``None`` without ``--sla``."""
+    if not getattr(args, "sla", False):
+        return None
+    return SLAConfig(
+        num_layers=args.num_layers,
+        num_query_groups=num_query_groups(args),
+        skip_distances=tuple(args.sla_skip_distance),
+        num_skip_groups=args.sla_num_skip_groups,
+        layers=None if args.sla_layers is None else parse_layers(args.sla_layers, args.num_layers),
+        kv_projection=args.sla_kv_projection,
+    )
+
+
+def num_query_groups(args: Namespace) -> int:
+    """``G``: Megatron's ``--num-query-groups`` counts only with ``--group-query-attention``."""
+    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+
+def refuse_unsupported(args: Namespace) -> None:
+    """Raise :class:`FlagError` for a Megatron option that does not go with ``--sla``; needs no validated arguments."""
+    if args.sla:
+        refuse(args, (*_REFUSED, *_REFUSED_FROM_0_20))
+
+
+def resolve_sla_args(args: Namespace) -> None:
+    """Check the ``--sla`` flags of validated Megatron arguments and fill in their defaults, in place.
+
+    Raises:
+        FlagError: for a value out of range, a combination that is not supported, or ``--sla-*`` without ``--sla``.
+    """
+    if not args.sla:
+        for name in SLA_SETTINGS:
+            if getattr(args, name) is not None:
+                raise FlagError(flag_of(name), getattr(args, name), "--sla beside it")
+        return
+    # Again, since Megatron's validation derives some options from others.
+    refuse_unsupported(args)
+    _resolve_shape(args)
+    _check_layers(args)
+    _check_parallelism(args)
+    _check_pipeline(args)
+    _check_projection(args)
+    _check_recomputation(args)
+
+
+def _check_recomputation(args: Namespace) -> None:
+    if args.recompute_granularity == "selective" and "mlp" in (args.recompute_modules or []) and args.add_bias_linear:
+        # Upstream's checkpoint returns the bias parameter as an output of its autograd function, which makes the
+        # parameter a child of that function; backward then calls itself without end.  So it does without --sla.
+        raise FlagError("--recompute-modules", args.recompute_modules, "no mlp, or --disable-bias-linear beside it")
+    if args.recompute_granularity == "full" and (getattr(args, "fp8", None) or getattr(args, "fp4", None)):
+        raise FlagError("--recompute-granularity", "full", "selective with --sla and fp8 or fp4")
+
+
+def _resolve_shape(args: Namespace) -> None:
+    groups = num_query_groups(args)
+    if args.sla_skip_distance is None:
+        args.sla_skip_distance = [default_skip_distance(args.num_layers)]
+    if not args.sla_skip_distance or min(args.sla_skip_distance) < 1:
+        raise FlagError("--sla-skip-distance", args.sla_skip_distance, "one or more integers >= 1")
+    if args.sla_num_skip_groups is None:
+        args.sla_num_skip_groups = default_num_skip_groups(groups)
+    if not 0 <= args.sla_num_skip_groups <= groups:
+        raise FlagError("--sla-num-skip-groups", args.sla_num_skip_groups, f"an integer from 0 to {groups}")
+    if len(args.sla_skip_distance) > max(1, args.sla_num_skip_groups):
+        raise FlagError(
+            "--sla-skip-distance",
+            args.sla_skip_distance,
+            f"at most as many distances as skip groups, {args.sla_num_skip_groups}",
+        )
+    if args.sla_kv_projection is None:
+        args.sla_kv_projection = "full"
+
+
+def _check_layers(args: Namespace) -> None:
+    if args.sla_layers is None:
+        return
+    layers = parse_layers(args.sla_layers, args.num_layers)
+    nearest = min(args.sla_skip_distance)
+    too_early = [layer for layer in layers if layer <= nearest]
+    if too_early:
+        eligible = f"{nearest + 1}-{args.num_layers}" if nearest < args.num_layers else "no --sla-layers"
+        raise FlagError("--sla-layers", args.sla_layers, f"layers beyond the distance {nearest}: {eligible}")
+    args.sla_layers = compact_ranges(layers)
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """``"4,6,8-12"`` as ascending layers.  Raises :class:`FlagError` unless all are within ``1..num_layers``."""
+    accepted = f"layers within 1-{num_layers}, such as {max(1, num_layers - 2)}-{num_layers} or 1,{num_layers}"
+    layers: set[int] = set()
+    for part in str(text).split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise FlagError("--sla-layers", text, accepted)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not 1 <= first <= last <= num_layers:
+            raise FlagError("--sla-layers", text, accepted)
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def _check_parallelism(args: Namespace) -> None:
+    groups, size = num_query_groups(args), args.tensor_model_parallel_size
+    if groups % size:
+        raise FlagError(
+            "--tensor-model-parallel-size",
+            size,
+            f"a divisor of the {groups} K/V groups with --sla: each rank holds whole groups",
+        )
+    if getattr(args, "gtp_weight_remat_size", 1) > 1:
+        raise FlagError("--tensor-parallel-num-weight-shards", args.gtp_weight_remat_size, "1 with --sla")
+
+
+def _check_pipeline(args: Namespace) -> None:
+    if args.pipeline_model_parallel_size == 1:
+        return
+    if args.fp32_residual_connection:
+        raise FlagError(
+            "--fp32-residual-connection",
+            True,
+            "no --fp32-residual-connection with --sla and a pipeline: hidden states and K/V travel as one type",
+        )
+    flag = "--global-batch-size" if args.step_batch_size_schedule is None else "--step-batch-size-schedule"
+    batches = [(flag, size, args.micro_batch_size) for size in training_batch_sizes(args)]
+    batches.append(("--eval-global-batch-size", args.eval_global_batch_size, args.eval_micro_batch_size))
+    for flag, batch_size, microbatch_size in batches:
+        try:
+            Schedule(
+                args.pipeline_model_parallel_size,
+                args.virtual_pipeline_model_parallel_size or 1,
+                batch_size // (microbatch_size * args.data_parallel_size),
+                args.microbatch_group_size_per_vp_stage,
+            )
+        except ValueError as error:
+            raise FlagError(flag, batch_size, f"another size: {error}") from None
+
+
+def training_batch_sizes(args: Namespace) -> list[int]:
+    """Samples of a training step, in the order in which they are used; ``--rampup-batch-size`` is ignored upstream."""
+    if args.step_batch_size_schedule is not None:
+        from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator as Steps
+
+        return [size for _, size in Steps._parse_schedule(args.step_batch_size_schedule, args.seq_length)]
+    samples = args.micro_batch_size * args.data_parallel_size
+    if args.decrease_batch_size_if_needed:
+        return [args.global_batch_size // samples * samples]
+    return [args.global_batch_size]
+
+
+def _check_projection(args: Namespace) -> None:
+    if args.sla_kv_projection != "pruned":
+        return
+    if getattr(args, "attention_output_gate", False):
+        raise FlagError("--sla-kv-projection", "pruned", "full with --attention-output-gate")
+    if args.optimizer not in _PRUNED_OPTIMIZERS:
+        raise FlagError(
+            "--optimizer", args.optimizer, f"{' or '.join(_PRUNED_OPTIMIZERS)} with --sla-kv-projection pruned"
+        )
+    sla, size = sla_config_from_args(args), args.tensor_model_parallel_size
+    for layer in range(1, args.num_layers + 1):
+        live = sla.live_groups(layer)
+        shares = [sum(g in sla.rank_groups(size, rank) for g in live) for rank in range(size)]
+        if len(set(shares)) > 1:
+            raise FlagError(
+                "--sla-kv-projection",
+                "pruned",
+                f"full, or live K/V groups that are divisible by TP: layer {layer} has {len(live)}, "
+                f"{'+'.join(map(str, shares))} on the {size} tensor-parallel ranks",
+            )

@@ -1,0 +1,78 @@
+"""The few lines at start that say what skip-layer attention does in this run."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+from megatron.training import print_rank_0
+from megatron.training.models.gpt import GPTModelConfig
+
+from ..attention.sla_config import SLAConfig, compact_ranges
+
+
+def describe(sla: SLAConfig | None) -> str:
+    """What skips, from where, in which layers, as one line."""
+    if sla is None:
+        return "off"
+    if sla.is_dense:
+        return "no head skips with these settings: this is the standard Transformer"
+    distances = " ".join(map(str, sla.skip_distances))
+    kept = "kept" if sla.kv_projection == "full" else "left out"
+    return (
+        f"distance {distances}; {sla.num_skip_groups} of {sla.num_query_groups} K/V groups skip ({sla.pattern()}); "
+        f"in layers {compact_ranges(sla.consumer_layers)} of {sla.num_layers}; "
+        f"{sla.num_dead} of {sla.num_layers * sla.num_query_groups} K/V projections are dead and {kept}"
+    )
+
+
+def report_model(config: GPTModelConfig) -> None:
+    """Have the model that ``config`` builds print, on rank 0, what SLA does and how many parameters there are."""
+    sla = getattr(config, "sla", None)
+
+    def hook(chunks: list[MegatronModule]) -> list[MegatronModule]:
+        total = count_parameters(chunks)
+        if sla is None:
+            print_rank_0(f"sla-megatron: off; parameters {total}")
+        else:
+            print_rank_0(f"sla-megatron: {describe(sla)}")
+            print_rank_0(f"sla-megatron: parameters {total} (dense {total + pruned_parameters(config)})")
+        return chunks
+
+    config.pre_wrap_hooks.append(hook)
+
+
+def pruned_parameters(config: GPTModelConfig) -> int:
+    """How many parameters ``pruned`` leaves out of the dense model: rows of K and V, their biases, unused key norms."""
+    sla, transformer = config.sla, config.transformer
+    if sla is None or sla.kv_projection != "pruned":
+        return 0
+    per_row = transformer.hidden_size + int(transformer.add_bias_linear or transformer.add_qkv_bias)
+    norm = 0
+    if transformer.qk_layernorm and not transformer.qk_l2_norm:
+        norm = transformer.kv_channels * (2 if transformer.normalization == "LayerNorm" else 1)
+    without_keys = sum(not sla.live_groups(layer) for layer in range(1, sla.num_layers + 1))
+    return 2 * transformer.kv_channels * sla.num_dead * per_row + without_keys * norm
+
+
+def count_parameters(chunks: list[MegatronModule]) -> int:
+    """Parameters of the whole model, over tensor-, expert- and pipeline-parallel ranks; a collective call."""
+    total = 0
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            # Tied embeddings have a copy on the last stage: not a parameter of its own.
+            if not getattr(parameter, "shared", False) or parallel_state.is_pipeline_first_stage():
+                total += parameter.numel() * _shards(parameter)
+    counted = torch.tensor([total], dtype=torch.long, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(counted, group=parallel_state.get_pipeline_model_parallel_group())
+    return int(counted.item())
+
+
+def _shards(parameter: torch.nn.Parameter) -> int:
+    """How many ranks hold a different part of ``parameter``; 1 where each holds all of it."""
+    is_expert = not getattr(parameter, "allreduce", True)
+    split = getattr(parameter, "tensor_model_parallel", False)
+    if is_expert:
+        shards = parallel_state.get_expert_tensor_parallel_world_size() if split else 1
+        return shards * parallel_state.get_expert_model_parallel_world_size()
+    return parallel_state.get_tensor_model_parallel_world_size() if split else 1

@@ -1,0 +1,159 @@
+"""The list of upstream names that this project touches: it is complete, and the installed upstream fits it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sla_megatron
+from sla_megatron import cpu_backend
+from sla_megatron.upstream.seams import replaced
+
+PACKAGE = Path(sla_megatron.__file__).parent
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def entries(megatron_imported: None) -> list[Any]:
+    """The registry."""
+    from sla_megatron.commands.patch.registry import registry
+
+    return registry()
+
+
+def test_every_name_fits_the_installed_upstream(entries: list[Any]) -> None:
+    """Each exists, with the parameters that were expected, and none is there twice."""
+    assert [entry.misfit() for entry in entries if entry.misfit()] == []
+    targets = [entry.name.target for entry in entries]
+    assert len(targets) > 50
+    assert len(set(targets)) == len(targets)
+
+
+def test_every_name_says_why(entries: list[Any]) -> None:
+    """A reason in words."""
+    assert [entry.name.target for entry in entries if len(entry.name.reason.split()) < 3] == []
+
+
+def test_every_stand_in_takes_what_upstream_s_name_takes(entries: list[Any]) -> None:
+    """Where a signature is pinned, the stand-in takes the same parameters, by keyword too."""
+    pinned = [entry.name for entry in entries if entry.is_replaced and entry.name.parameters is not None]
+    assert len(pinned) >= 8
+    for seam in pinned:
+        signature = inspect.signature(seam.stand_in)
+        if tuple(signature.parameters) != seam.parameters:
+            signature.bind(**dict.fromkeys(seam.parameters))
+
+
+def test_without_sla_a_gpu_run_replaces_what_the_wheel_cannot_do(entries: list[Any]) -> None:
+    """Nothing in a checkout, and one build step with the wheel."""
+    from sla_megatron.commands.patch.registry import ALWAYS, WHEEL
+
+    touched = [entry for entry in entries if entry.is_replaced and entry.when in (ALWAYS, WHEEL)]
+    assert [entry.name.target for entry in touched] == ["megatron.core.datasets.utils:compile_helpers"]
+
+
+# Complete.
+
+
+def test_every_declaration_in_the_sources_is_listed(entries: list[Any]) -> None:
+    """A seam that is written down somewhere and not put into the registry is found here."""
+    listed = {entry.name.target for entry in entries}
+    written = {
+        call.args[0].value
+        for path in PACKAGE.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("Seam", "Reliance")
+        if isinstance(call.args[0], ast.Constant)
+    }
+    assert len(written) > 20
+    assert written <= listed
+
+
+def owners() -> dict[str, Any]:
+    """All modules of Megatron and torch that are imported, and all classes that they define, by their dotted name."""
+    found: dict[str, Any] = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] not in ("megatron", "torch") or not isinstance(getattr(module, "__dict__", None), dict):
+            continue
+        found[name] = module
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, type) and value.__module__ == name:
+                found[f"{name}:{attribute}"] = value
+    return found
+
+
+def attributes() -> dict[str, Any]:
+    """Every attribute of :func:`owners`, as ``module:Class.attribute``."""
+    return {
+        f"{name}{'.' if ':' in name else ':'}{attribute}": value
+        for name, owner in owners().items()
+        for attribute, value in list(vars(owner).items())
+    }
+
+
+def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
+    """Every attribute of Megatron and torch that changes in a run on the CPU with all of --sla, and no other."""
+    from megatron.core.models.bert.bert_model import BertModel
+
+    from sla_megatron.attention.sla_config import SLAConfig
+    from sla_megatron.model.transformer_block import CHECKPOINTED_FORWARD, sla_transformer_blocks
+    from sla_megatron.pipeline.transport import SCHEDULES, install_transport
+    from sla_megatron.upstream.compiled_helpers import COMPILE_HELPERS
+
+    def everything() -> dict[str, Any]:
+        # The transport stays for the rest of the process; here, until upstream's schedules are put back.
+        sla = SLAConfig(4, 4, (3,), 3)
+        with cpu_backend(), sla_transformer_blocks(sla), replaced(SCHEDULES):
+            install_transport()
+            with sla_transformer_blocks(sla, BertModel), replaced([CHECKPOINTED_FORWARD, COMPILE_HELPERS]):
+                return attributes()
+
+    # Once for what upstream itself fills in when it is first asked.
+    everything()
+    before = attributes()
+    during = everything()
+    # What is new in a module is what it imported meanwhile; what is new in a class stands for what it inherits.
+    is_of_class = {name: "." in name.partition(":")[2] for name in during}
+    changed = {name for name in during if name in before or is_of_class[name] if during[name] is not before.get(name)}
+    # A configuration module of torch's keeps its values elsewhere.
+    listed = {entry.name.target for entry in entries if entry.is_replaced} - {"torch._dynamo.config:disable"}
+    assert changed == listed
+    after = attributes()
+    assert {name for name, value in before.items() if after.get(name) is not value} == set()
+
+
+def subclasses_of_megatron() -> dict[str, list[type]]:
+    """Every class of this project that extends classes of Megatron -> those."""
+    found: dict[str, list[type]] = {}
+    for module in pkgutil.walk_packages([str(PACKAGE)], "sla_megatron."):
+        for ours in vars(importlib.import_module(module.name)).values():
+            if isinstance(ours, type) and ours.__module__.startswith("sla_megatron."):
+                bases = [base for base in ours.__mro__ if base.__module__.startswith("megatron.")]
+                if bases:
+                    found[f"{ours.__module__}.{ours.__qualname__}"] = [ours, *bases]
+    return found
+
+
+def test_every_overridden_method_is_listed(entries: list[Any], megatron: None) -> None:
+    """What a subclass of a Megatron class defines again is in the registry by the upstream class's name."""
+    listed = {entry.name.target for entry in entries if not entry.is_replaced}
+    found = subclasses_of_megatron()
+    assert len(found) >= 4
+    overridden = set()
+    for ours, *bases in found.values():
+        for name, value in vars(ours).items():
+            if isinstance(value, Callable | str) and not name.startswith("__") or name == "__init__":
+                if any(name in vars(base) for base in bases):
+                    overridden.add(f"{bases[0].__module__}:{bases[0].__qualname__}.{name}")
+    # A dataclass writes its own __init__.
+    overridden.discard("megatron.training.models.gpt:GPTModelConfig.__init__")
+    assert overridden <= listed

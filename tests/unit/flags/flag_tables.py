@@ -1,0 +1,215 @@
+"""Command lines that are refused and command lines that are accepted, for ``test_validation.py``."""
+
+from __future__ import annotations
+
+from sla_megatron.attention.sla_config import SLAConfig
+
+#: A model of 12 layers and 12 heads; wherever something could be written, it would be in the current folder.
+MODEL = (
+    "--num-layers 12 --hidden-size 48 --num-attention-heads 12 --seq-length 16 --max-position-embeddings 16 "
+    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
+    "--vocab-size 255 --save checkpoints --save-interval 1 --tensorboard-dir tensorboard "
+    "--data-cache-path cache"
+)
+GQA4 = "--group-query-attention --num-query-groups 4"
+INTEGERS, RANGES = "one or more integers >= 1", "layers within 1-12"
+DIVISIBLE = "full, or live K/V groups that are divisible by TP"
+
+
+#: What is refused: command line, how many ranks it is for, what the line says.
+BAD: list[tuple[str, int, tuple[str, ...]]] = [
+    ("--sla --sla-skip-distance 0", 1, ("--sla-skip-distance 0:", INTEGERS)),
+    ("--sla --sla-skip-distance -3", 1, ("--sla-skip-distance -3:", INTEGERS)),
+    ("--sla --sla-skip-distance 2.5", 1, ("--sla-skip-distance 2.5:", INTEGERS)),
+    ("--sla --sla-skip-distance nine", 1, ("--sla-skip-distance nine:", INTEGERS)),
+    ("--sla --sla-skip-distance 3 0", 1, ("--sla-skip-distance 3 0:", INTEGERS)),
+    ("--sla --sla-skip-distance", 1, ("--sla-skip-distance", INTEGERS)),
+    (
+        "--sla --sla-skip-distance 1 2 3 --sla-num-skip-groups 2",
+        1,
+        ("--sla-skip-distance 1 2 3:", "skip groups, 2"),
+    ),
+    (
+        "--sla --sla-skip-distance 1 2 --sla-num-skip-groups 0",
+        1,
+        ("--sla-skip-distance 1 2:", "skip groups, 0"),
+    ),
+    ("--sla --sla-num-skip-groups -1", 1, ("--sla-num-skip-groups -1:", "an integer from 0 to 12")),
+    ("--sla --sla-num-skip-groups 13", 1, ("--sla-num-skip-groups 13:", "an integer from 0 to 12")),
+    (f"--sla --sla-num-skip-groups 5 {GQA4}", 1, ("--sla-num-skip-groups 5:", "an integer from 0 to 4")),
+    ("--sla --sla-num-skip-groups 1.5", 1, ("--sla-num-skip-groups 1.5:", "an integer")),
+    ("--sla --sla-num-skip-groups", 1, ("--sla-num-skip-groups", "an integer")),
+    ("--sla --sla-layers 0", 1, ("--sla-layers 0:", RANGES)),
+    ("--sla --sla-layers 8-13", 1, ("--sla-layers 8-13:", RANGES)),
+    ("--sla --sla-layers 12-10", 1, ("--sla-layers 12-10:", RANGES)),
+    ("--sla --sla-layers a-b", 1, ("--sla-layers a-b:", RANGES)),
+    ("--sla --sla-layers=", 1, ("--sla-layers", RANGES)),
+    ("--sla --sla-layers", 1, ("--sla-layers", "10-12")),
+    ("--sla --sla-layers 9-12", 1, ("--sla-layers 9-12:", "beyond the distance 9: 10-12")),
+    (
+        "--sla --sla-layers 2-4 --sla-skip-distance 2 4",
+        1,
+        ("--sla-layers 2-4:", "beyond the distance 2: 3-12"),
+    ),
+    ("--sla --sla-layers 12 --sla-skip-distance 12", 1, ("--sla-layers 12:", "no --sla-layers")),
+    ("--sla --sla-kv-projection none", 1, ("--sla-kv-projection none:", "full or pruned")),
+    ("--sla --sla-kv-projection", 1, ("--sla-kv-projection", "full or pruned")),
+    (
+        "--sla --sla-kv-projection pruned --attention-output-gate",
+        1,
+        ("--sla-kv-projection pruned:", "full with"),
+    ),
+    ("--sla --sla-kv-projection pruned --optimizer muon", 1, ("--optimizer muon:", "adam or sgd")),
+    (
+        "--sla --sla-kv-projection pruned --tensor-model-parallel-size 2",
+        2,
+        ("--sla-kv-projection pruned:", DIVISIBLE, "layer 10 has 3, 2+1 on the 2"),
+    ),
+    (
+        "--sla --tensor-model-parallel-size 8",
+        8,
+        ("--tensor-model-parallel-size 8:", "divisor of the 12 K/V groups"),
+    ),
+    (
+        "--sla --tensor-model-parallel-size 2 --group-query-attention --num-query-groups 1",
+        2,
+        ("--tensor-model-parallel-size 2:", "divisor of the 1 K/V groups"),
+    ),
+    (
+        "--sla --tensor-parallel-num-weight-shards 2",
+        2,
+        ("--tensor-parallel-num-weight-shards 2:", "1 with --sla"),
+    ),
+    ("--sla --context-parallel-size 2", 2, ("--context-parallel-size 2:", "1 without a GPU")),
+    ("--sla --multi-latent-attention", 1, ("--multi-latent-attention True:", "no multi-latent attention")),
+    ("--sla --hybrid-layer-pattern M*M*", 1, ("--hybrid-layer-pattern M*M*:", "no hybrid model")),
+    ("--sla --linear-attention-freq 2", 1, ("--linear-attention-freq 2:", "no linear attention")),
+    (
+        "--sla --experimental-attention-variant dsa",
+        1,
+        ("--experimental-attention-variant dsa:", "no experimental"),
+    ),
+    ("--sla --position-embedding-type rope --no-rope-freq 4", 1, ("--no-rope-freq 4:", "in all layers")),
+    ("--sla --cpu-offloading-num-layers 2", 1, ("--cpu-offloading-num-layers 2:", "0 with --sla")),
+    (
+        "--sla --recompute-granularity selective --recompute-modules core_attn mlp",
+        1,
+        ("--recompute-modules core_attn mlp:", "--disable-bias-linear"),
+    ),
+    ("--sla --cuda-graph-impl local", 1, ("--cuda-graph-impl local:", "none without a GPU")),
+    ("--sla --enable-cuda-graph", 1, ("cuda-graph", "expected no")),
+    ("--use-checkpoint-args", 1, ("--use-checkpoint-args", "--load or --pretrained-checkpoint")),
+    # Settings without the flag that turns them on.
+    ("--sla-skip-distance 3", 1, ("--sla-skip-distance 3:", "--sla beside it")),
+    ("--sla-num-skip-groups 0", 1, ("--sla-num-skip-groups 0:", "--sla beside it")),
+    ("--sla-layers 10-12", 1, ("--sla-layers 10-12:", "--sla beside it")),
+    ("--sla-kv-projection full", 1, ("--sla-kv-projection full:", "--sla beside it")),
+    # What upstream would refuse in a traceback of its own, were it asked first.
+    ("--sla --mtp-num-layers 1", 1, ("--mtp-num-layers 1:", "no multi-token prediction")),
+    ("--sla --qk-clip", 1, ("--qk-clip True:", "no --qk-clip")),
+    ("--sla --delay-wgrad-compute", 1, ("--delay-wgrad-compute True:", "no --delay-wgrad-compute")),
+    ("--sla --perform-rl-step", 1, ("--perform-rl-step True:", "no reinforcement learning")),
+    ("--fim-data", 1, ("--fim-data True:", "no --fim-data")),
+    ("--hybrid-context-parallel", 1, ("--hybrid-context-parallel True:", "no --hybrid-context-parallel")),
+    # Pipelines.
+    (
+        "--sla --pipeline-model-parallel-size 2 --bf16 --fp32-residual-connection",
+        2,
+        ("--fp32-residual-connection True:", "travel as one type"),
+    ),
+    (
+        "--sla --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3 --global-batch-size 1",
+        2,
+        ("--global-batch-size 1:", "2 (pipeline size) <= 2 (microbatch group) <= 1 (microbatches)"),
+    ),
+    (
+        "--sla --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3 --global-batch-size 3",
+        2,
+        ("--global-batch-size 3:", "leave a last group of 1"),
+    ),
+    (
+        "--sla --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 4 "
+        "--eval-global-batch-size 1",
+        2,
+        ("--eval-global-batch-size 1:", "<= 1 (microbatches)"),
+    ),
+    # What this entry point does not do, with --sla or without.
+    ("--sft", 1, ("--sft True:", "no --sft")),
+    (
+        "--position-embedding-type rope --mtp-num-layers 1",
+        1,
+        ("--mtp-num-layers 1:", "no --mtp-num-layers"),
+    ),
+    ("--logits-load-dir logits", 1, ("--logits-load-dir logits:", "no --logits-load-dir")),
+    ("--inprocess-restart", 1, ("--inprocess-restart True:", "no --inprocess-restart")),
+    (
+        "--per-dataset-sequences-path x",
+        1,
+        ("--per-dataset-sequences-path x:", "no --per-dataset-sequences-path"),
+    ),
+    ("--dataloader-inter-document-masking", 1, ("--dataloader-inter-document-masking True:", "entry point")),
+    ("--overlap-moe-expert-parallel-comm", 1, ("--overlap-moe-expert-parallel-comm True:", "entry point")),
+]
+
+
+#: Where upstream refuses first without a GPU, the refusal is checked on a good run's arguments.
+SETTLED: dict[str, object] = {
+    "mtp_num_layers": 1,
+    "qk_clip": True,
+    "fine_grained_activation_offloading": True,
+    "delay_wgrad_compute": True,
+    "overlap_moe_expert_parallel_comm": True,
+    "perform_rl_step": True,
+    "heterogeneous_layers_config_path": "layers.json",
+    "heterogeneous_layers_config_encoded_json": "{}",
+    "use_megatron_fsdp": True,
+    "use_torch_fsdp2": True,
+    "cuda_graph_impl": "full_iteration",
+    "transformer_impl": "inference_optimized",
+    "sft": True,
+    "dataloader_inter_document_masking": True,
+    "hybrid_context_parallel": True,
+    "inprocess_restart": True,
+    "enable_mhc_connections": True,
+}
+
+
+#: What is accepted: command line -> how many ranks it is for, and what the settings resolve to.
+GOOD: dict[str, tuple[int, SLAConfig]] = {
+    "--sla": (1, SLAConfig(12, 12, (9,), 9)),
+    f"--sla {GQA4}": (1, SLAConfig(12, 4, (9,), 3)),
+    "--sla --num-query-groups 4": (1, SLAConfig(12, 12, (9,), 9)),
+    "--sla --num-layers 8 --num-attention-heads 8": (1, SLAConfig(8, 8, (6,), 6)),
+    "--sla --sla-skip-distance 3": (1, SLAConfig(12, 12, (3,), 9)),
+    "--sla --sla-skip-distance 6 9 10 --sla-num-skip-groups 7": (1, SLAConfig(12, 12, (6, 9, 10), 7)),
+    "--sla --sla-skip-distance 12": (1, SLAConfig(12, 12, (12,), 9)),
+    "--sla --sla-num-skip-groups 0": (1, SLAConfig(12, 12, (9,), 0)),
+    "--sla --sla-num-skip-groups 12": (1, SLAConfig(12, 12, (9,), 12)),
+    "--sla --sla-skip-distance 1 --sla-layers 4-12": (1, SLAConfig(12, 12, (1,), 9, tuple(range(4, 13)))),
+    "--sla --sla-layers 12,10,10-11": (1, SLAConfig(12, 12, (9,), 9, (10, 11, 12))),
+    "--sla --sla-skip-distance 2 4 --sla-layers 3": (1, SLAConfig(12, 12, (2, 4), 9, (3,))),
+    "--sla --sla-kv-projection pruned": (1, SLAConfig(12, 12, (9,), 9, None, "pruned")),
+    "--sla --sla-kv-projection pruned --tensor-model-parallel-size 3": (
+        3,
+        SLAConfig(12, 12, (9,), 9, None, "pruned"),
+    ),
+    f"--sla {GQA4} --tensor-model-parallel-size 4 --sequence-parallel": (4, SLAConfig(12, 4, (9,), 3)),
+    "--sla --position-embedding-type rope --swiglu --disable-bias-linear --normalization RMSNorm": (
+        1,
+        SLAConfig(12, 12, (9,), 9),
+    ),
+    "--sla --recompute-granularity full --recompute-method block --recompute-num-layers 2": (
+        1,
+        SLAConfig(12, 12, (9,), 9),
+    ),
+    "--sla --pipeline-model-parallel-size 3": (3, SLAConfig(12, 12, (9,), 9)),
+    "--sla --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3 --global-batch-size 4": (
+        2,
+        SLAConfig(12, 12, (9,), 9),
+    ),
+    "--sla --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|t*9|ttt|L --global-batch-size 4": (
+        2,
+        SLAConfig(12, 12, (9,), 9),
+    ),
+    "--sla --num-experts 4 --bf16 --use-distributed-optimizer": (1, SLAConfig(12, 12, (9,), 9)),
+}

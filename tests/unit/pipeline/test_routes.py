@@ -1,0 +1,320 @@
+"""The route plan against a brute force that moves every (layer, group) on its own, and against the spec's formula."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sla_megatron.attention.roles import BundleName
+from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.pipeline.layout import PipelineLayout
+from sla_megatron.pipeline.routes import RoutePlan
+
+from ..strategies import route_plans
+
+#: The K/V that a layer projects for a group: (layer, group), groups counted over the model.
+KV = tuple[int, int]
+
+# The brute force: layers, groups and stages one by one, and nothing of the route plan.
+
+
+def reader(sla: SLAConfig, kv: KV) -> int | None:
+    """The later layer that reads ``kv``, found by asking every one."""
+    layer, group = kv
+    readers = [m for m in range(layer + 1, sla.num_layers + 1) if sla.source(m, group) == layer]
+    assert len(readers) <= 1
+    return readers[0] if readers else None
+
+
+def stage_holding(layout: PipelineLayout, layer: int) -> int:
+    """The stage of ``layer``, found by looking into every one."""
+    (stage,) = [stage for stage, layers in enumerate(layout.stages) if layer in layers]
+    return stage
+
+
+def travels(plan: RoutePlan, groups: range) -> dict[KV, tuple[int, int]]:
+    """K/V of ``groups`` that another stage reads -> the stage of the source and the stage of the reader."""
+    found = {}
+    for layer in range(1, plan.sla.num_layers + 1):
+        for group in groups:
+            later = reader(plan.sla, (layer, group))
+            if later is not None:
+                stages = stage_holding(plan.layout, layer), stage_holding(plan.layout, later)
+                if stages[0] != stages[1]:
+                    found[layer, group] = stages
+    return found
+
+
+def formula(plan: RoutePlan, groups: range) -> tuple[dict[KV, list[int]], dict[KV, tuple[int, int]]]:
+    """Section 3 of the spec: the hops that each K/V crosses, and the stages between which it is resident, if it is."""
+    size = plan.layout.pipeline_size
+    hops, resident = {}, {}
+    for kv, (source, target) in travels(plan, groups).items():
+        count = (target - source) % size
+        hops[kv] = [source + i for i in range(count)]
+        if source + count != target:
+            resident[kv] = (source + count, target)
+    return hops, resident
+
+
+def every_group(plan: RoutePlan) -> range:
+    """The groups of all tensor-parallel ranks."""
+    return range(plan.sla.num_query_groups)
+
+
+def labels(plan: RoutePlan, groups: range, names: tuple[BundleName, ...]) -> set[KV]:
+    """What bundles are made of on the tensor-parallel rank that holds ``groups``."""
+    made_of = [(source, g) for source, n in names for g in groups if reader(plan.sla, (source, g)) == source + n]
+    assert len(made_of) == len(set(made_of))
+    return set(made_of)
+
+
+class Ring:
+    """The pipeline ranks of one tensor-parallel rank: what each holds, and what is under way to the next stage."""
+
+    def __init__(self, plan: RoutePlan, tensor_parallel_rank: int) -> None:
+        self.plan, self.tensor_parallel_rank = plan, tensor_parallel_rank
+        self.groups = plan.sla.rank_groups(plan.tensor_parallel_size, tensor_parallel_rank)
+        size = plan.layout.pipeline_size
+        self.resident: list[set[tuple[KV, int]]] = [set() for _ in range(size)]
+        self.seen: list[set[tuple[KV, int]]] = [set() for _ in range(size)]
+        self.under_way: dict[tuple[int, int], set[KV]] = {}
+
+    def run(self, stage: int, microbatch: int) -> None:
+        """One stage's forward of one microbatch, as its rank runs it."""
+        rank = stage % self.plan.layout.pipeline_size
+        resident, seen = self.resident[rank], self.seen[rank]
+        traffic = self.plan.traffic(stage, self.tensor_parallel_rank)
+        arrives, leaves, keeps, fetches = (
+            labels(self.plan, self.groups, names)
+            for names in (traffic.arrives, traffic.leaves, traffic.keeps, traffic.fetches)
+        )
+        assert traffic.stage == stage
+        assert arrives == self.under_way.pop((stage, microbatch), set())
+        # Nothing that this rank holds, or has held, of this microbatch.
+        assert not {(kv, microbatch) for kv in arrives} & seen
+        seen |= {(kv, microbatch) for kv in arrives}
+        assert {(kv, microbatch) for kv in fetches} <= resident
+        resident -= {(kv, microbatch) for kv in fetches}
+
+        here, read = arrives | fetches, set()
+        for layer in self.plan.layout.stages[stage]:
+            here |= {(layer, group) for group in self.groups}
+            seen |= {((layer, group), microbatch) for group in self.groups}
+            read |= {(self.plan.sla.source(layer, group), group) for group in self.groups}
+            assert read <= here
+        # What came is read here or goes on; what goes on is for a later stage, and goes one way.
+        assert fetches <= read
+        assert arrives <= read | leaves | keeps
+        assert leaves | keeps <= here
+        assert not leaves & keeps
+        last_layer = max((layer for layers in self.plan.layout.stages[: stage + 1] for layer in layers), default=0)
+        assert all((reader(self.plan.sla, kv) or 0) > last_layer for kv in leaves | keeps)
+        if leaves:
+            self.under_way[stage + 1, microbatch] = leaves
+        resident |= {(kv, microbatch) for kv in keeps}
+
+
+@given(route_plans(), st.integers(1, 3))
+@settings(max_examples=300)
+def test_every_read_finds_its_kv(plan: RoutePlan, microbatches: int) -> None:
+    """Played through on a ring of ranks: all is there when it is read, nothing comes in vain, nothing is left."""
+    order = [(stage, m) for stage in range(plan.layout.num_stages) for m in range(microbatches)]
+    for rank in range(plan.tensor_parallel_size):
+        ring = Ring(plan, rank)
+        for stage, microbatch in sorted(order, key=sum):
+            ring.run(stage, microbatch)
+        assert not ring.under_way
+        assert not any(ring.resident)
+
+
+@given(route_plans())
+@settings(max_examples=300)
+def test_the_hops_are_the_spec_s(plan: RoutePlan) -> None:
+    """Each K/V crosses the ``(c - a) mod P`` hops after its source's stage and no others; their total agrees."""
+    hops, resident = formula(plan, every_group(plan))
+    crossing = {hop: plan.crossing(hop) for hop in range(-1, plan.layout.num_stages + 1)}
+    for hop, crossed in crossing.items():
+        assert len(crossed) == len(set(crossed))
+        assert set(crossed) == {kv for kv, its in hops.items() if hop in its}
+    assert sum(map(len, crossing.values())) == sum(map(len, hops.values()))
+    kept = {kv: (r.resident_stage, r.reader_stage) for r in plan.routes for kv in _of(r.name, r.groups)}
+    assert {kv: stages for kv, stages in kept.items() if stages[0] is not None} == resident
+    assert plan.moves_nothing == (not travels(plan, every_group(plan)))
+
+
+def _of(name: BundleName, groups: tuple[int, ...]) -> list[KV]:
+    return [(name[0], group) for group in groups]
+
+
+@given(route_plans())
+def test_without_interleaving_every_hop_between(plan: RoutePlan) -> None:
+    """One stage a rank: K/V cross all hops from their source to their reader, and nothing is ever resident."""
+    plan = RoutePlan(plan.sla, PipelineLayout(plan.layout.num_stages, plan.layout.stages), plan.tensor_parallel_size)
+    between = travels(plan, every_group(plan))
+    for hop in range(plan.layout.num_stages):
+        assert set(plan.crossing(hop)) == {kv for kv, (source, target) in between.items() if source <= hop < target}
+    assert all(route.resident_stage is None for route in plan.routes)
+
+
+def fewest_hops(size: int, num_stages: int, source: int, target: int) -> int:
+    """By trying every set of hops: the fewest that bring K/V of stage ``source`` to the rank of ``target`` in time."""
+    hops = range(num_stages - 1)
+    for count in range(num_stages):
+        for chosen in combinations(hops, count):
+            holding: set[int] = set()
+            for stage in range(target + 1):
+                if stage == source or (stage - 1 in chosen and (stage - 1) % size in holding):
+                    holding.add(stage % size)
+            if target % size in holding:
+                return count
+    raise AssertionError("the ring reaches every rank")
+
+
+@pytest.mark.parametrize(
+    ("size", "chunks"), [(1, 3), (2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (5, 1)]
+)
+def test_no_fewer_hops_would_do(size: int, chunks: int) -> None:
+    """For every two stages: no smaller set of hops lets the reader's rank hold the K/V when it needs them."""
+    num_stages = size * chunks
+    layout = PipelineLayout.of_sizes(size, [1] * num_stages)
+    for source, target in combinations(range(num_stages), 2):
+        plan = RoutePlan(SLAConfig(num_stages, 1, (target - source,), 1, layers=(target + 1,)), layout)
+        crossed = [hop for hop in range(num_stages) if plan.crossing(hop)]
+        assert len(crossed) == fewest_hops(size, num_stages, source, target), (source, target)
+
+
+@given(route_plans())
+def test_tensor_parallel_ranks_together_move_the_model(plan: RoutePlan) -> None:
+    """Each rank's bundles are its own groups of them; over the ranks they add up to the whole model's."""
+    ranks = range(plan.tensor_parallel_size)
+    for route in plan.routes:
+        assert list(route.groups) == sorted(route.groups)
+        assert sum(plan.groups_on(route, rank) for rank in ranks) == len(route.groups)
+    for stage in range(plan.layout.num_stages):
+        assert sum(plan.hop_groups(stage, rank) for rank in ranks) == len(plan.crossing(stage))
+        on_ranks = [plan.traffic(stage, rank) for rank in ranks]
+        for rank, traffic in enumerate(on_ranks):
+            concerned = {*traffic.arrives, *traffic.leaves, *traffic.keeps, *traffic.fetches}
+            groups = plan.sla.rank_groups(plan.tensor_parallel_size, rank)
+            sizes = {name: len(labels(plan, groups, (name,))) for name in concerned}
+            assert traffic.num_groups == sizes
+            assert 0 not in sizes.values()
+            assert sum(sizes[name] for name in traffic.leaves) == plan.hop_groups(stage, rank)
+            assert sum(sizes[name] for name in traffic.arrives) == plan.hop_groups(stage - 1, rank)
+        for route in plan.routes:
+            if any(route.name in traffic.num_groups for traffic in on_ranks):
+                assert sum(traffic.num_groups.get(route.name, 0) for traffic in on_ranks) == len(route.groups)
+
+
+@given(route_plans())
+@settings(max_examples=300)
+def test_both_ends_of_a_hop_have_the_same_order(plan: RoutePlan) -> None:
+    """By (source layer, distance), then group; what one stage sends is what the next expects, on every rank."""
+    distance = plan.sla.distance_of_group
+    for hop in range(plan.layout.num_stages - 1):
+        crossed = plan.crossing(hop)
+        assert list(crossed) == sorted(crossed, key=lambda kv: (kv[0], distance[kv[1]], kv[1]))
+        for rank in range(plan.tensor_parallel_size):
+            leaves = plan.traffic(hop, rank).leaves
+            assert leaves == plan.traffic(hop + 1, rank).arrives
+            assert list(leaves) == sorted(set(leaves))
+    for rank in range(plan.tensor_parallel_size):
+        assert plan.traffic(0, rank).arrives == ()
+        assert plan.traffic(plan.layout.num_stages - 1, rank).leaves == ()
+
+
+@given(route_plans())
+def test_traffic_is_false_where_nothing_concerns_a_stage(plan: RoutePlan) -> None:
+    """No K/V of this tensor-parallel rank arrive, leave, stay or are fetched: the stage is a stock one."""
+    for rank in range(plan.tensor_parallel_size):
+        hops, resident = formula(plan, plan.sla.rank_groups(plan.tensor_parallel_size, rank))
+        concerned = {stage for its in hops.values() for hop in its for stage in (hop, hop + 1)}
+        concerned |= {stage for stages in resident.values() for stage in stages}
+        for stage in range(plan.layout.num_stages):
+            assert bool(plan.traffic(stage, rank)) == (stage in concerned)
+
+
+def parse(text: str) -> dict[KV, int]:
+    """``layer 3 groups 1,2 (for layer 9)``, any number of these: K/V -> reader."""
+    return {
+        (int(layer), int(group)): int(later)
+        for layer, groups, later in re.findall(r"layer (\d+) groups ([\d,]+) \(for layer (\d+)\)", text)
+        for group in groups.split(",")
+    }
+
+
+@given(route_plans())
+def test_the_plan_in_words(plan: RoutePlan) -> None:
+    """It says of every hop what crosses it, and of every resident bundle where and how long it is."""
+    hops, resident = formula(plan, every_group(plan))
+    size = plan.layout.pipeline_size
+    lines = str(plan).splitlines()
+    said = [re.fullmatch(r"hop (\d+) \(rank (\d+) -> (\d+)\): (.*)", line) for line in lines]
+    for hop, match in enumerate(match for match in said if match):
+        assert [int(match[i]) for i in (1, 2, 3)] == [hop, hop % size, (hop + 1) % size]
+        crossed = [kv for kv, its in hops.items() if hop in its]
+        assert parse(match[4]) == {kv: reader(plan.sla, kv) for kv in crossed}
+        assert (match[4] == "no K/V") == (not crossed)
+    assert sum(match is not None for match in said) == plan.layout.num_stages - 1
+    said_resident = {}
+    for line in lines:
+        match = re.fullmatch(r"rank (\d+): (.*) resident from stage (\d+) to stage (\d+)", line)
+        if match:
+            stages = int(match[3]), int(match[4])
+            assert {stages[0] % size, stages[1] % size} == {int(match[1])}
+            said_resident |= {kv: (later, *stages) for kv, later in parse(match[2]).items()}
+    assert said_resident == {kv: (reader(plan.sla, kv), *stages) for kv, stages in resident.items()}
+
+
+@pytest.mark.parametrize("sizes", [[1] * 16, [0, 2] * 8], ids=["one-layer-a-stage", "two-layers-in-every-other"])
+def test_a_distance_of_whole_rounds_crosses_no_hop(sizes: list[int]) -> None:
+    """16 layers, P = 4, v = 4, distance 12: source and reader share a rank, which the K/V never leave."""
+    plan = RoutePlan(SLAConfig(16, 4, (12,), 3), PipelineLayout.of_sizes(4, sizes))
+    assert [plan.crossing(hop) for hop in range(15)] == [()] * 15
+    assert "resident from stage 0 to stage 12" in str(plan) or sizes[0] == 0
+    assert not plan.moves_nothing
+    assert {route.name for route in plan.routes} == {(layer, 12) for layer in range(1, 5)}
+    for route in plan.routes:
+        assert route.num_hops == 0
+        assert plan.traffic(route.source_stage).keeps == tuple(
+            other.name for other in plan.routes if other.source_stage == route.source_stage
+        )
+    assert [bool(plan.traffic(stage)) for stage in (5, 6, 10)] == [False] * 3
+
+
+def test_one_stage_moves_nothing() -> None:
+    """All layers in one stage, or the distance within each stage: a stock pipeline."""
+    assert RoutePlan(SLAConfig(6, 2, (2,), 2), PipelineLayout.of_sizes(1, [6])).moves_nothing
+    within = SLAConfig(6, 2, (2,), 2, layers=(3, 6))
+    assert RoutePlan(within, PipelineLayout.of_sizes(2, [3, 3])).moves_nothing
+    assert not RoutePlan(within, PipelineLayout.of_sizes(2, [4, 2])).moves_nothing
+
+
+def test_two_ranks_by_hand() -> None:
+    """4 layers in stages 1 | 2 | 3 | 4 on 2 ranks, distances 2 and 3: what each of the four stages does."""
+    plan = RoutePlan(SLAConfig(4, 4, (2, 3), 4), PipelineLayout.of_sizes(2, [1, 1, 1, 1]), tensor_parallel_size=2)
+    # Distance 2 stays on its rank, distance 3 crosses one hop; each TP rank holds one of the two groups of either.
+    stages = [plan.traffic(stage, 1) for stage in range(4)]
+    assert [t.keeps for t in stages] == [((1, 2),), ((1, 3), (2, 2)), (), ()]
+    assert [t.fetches for t in stages] == [(), (), ((1, 2),), ((1, 3), (2, 2))]
+    assert [t.arrives for t in stages] == [(), ((1, 3),), (), ()]
+    assert [t.leaves for t in stages] == [((1, 3),), (), (), ()]
+    assert stages[1].num_groups == {(1, 3): 1, (2, 2): 1}
+    assert plan.crossing(0) == ((1, 1), (1, 3))
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+@settings(max_examples=20)
+def test_a_layout_of_another_model_is_refused(layers: int, others: int) -> None:
+    """The message says both numbers of layers."""
+    sla, layout = SLAConfig(layers, 2, (1,), 1), PipelineLayout.of_sizes(1, [others])
+    if layers == others:
+        assert RoutePlan(sla, layout).layout == layout
+    else:
+        with pytest.raises(ValueError, match=f"layout holds {others} layers, the model {layers}"):
+            RoutePlan(sla, layout)

@@ -1,0 +1,327 @@
+"""How upstream's names are replaced and put back, and that the installed upstream is as expected."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sla_megatron.cpu.device import megatron_device
+from sla_megatron.upstream.seams import (
+    Reliance,
+    Seam,
+    SeamError,
+    install,
+    replaced,
+    require_megatron,
+    require_parameters,
+)
+
+
+class Base:
+    """Owns ``method``, which ``Derived`` inherits."""
+
+    def method(self, first: int, second: int = 0) -> str:
+        return "upstream"
+
+
+class Derived(Base):
+    """Has ``own`` of its own."""
+
+    own = "upstream"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module with a function, two classes and a lazy name, as upstream's modules have."""
+
+    def lazily(name: str) -> str:
+        if name == "lazy":
+            return "upstream"
+        raise AttributeError(name)
+
+    made = ModuleType("stand_ins_target")
+    made.__dict__.update(function=lambda first: "upstream", Base=Base, Derived=Derived, __getattr__=lazily)
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    return made
+
+
+def seam(path: str, stand_in: Any = "ours", parameters: tuple[str, ...] | None = None) -> Seam:
+    """A seam in the module of the fixture."""
+    return Seam(f"stand_ins_target:{path}", stand_in, "a test needs it", parameters)
+
+
+# One seam.
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "no_such_module:x",
+        "stand_ins_target:absent",
+        "stand_ins_target:Absent.x",
+        "stand_ins_target:Base.absent",
+    ],
+)
+def test_a_missing_target_raises(module: ModuleType, target: str) -> None:
+    """The error names the target and why it was needed."""
+    with pytest.raises(SeamError, match=f"{target} does not exist.*a test needs it"):
+        Seam(target, None, "a test needs it").resolve()
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        pytest.param(("self", "first"), id="one-was-added"),
+        pytest.param(("self", "first", "second", "third"), id="one-was-removed"),
+        pytest.param(("self", "second", "first"), id="reordered"),
+        pytest.param(("self", "first", "other"), id="renamed"),
+        pytest.param((), id="none-expected"),
+    ],
+)
+def test_a_changed_signature_raises(module: ModuleType, expected: tuple[str, ...]) -> None:
+    """The error names the target, what was found and what was expected."""
+    with pytest.raises(SeamError) as error:
+        seam("Base.method", parameters=expected).resolve()
+    assert all(text in str(error.value) for text in ("Base.method", "'first', 'second'", repr(expected)))
+
+
+def test_the_expected_signature_resolves(module: ModuleType) -> None:
+    """The owner is the class that the target names, not the one that it inherits from."""
+    assert seam("Derived.method", parameters=("self", "first", "second")).resolve() == (Derived, "method")
+    require_parameters(module.function, ("first",), "function")
+
+
+def test_what_is_relied_on_is_checked_and_left_alone(module: ModuleType) -> None:
+    """The same checks, and nothing is replaced."""
+    original = module.function
+    Reliance("stand_ins_target:function", "a test needs it", ("first",)).require()
+    assert module.function is original
+    with pytest.raises(SeamError, match="absent does not exist.*a test needs it"):
+        Reliance("stand_ins_target:absent", "a test needs it").require()
+    with pytest.raises(SeamError, match="has parameters"):
+        Reliance("stand_ins_target:function", "a test needs it", ("other",)).require()
+
+
+# Several, installed and put back.
+
+
+def test_a_function_is_replaced_and_put_back(module: ModuleType) -> None:
+    """Ours inside, the very same object as before outside."""
+    original = module.function
+    with replaced([seam("function")]):
+        assert module.function == "ours"
+    assert module.function is original
+
+
+def test_an_inherited_attribute_is_inherited_again(module: ModuleType) -> None:
+    """Undoing leaves no copy in the subclass, so that a later change of the base is seen."""
+    with replaced([seam("Derived.method"), seam("Derived.own")]):
+        assert (Derived.method, Derived.own) == ("ours", "ours")
+        assert Base.method != "ours"
+    assert "method" not in vars(Derived)
+    assert (Derived.method, vars(Derived)["own"]) == (Base.method, "upstream")
+
+
+def test_a_name_that_a_module_computes_is_put_back(module: ModuleType) -> None:
+    """A module may answer for a name that is not in its namespace; after undoing it answers the same."""
+    for _ in range(2):
+        with replaced([seam("lazy")]):
+            assert module.lazy == "ours"
+        assert module.lazy == "upstream"
+
+
+def test_a_configuration_module_is_put_back() -> None:
+    """torch's configuration modules hide a deleted name: put back, it is there, and can be replaced again."""
+    config = importlib.import_module("torch._inductor.config")
+    before = config.debug
+    for _ in range(2):
+        with replaced([Seam("torch._inductor.config:debug", not before, "a test needs it")]):
+            assert config.debug is not before
+        assert config.debug is before
+
+
+def test_an_error_inside_puts_everything_back(module: ModuleType) -> None:
+    """The block's own error comes through."""
+    original = module.function
+    with pytest.raises(ZeroDivisionError), replaced([seam("function"), seam("Derived.method")]):
+        raise ZeroDivisionError
+    assert module.function is original
+    assert "method" not in vars(Derived)
+
+
+@pytest.mark.parametrize(
+    "bad", [seam("absent"), seam("Base.method", parameters=("other",))], ids=["missing", "changed"]
+)
+def test_all_or_nothing(module: ModuleType, bad: Seam) -> None:
+    """One seam that does not fit, and none is installed, not even for a moment."""
+    original = module.function
+    entered = False
+    with pytest.raises(SeamError), replaced([seam("function"), bad]):
+        entered = True
+    assert not entered
+    assert module.function is original
+
+
+def test_all_are_checked_before_the_first_is_installed(module: ModuleType) -> None:
+    """While a later target is looked up, upstream's names are still in place."""
+    found_in_place = []
+
+    def answer(name: str) -> str:
+        found_in_place.append(module.function)
+        return "upstream"
+
+    original, module.__getattr__ = module.function, answer
+    with replaced([seam("function"), seam("lazy")]):
+        assert module.function == "ours"
+        looked_up = list(found_in_place)
+    assert looked_up[0] is original
+
+
+def test_a_target_that_cannot_be_set_undoes_the_others(module: ModuleType) -> None:
+    """Installation that fails half way leaves nothing installed."""
+    original = module.function
+    module.Frozen = int
+    with pytest.raises(TypeError), replaced([seam("function"), seam("Frozen.real")]):
+        pass
+    assert module.function is original
+
+
+def test_nested_replacements_of_one_name_unwind(module: ModuleType) -> None:
+    """Inner, then outer, then upstream's."""
+    original = module.function
+    with replaced([seam("function", "outer")]):
+        with replaced([seam("function", "inner")]):
+            assert module.function == "inner"
+        assert module.function == "outer"
+    assert module.function is original
+
+
+def test_one_name_twice_in_a_list_unwinds(module: ModuleType) -> None:
+    """The last one counts, and undoing still ends at upstream's."""
+    original = module.function
+    with replaced([seam("function", "first"), seam("function", "second")]):
+        assert module.function == "second"
+    assert module.function is original
+
+
+# The version.
+
+
+def test_installing_for_good(module: ModuleType) -> None:
+    """Once or twice it is the stand-in; where one of several does not fit, none is installed."""
+    with pytest.raises(SeamError, match="absent"):
+        install([seam("function"), seam("absent")])
+    assert module.function != "ours"
+    install([seam("function")])
+    install([seam("function")])
+    assert module.function == "ours"
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stands for the ``package_info.py`` of the Megatron that would be imported; it is not written yet."""
+    spec = importlib.machinery.ModuleSpec("megatron.core", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(
+        "sla_megatron.upstream.seams.importlib.util.find_spec", lambda name: {"megatron.core": spec}[name]
+    )
+    return tmp_path / "package_info.py"
+
+
+def package_info(version: str) -> str:
+    """What Megatron's file says of ``version``, as its releases write it."""
+    *numbers, pre_release = (*version.split(".")[:2], version.split(".")[2][0], version.split(".")[2][1:])
+    fields = "".join(f"{name} = {number}\n" for name, number in zip(("MAJOR", "MINOR", "PATCH"), numbers, strict=True))
+    return f"{fields}PRE_RELEASE = '{pre_release}'\nVERSION = (MAJOR, MINOR, PATCH, PRE_RELEASE)\nimport os as _os\n"
+
+
+@pytest.mark.parametrize("found", ["0.19.0", "0.19.2", "0.19.0rc1", "0.20.0"])
+def test_a_supported_megatron(importable: Path, found: str) -> None:
+    """Any 0.19 will do, and 0.20 in development."""
+    importable.write_text(package_info(found))
+    assert require_megatron() == found
+
+
+@pytest.mark.parametrize("found", ["0.18.2", "0.21.0", "1.19.0", "0.190.0"])
+def test_another_megatron_is_refused(importable: Path, capsys: pytest.CaptureFixture, found: str) -> None:
+    """At start, with one line that names the file, its version and those that are supported."""
+    importable.write_text(package_info(found))
+    with pytest.raises(SystemExit) as ended, megatron_device(["--device", "cpu"]):
+        pass
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    where = importable.with_name("__init__.py")
+    assert err.startswith(f"sla-megatron: error: {where}: Megatron {found}, supported: 0.19.x (")
+
+
+@pytest.mark.parametrize("text", ["MAJOR = 0\nMINOR = 19\n", "MAJOR = 0; MINOR = 'x'; PATCH = 1\n", "def (", ""])
+def test_a_megatron_that_does_not_say_its_version_is_refused(importable: Path, text: str) -> None:
+    """It is not taken for a supported one."""
+    importable.write_text(text)
+    with pytest.raises(SeamError, match="Megatron of no known version, supported: 0.19.x"):
+        require_megatron()
+
+
+def test_a_megatron_without_the_file_is_refused(importable: Path) -> None:
+    """The error names the file."""
+    with pytest.raises(SeamError, match="package_info.py: cannot be read"):
+        require_megatron()
+
+
+def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says how to install it."""
+
+    def find_spec(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("sla_megatron.upstream.seams.importlib.util.find_spec", find_spec)
+    with pytest.raises(SeamError, match=r"pip install 'megatron-core\[training\]==0\.19"):
+        require_megatron()
+
+
+# The wheel without its Makefile.
+
+
+@pytest.fixture
+def datasets_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """Where ``wheel.py`` looks: an empty folder, with or without compiled helpers."""
+    folder = SimpleNamespace(path=tmp_path, has_helpers=True)
+
+    def find_spec(name: str) -> importlib.machinery.ModuleSpec | None:
+        if name.endswith("helpers_cpp"):
+            return importlib.machinery.ModuleSpec(name, None) if folder.has_helpers else None
+        found = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        found.submodule_search_locations.append(str(tmp_path))
+        return found
+
+    monkeypatch.setattr("sla_megatron.upstream.compiled_helpers.importlib.util.find_spec", find_spec)
+    return folder
+
+
+def targets() -> list[str]:
+    """What ``missing_makefile_seams`` would replace."""
+    from sla_megatron.upstream.compiled_helpers import missing_makefile_seams
+
+    return [seam.target for seam in missing_makefile_seams()]
+
+
+def test_the_wheel_s_build_step_is_skipped(datasets_folder: SimpleNamespace) -> None:
+    """Compiled helpers without a Makefile: nothing to make."""
+    assert targets() == ["megatron.core.datasets.utils:compile_helpers"]
+
+
+def test_a_checkout_s_build_step_is_left_alone(datasets_folder: SimpleNamespace) -> None:
+    """A Makefile is there: upstream's step works."""
+    (datasets_folder.path / "Makefile").touch()
+    assert targets() == []
+
+
+def test_a_missing_build_is_not_hidden(datasets_folder: SimpleNamespace) -> None:
+    """Neither helpers nor Makefile: upstream's own error is the right one."""
+    datasets_folder.has_helpers = False
+    assert targets() == []
