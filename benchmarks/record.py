@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sla_megatron.commands.plan.report import table
+from sla_megatron.common import figures
 from sla_megatron.common.environment import commit, machine
 from sla_megatron.common.files import write_json
+from sla_megatron.common.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,10 +114,8 @@ def write_result(
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """``figure`` as ``path``, without a date in it, whole or not at all."""
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    figure.savefig(unfinished, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
-    unfinished.replace(path)
+    """``figure`` as ``path``, without a margin."""
+    figures.save_figure(figure, path, bbox_inches="tight")
 
 
 def command_line() -> str:

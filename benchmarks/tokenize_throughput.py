@@ -116,10 +116,10 @@ def timed(seconds: Counter[str], name: str) -> Iterator[None]:
 
 def measure(folder: Path, parts: list[Path], settings: dict[str, str]) -> dict[str, Any]:
     """One tokenizer: both ways over each part, in turns, then memory."""
-    from sla_megatron.common.announcements import quiet
+    from sla_megatron.common.silence import without_announcements
     from sla_megatron.common.tokenizers import DEFAULTS, build
 
-    with quiet():
+    with without_announcements():
         import megatron.core.datasets.indexed_dataset  # noqa: F401
     tokenizer = build(Namespace(**{**DEFAULTS, **settings}))
     flags = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]

@@ -147,7 +147,12 @@ class TrainingSteps:
 
         groups = self.args.num_query_groups if self.args.group_query_attention else self.args.num_attention_heads
         sla = self.sla or SLAConfig(self.args.num_layers, groups, (self.args.num_layers,), 0)
-        return model_work(self.args), microbatch_shape(self.args), pipeline_layout(self._transformer), sla
+        return (
+            model_work(self.args, self._transformer),
+            microbatch_shape(self.args),
+            pipeline_layout(self._transformer),
+            sla,
+        )
 
     def step(self) -> None:
         """Forward and backward passes of all microbatches, gradient finalisation and an optimizer step."""

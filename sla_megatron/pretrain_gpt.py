@@ -7,7 +7,7 @@ One process for each rank, as Megatron's scripts; on a machine without a GPU it 
         --micro-batch-size 2 --train-iters 10 --eval-interval 10 --lr 1e-3 --mock-data \\
         --tokenizer-type NullTokenizer --vocab-size 255
 
-Flags: Megatron's, ``--sla ...`` (``arguments.py``) and ``--device`` (``device.py``).
+Flags: Megatron's, ``--sla ...`` (``--help-sla`` lists these alone, at once) and ``--device``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import signal
+import sys
 import time
 
 # Nothing heavier is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
-from .common.errors import OFF, Refusal, refuse
+from .common.errors import OFF, Refusal, one_line_errors, refuse
 from .common.launchers import end_with_parent
 
 _PROGRAM_START = time.time()
@@ -39,8 +40,18 @@ _NOT_HERE: tuple[Refusal, ...] = (
 
 def main() -> None:
     """Parse ``sys.argv``, then hand over to ``megatron.training.pretrain``."""
-    from .cpu.device import megatron_device
+    from .common.flag_types import OneLineParser
+    from .cpu.device import add_device_arg, megatron_device
+    from .flags.sla_flags import add_sla_args, refuse_unknown_sla_flags
 
+    if "--help-sla" in sys.argv[1:]:
+        parser = OneLineParser(
+            "sla-pretrain", epilog="sla-pretrain --help lists Megatron's flags too, in some seconds."
+        )
+        add_device_arg(add_sla_args(parser)).print_help()
+        return
+    with one_line_errors():
+        refuse_unknown_sla_flags(sys.argv[1:])
     with megatron_device():
         _pretrain()
 
@@ -52,11 +63,12 @@ def _pretrain() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from .cpu.device import add_device_arg
-    from .flags.arguments import parse_and_validate_args
+    from .flags.arguments import megatron_refusals, parse_and_validate_args
     from .model.builder import gpt_config_from_args
     from .model.report import report_model
     from .training.checkpoint_writer import shield_checkpoint_writer
-    from .training.gpt_data import forward_step, train_valid_test_datasets
+    from .training.data import train_valid_test_datasets
+    from .training.loss import forward_step
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(
@@ -64,15 +76,12 @@ def _pretrain() -> None:
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         check=require_pretraining,
     )
-    model_config = gpt_config_from_args(args)
+    with one_line_errors(), megatron_refusals():
+        model_config = gpt_config_from_args(args)
+        container = pretrain_cfg_container_from_args(args, model_config)
     report_model(model_config)
     shield_checkpoint_writer(args)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        train_valid_test_datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
 
 
 def require_pretraining(args: argparse.Namespace) -> None:

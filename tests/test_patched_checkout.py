@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sla_megatron.upstream.seams import CHECKED_WITH, VERSION_FILE, minor_of, version_in
+from sla_megatron.upstream.megatron_version import CHECKED_WITH, VERSION_FILE, minor_of, version_in
 from tests.support.launch import start_ranks, wait_for_ranks
 from tests.support.runs import CPU_FLAGS, ITERATIONS, argv
 

@@ -11,7 +11,7 @@ import pytest
 from examples.quickstart import build_dataset, corpus
 from sla_megatron.commands.data import tokenize_command
 from sla_megatron.commands.data.training_tokenizer import EOS_ID, PAD_ID
-from sla_megatron.common.announcements import quiet
+from sla_megatron.common.silence import without_announcements
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_fingerprint_sees_text_order_and_boundaries() -> None:
 
 def test_dataset_reads_back_as_the_token_ids(library: Path, tmp_path: Path) -> None:
     dataset = build_dataset.build(tmp_path / "data", 10**7, 512, say=lambda line: None, root=library)
-    with quiet():
+    with without_announcements():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
         from megatron.core.tokenizers import MegatronTokenizer
 

@@ -11,8 +11,9 @@ from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.transformer import TransformerConfig
 
 from sla_megatron import SLAConfig, sla_layer_spec, sla_transformer_blocks
-from sla_megatron.attention.core_attention import SDPA, torch_attention_spec
 from sla_megatron.cpu.flags import CONFIG_ON_CPU
+from sla_megatron.flags.sla_flags import SDPA
+from sla_megatron.model.layer_specs import torch_attention_spec
 
 from .data import VOCABULARY
 

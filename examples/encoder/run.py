@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from benchmarks.record import add_output_args, check_output, write_result
 from sla_megatron.attention.sla_config import default_num_skip_groups, default_skip_distance
-from sla_megatron.common.announcements import quiet
 from sla_megatron.common.errors import FlagError, one_line_errors
 from sla_megatron.common.flag_types import OneLineParser, count
+from sla_megatron.common.silence import without_announcements
 from sla_megatron.cpu.device import add_device_arg, megatron_device
 
 from .report import plot, tables
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train with every seed, print the table, write the JSON file and the plot."""
     with one_line_errors():
         args = parse_args(sys.argv[1:] if argv is None else argv)
-    with quiet(), megatron_device(["--device", args.device]) as device:
+    with without_announcements(), megatron_device(["--device", args.device]) as device:
         import torch
 
         from .models import start_megatron

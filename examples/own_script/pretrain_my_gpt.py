@@ -29,7 +29,8 @@ def main() -> None:
         gpt_config_from_args,  # (2) was: megatron.training.argument_utils
         parse_and_validate_args,  # (3) was: megatron.training.arguments
     )
-    from sla_megatron.training.gpt_data import forward_step, train_valid_test_datasets
+    from sla_megatron.training.data import train_valid_test_datasets
+    from sla_megatron.training.loss import forward_step
 
     args = parse_and_validate_args(extra_args_provider=add_my_args)
     model_config = gpt_config_from_args(args)

@@ -7,7 +7,7 @@ layer's K/V there, before anything downstream runs.  Rotary embedding, every cor
 flash), its recomputation and the output projection are upstream's, called once a layer, and see ordinary K/V.
 
 K is shared before rotary embedding and rotated by the reader.  That is the K that the source's own attention sees:
-rotation depends on the position alone, and is the same in all layers; ``validation.py`` refuses per-layer patterns.
+rotation depends on the position alone, and is the same in all layers; ``flags/validation.py`` refuses other patterns.
 """
 
 from __future__ import annotations
@@ -22,10 +22,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
-from .microbatch_kv import current
+from ..upstream.seams import Reliance
+from .microbatch_kv import Bundle, current
 from .pieces import Pieces
-from .roles import LayerRole
+from .roles import BundleName, LayerRole
 from .sla_config import SLAConfig
+
+QUERY_KEY_VALUE = Reliance(
+    "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors",
+    "overridden by SLASelfAttention, which takes the place of SelfAttention in the layer spec; for pruned projections "
+    "its steps after the projection are spelled out",
+    ("self", "hidden_states", "key_value_states", "output_gate", "split_qkv"),
+    sources={"53c73e30c0289e33": "0.19.0 to 0.19.2", "99d3f9539b11aafe": "main at d98e8a64"},
+)
+
+#: Called with whatever it is given, so that no signature is assumed.
+ROLE = Reliance(
+    "megatron.core.transformer.attention:SelfAttention.__init__", "overridden by SLASelfAttention, to know its role"
+)
 
 
 class _KeepInGraph(torch.autograd.Function):
@@ -122,7 +136,7 @@ class SLASelfAttention(SelfAttention):
         if self.role.puts and not self.role.takes:
             key, value = self._share(key, value)
         if self.role.takes:
-            own_keys, own_values = (tensor.split(self._pieces.own, dim=2) for tensor in (key, value))
+            own_keys, own_values = (tensor.split(self._pieces.own_sizes, dim=2) for tensor in (key, value))
             self._put(own_keys, own_values)
             if self.role.reads_nothing_of_its_own and self.k_layernorm is not None:
                 query = _KeepInGraph.apply(query, key)
@@ -136,12 +150,12 @@ class SLASelfAttention(SelfAttention):
 
         What is handed on are views of the projection, which autograd keeps anyway for this layer's own attention.
         """
-        shared = sorted(i for indices in self._pieces.puts.values() for i in indices)
-        key, *of_key = _Share.apply(key, self._pieces.own, shared)
-        value, *of_value = _Share.apply(value, self._pieces.own, shared)
+        shared = sorted(i for indices in self._pieces.put_pieces.values() for i in indices)
+        key, *of_key = _Share.apply(key, self._pieces.own_sizes, shared)
+        value, *of_value = _Share.apply(value, self._pieces.own_sizes, shared)
         own_keys, own_values = (dict(zip(shared, pieces, strict=True)) for pieces in (of_key, of_value))
-        for name, indices in self._pieces.puts.items():
-            current().put(name, tuple([own[i] for i in indices] for own in (own_keys, own_values)))
+        for name, indices in self._pieces.put_pieces.items():
+            current().put(name, Bundle(*([own[i] for i in indices] for own in (own_keys, own_values))))
         return key, value
 
     def _put(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> None:
@@ -149,18 +163,18 @@ class SLASelfAttention(SelfAttention):
 
         Copies: views would keep the projection alive, which this layer's own attention does not.
         """
-        for name, indices in self._pieces.puts.items():
-            bundle = tuple(torch.cat([own[i] for i in indices], dim=2) for own in (own_keys, own_values))
-            current().put(name, bundle)
+        for name, indices in self._pieces.put_pieces.items():
+            whole = ([torch.cat([own[i] for i in indices], dim=2)] for own in (own_keys, own_values))
+            current().put(name, Bundle(*whole))
 
     def _read(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Key and value ``[s, b, groups, d]`` of all groups: own pieces and those of earlier layers, in one copy."""
         kv = current()
-        pieces = {None: (own_keys, own_values)}
-        for name, sizes in self._pieces.takes.items():
-            pieces[name] = kv.take_pieces(name, sizes)
-        read = [[pieces[origin][which][i] for origin, i in self._pieces.read] for which in (0, 1)]
-        key, value = (torch.cat(parts, dim=2) for parts in read)
+        bundles: dict[BundleName | None, Bundle] = {None: Bundle(own_keys, own_values)}
+        for name, sizes in self._pieces.taken_sizes.items():
+            bundles[name] = kv.take(name).cut(sizes)
+        key = torch.cat([bundles[origin].keys[i] for origin, i in self._pieces.read_pieces], dim=2)
+        value = torch.cat([bundles[origin].values[i] for origin, i in self._pieces.read_pieces], dim=2)
         return key, value
 
     def _of_live_groups(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

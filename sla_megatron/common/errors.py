@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 #: Values of a Megatron option that is off.
@@ -24,8 +25,17 @@ def flag_of(name: str) -> str:
     return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
+#: Whose errors these are where no command says so: of a training run, by our entry point or by a user's own script.
+TRAINING = "sla-megatron"
+
+
 class StartError(Exception):
-    """A run cannot start; the message is all that its user needs to know, in one line."""
+    """A run or a command cannot start or go on; the message is all that its user needs to know, in one line."""
+
+    @property
+    def reason(self) -> str:
+        """The message without a program's name, to be shown under another's."""
+        return str(self)
 
 
 class FlagError(StartError):
@@ -36,9 +46,13 @@ class FlagError(StartError):
 
     def __init__(self, flag: str, value: object, accepted: str) -> None:
         self.flag, self.value, self.accepted = flag, value, accepted
-        shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        super().__init__(f"{TRAINING}: error: {self.reason}")
+
+    @property
+    def reason(self) -> str:
+        shown = " ".join(map(str, self.value)) if isinstance(self.value, list | tuple) else self.value
         given = "without a value" if shown in ("", None) else shown
-        super().__init__(f"sla-megatron: error: {flag} {given}: expected {accepted}")
+        return f"{self.flag} {given}: expected {self.accepted}"
 
 
 def refuse(args: Namespace, refusals: Iterable[Refusal]) -> None:
@@ -49,13 +63,28 @@ def refuse(args: Namespace, refusals: Iterable[Refusal]) -> None:
             raise FlagError(flag_of(name), value, accepted)
 
 
+_command: ContextVar[str | None] = ContextVar("sla_command", default=None)
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a :class:`StartError` inside the block into its one line, on rank 0's stderr, and exit status 2."""
+def one_line_errors(command: str = TRAINING, all_ranks: bool = False) -> Iterator[None]:
+    """Turn a :class:`StartError` inside the block into its one line on stderr, and exit status 2.
+
+    Within another such block the outer one does so: an error carries the name of the command that its user called.
+
+    Args:
+        command: that name.
+        all_ranks: whether each process says it, or the first of a job's ranks alone.
+    """
+    if _command.get() is not None:
+        yield
+        return
+    token = _command.set(command)
     try:
         yield
     except StartError as error:
-        if os.environ.get("RANK", "0") == "0":
-            text = str(error)
-            print(text if text.startswith("sla-") else f"sla-megatron: error: {text}", file=sys.stderr, flush=True)
+        if all_ranks or os.environ.get("RANK", "0") == "0":
+            print(f"{command}: error: {error.reason}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        _command.reset(token)

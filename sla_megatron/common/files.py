@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: str | bytes, durable: bool = False) -> None:
-    """Write ``content`` so that ``path`` is the old file or the whole new one; ``durable``: after a power cut too."""
+def fault_of_file(path: Path, overwrite: bool) -> str | None:
+    """What would have to be so for a command to write ``path``; ``None`` if it may."""
+    if path.is_dir() or not path.parent.is_dir():
+        return "a file in a directory that exists"
+    return "a new file, or --overwrite beside it" if path.exists() and not overwrite else None
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Within the block, a name beside ``path`` to write to; at its end that is ``path``, after an error it is gone."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        if durable:
-            flush(unfinished)
+        yield unfinished
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes, durable: bool = False) -> None:
+    """Write ``content`` so that ``path`` is the old file or the whole new one; ``durable``: after a power cut too."""
+    with written_whole(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            flush(unfinished)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

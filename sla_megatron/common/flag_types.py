@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from typing import NoReturn
 
-from .errors import FlagError
+from .errors import FlagError, StartError
 
 #: A missing value reaches the type function, whose error is one line; argparse's own is Megatron's usage text.
 WITH_VALUE = {"nargs": "?", "const": ""}
+
+_UNKNOWN = "unrecognized arguments: "
+
+#: argparse's names of types -> what they accept.
+_TYPES = {"int": "an integer", "float": "a number"}
 
 #: More than any of these flags means, and less than infinity.
 _MOST = 1e18
@@ -19,7 +27,56 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {refusal(self, message).reason}\n")
+
+
+def refusal(parser: argparse.ArgumentParser, message: str) -> StartError:
+    """What argparse says of a bad command line, as flag, value and what is accepted; of an unknown flag, those like it.
+
+    Args:
+        parser: knows the flags.
+        message: as argparse gives it to ``ArgumentParser.error``.
+    """
+    if message.startswith(_UNKNOWN):
+        return unknown_flag(message.removeprefix(_UNKNOWN).split(), known_flags(parser))
+    named = re.fullmatch(r"argument (?P<flag>[^\s:/]+)\S*: (?P<complaint>.*)", message, re.DOTALL)
+    if named is None:
+        return StartError(message)
+    flag, complaint = named["flag"], named["complaint"]
+    if choice := re.fullmatch(r"invalid choice: (?P<value>.*) \(choose from (?P<choices>.*)\)", complaint, re.DOTALL):
+        return FlagError(flag, _unquoted(choice["value"]), f"one of {choice['choices'].replace(chr(39), '')}")
+    if typed := re.fullmatch(r"invalid (?P<type>\w+) value: (?P<value>.*)", complaint, re.DOTALL):
+        return FlagError(flag, _unquoted(typed["value"]), _TYPES.get(typed["type"], f"a value of type {typed['type']}"))
+    if checked := re.fullmatch(r"(?P<value>.*): expected (?P<accepted>.*)", complaint, re.DOTALL):
+        return FlagError(flag, checked["value"], checked["accepted"])
+    if complaint.startswith("expected "):
+        return FlagError(flag, None, complaint.removeprefix("expected ").replace("argument", "value"))
+    return StartError(f"{flag}: {complaint}" if flag.startswith("-") else complaint)
+
+
+def unknown_flag(words: Sequence[str], known: Iterable[str]) -> StartError:
+    """The error for words of a command line that nothing takes: the first flag among them, and those most like it."""
+    at = next((number for number, word in enumerate(words) if word.startswith("-")), 0)
+    flag, _, value = words[at].partition("=")
+    values = [value] if value else list(takewhile(lambda word: not word.startswith("-"), words[at + 1 :]))
+    if not flag.startswith("-"):
+        return StartError(f"{words[0]}: expected a flag before it")
+    like = difflib.get_close_matches(flag, sorted(known), n=3, cutoff=0.7)
+    such = f", such as {' or '.join(like)}" if like else ""
+    return StartError(f"{' '.join([flag, *values])}: expected a known flag{such}")
+
+
+def known_flags(parser: argparse.ArgumentParser) -> set[str]:
+    """All flags of ``parser`` and of its subcommands."""
+    flags = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags = flags.union(*(known_flags(command) for command in action.choices.values()))
+    return flags
+
+
+def _unquoted(shown: str) -> str:
+    return shown[1:-1] if shown[:1] in ("'", '"') and shown[-1:] == shown[:1] else shown
 
 
 def number(

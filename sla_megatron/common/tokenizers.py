@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from .errors import StartError
+
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TEXT = (*SENTENCEPIECE, "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer")
 
@@ -38,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
 _HUB_TIMEOUT = 3.0
 
 
-class TokenizerError(Exception):
+class TokenizerError(StartError):
     """Why a tokenizer cannot be read or carried along, as one line."""
 
 

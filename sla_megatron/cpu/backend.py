@@ -1,4 +1,4 @@
-"""Enter and leave the CPU backend, and decide whether it is wanted."""
+"""Enter and leave the CPU backend."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from ..common.errors import FlagError
-from ..upstream.seams import replaced, require_megatron
+from ..upstream.megatron_version import require_megatron
+from ..upstream.seams import replaced
 from .tensors import CudaMeansCpu
-
-DEVICES = ("auto", "cpu", "cuda")
 
 _active = False
 
@@ -21,21 +17,6 @@ _active = False
 def cpu_backend_is_active() -> bool:
     """Whether the caller runs inside :func:`cpu_backend`."""
     return _active
-
-
-def choose_device(requested: str) -> str:
-    """``"cpu"`` or ``"cuda"`` for ``--device``'s value; ``auto`` takes a GPU where there is one.
-
-    Raises :class:`FlagError` for an unknown value, or for ``cuda`` on a machine without a GPU.
-    """
-    if requested not in DEVICES:
-        raise FlagError("--device", requested, f"one of {', '.join(DEVICES)}")
-    has_gpu = torch.cuda.is_available() and not _active
-    if requested == "cuda" and not has_gpu:
-        raise FlagError("--device", requested, "cpu or auto on this machine: torch finds no CUDA GPU here")
-    if requested == "auto":
-        return "cuda" if has_gpu else "cpu"
-    return requested
 
 
 @contextmanager

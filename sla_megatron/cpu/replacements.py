@@ -31,7 +31,7 @@ SILENCED = ("megatron.core.tensor_parallel.random", "CPU RNG state changed withi
 
 
 def _cuda(names: str, stand_in: Callable, reason: str) -> list[Seam]:
-    return [Seam(f"torch.cuda:{name}", _distinct(stand_in), reason) for name in names.split()]
+    return [Seam(f"torch.cuda:{name}", reason, stand_in=_distinct(stand_in)) for name in names.split()]
 
 
 def _distinct(stand_in: Callable) -> Callable:
@@ -43,6 +43,10 @@ def _distinct(stand_in: Callable) -> Callable:
 
 def replacements() -> list[Seam]:
     """Every replaced name, with the reason."""
+    return [*_of_torch(), *_of_megatron()]
+
+
+def _of_torch() -> list[Seam]:
     return [
         *_cuda("is_available is_initialized", lambda: True, _ONE_DEVICE),
         *_cuda("device_count", lambda: 1, _ONE_DEVICE),
@@ -61,68 +65,81 @@ def replacements() -> list[Seam]:
         *_cuda("memory_allocated memory_reserved device_memory_used", cuda_api.zero, _MEMORY),
         *_cuda("max_memory_allocated max_memory_reserved", cuda_api.zero, _MEMORY),
         # torch checks the stream's type before a function mode sees the call.
-        Seam("torch:Tensor.record_stream", lambda self, stream: None, _NO_STREAMS),
+        Seam("torch:Tensor.record_stream", _NO_STREAMS, stand_in=lambda self, stream: None),
         *_cuda("memory_stats", lambda device=None: {}, _MEMORY),
         *_cuda("get_rng_state", cuda_api.get_rng_state, _GENERATOR),
         *_cuda("set_rng_state", cuda_api.set_rng_state, _GENERATOR),
-        Seam("torch.cuda.random:get_rng_state", _distinct(cuda_api.get_rng_state), _GENERATOR),
-        Seam("torch.cuda.random:set_rng_state", _distinct(cuda_api.set_rng_state), _GENERATOR),
+        Seam("torch.cuda.random:get_rng_state", _GENERATOR, stand_in=_distinct(cuda_api.get_rng_state)),
+        Seam("torch.cuda.random:set_rng_state", _GENERATOR, stand_in=_distinct(cuda_api.set_rng_state)),
         *_cuda("manual_seed", cuda_api.manual_seed, _GENERATOR),
         *_cuda("manual_seed_all", cuda_api.nothing, "torch.manual_seed calls it after seeding the CPU's generator"),
-        Seam("torch.accelerator:is_available", lambda: False, "tells torch's own code that there is no accelerator"),
-        Seam("torch._dynamo.config:disable", True, "Megatron compiles small functions; on the CPU that costs minutes"),
         Seam(
-            "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
-            cuda_api.megatron_get_rng_state,
-            _GENERATOR,
-            ("device", "clone", "graph_safe"),
+            "torch.accelerator:is_available",
+            "tells torch's own code that there is no accelerator",
+            stand_in=lambda: False,
         ),
         Seam(
-            "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
-            cuda_api.megatron_set_rng_state,
-            _GENERATOR,
-            ("new_state", "device", "graph_safe"),
+            "torch._dynamo.config:disable",
+            "Megatron compiles small functions; on the CPU that costs minutes",
+            stand_in=True,
         ),
         Seam(
             "torch.autograd.function:BackwardCFunction.apply",
-            backward_on_cpu,
             "torch leaves CudaMeansCpu inside torch.autograd.backward, where Megatron's backward functions allocate",
             ("self", "args"),
-        ),
-        Seam(
-            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
-            optimizer.sharded_state_dict,
-            "with torch's Adam upstream cannot load a checkpoint into a fresh distributed optimizer",
-            ("self", "model_sharded_state_dict", "is_loading", "sharding_type", "metadata"),
-        ),
-        Seam(
-            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
-            optimizer.load_state_dict,
-            "with torch's Adam upstream loads one step count that all parameters share and each advances",
-            ("self", "state_dict"),
-        ),
-        Seam(
-            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
-            optimizer.set_main_param_and_optimizer_states,
-            "with torch's Adam upstream looks for a step count that the fully reshardable format does not hold",
-            ("self", "model_param", "tensors"),
-        ),
-        Seam(
-            "megatron.training.training:set_jit_fusion_options",
-            cuda_api.skip_warm_up,
-            "it warms up kernels on random tensors, drawn here from the generator that initialises the weights, which "
-            "would then depend on the tensor-parallel size",
-            ("tp_size",),
+            stand_in=backward_on_cpu,
         ),
         Seam(
             "torch.utils.data:DataLoader",
-            cuda_api.UnpinnedDataLoader,
             "pinned memory needs a GPU, and a draw on one tensor-parallel rank alone would part their generators",
+            stand_in=cuda_api.UnpinnedDataLoader,
+        ),
+    ]
+
+
+def _of_megatron() -> list[Seam]:
+    return [
+        Seam(
+            "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+            _GENERATOR,
+            ("device", "clone", "graph_safe"),
+            stand_in=cuda_api.megatron_get_rng_state,
+        ),
+        Seam(
+            "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+            _GENERATOR,
+            ("new_state", "device", "graph_safe"),
+            stand_in=cuda_api.megatron_set_rng_state,
+        ),
+        Seam(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
+            "with torch's Adam upstream cannot load a checkpoint into a fresh distributed optimizer",
+            ("self", "model_sharded_state_dict", "is_loading", "sharding_type", "metadata"),
+            stand_in=optimizer.sharded_state_dict,
+        ),
+        Seam(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+            "with torch's Adam upstream loads one step count that all parameters share and each advances",
+            ("self", "state_dict"),
+            stand_in=optimizer.load_state_dict,
+        ),
+        Seam(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+            "with torch's Adam upstream looks for a step count that the fully reshardable format does not hold",
+            ("self", "model_param", "tensors"),
+            stand_in=optimizer.set_main_param_and_optimizer_states,
+        ),
+        Seam(
+            "megatron.training.training:set_jit_fusion_options",
+            "it warms up kernels on random tensors, drawn here from the generator that initialises the weights, which "
+            "would then depend on the tensor-parallel size",
+            ("tp_size",),
+            stand_in=cuda_api.skip_warm_up,
         ),
         Seam(
             "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
-            torch_norm,
             "torch's norms in the local spec refuse sequence parallelism",
             ("cls", "config", "hidden_size", "eps", "persist_layer_norm", "zero_centered_gamma", "normalization"),
+            stand_in=torch_norm,
         ),
     ]

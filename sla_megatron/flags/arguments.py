@@ -1,25 +1,35 @@
-"""The ``--sla`` flags, and Megatron's parsing with them.
+"""Megatron's flags with ``--sla``: parsed, validated and filled in, or refused in one line.
 
-A script that calls Megatron's ``parse_and_validate_args`` calls the one here instead; nothing else changes.
+A script that calls Megatron's ``parse_and_validate_args`` calls the one here instead; nothing else changes.  The
+commands settle the flags of a run with the same function.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NoReturn
 
 from megatron.training import arguments as upstream
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.yaml_arguments import validate_yaml
 
-from ..attention.core_attention import MEGATRON, SDPA, resolve_core_attention
-from ..attention.sla_config import KV_PROJECTIONS
-from ..common.errors import FlagError, one_line_errors
-from ..cpu import cpu_backend_is_active
+from ..common.errors import StartError, one_line_errors
+from ..common.flag_types import refusal
+from ..common.silence import silence
+from ..cpu.backend import cpu_backend_is_active
 from ..cpu.flags import fit_to_cpu
-from ..upstream.seams import Reliance, require_megatron
+from ..upstream.megatron_version import require_megatron
+from ..upstream.seams import Reliance
 from .checkpoint_settings import adopt_checkpoint_args, require_same_settings
+from .core_attention import resolve_core_attention
+from .sla_flags import add_sla_args
 from .validation import refuse_unsupported, resolve_sla_args
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -28,54 +38,8 @@ PARSING = Reliance(
     "megatron.training.arguments:parse_and_validate_args",
     "its steps are spelled out here, to settle the --sla flags between two of them",
     ("extra_args_provider", "ignore_unknown_args", "args_defaults"),
+    sources={"c2bc7af545b664d3": "0.19.0 to 0.19.2, and main at d98e8a64"},
 )
-
-
-def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
-    """An ``extra_args_provider`` for Megatron: adds the ``--sla`` flags to ``parser`` and returns it."""
-    group = parser.add_argument_group("skip-layer attention", "arXiv 2406.11274")
-    group.add_argument("--sla", action="store_true", help="Turn skip-layer attention on.")
-    group.add_argument(
-        "--sla-skip-distance",
-        type=_integer("--sla-skip-distance", "one or more integers >= 1"),
-        nargs="*",
-        metavar="N",
-        help="Skip distance in layers: skip heads of layer l read K/V of layer l - N. With several, the j-th skip "
-        "group uses the (j mod count)-th. Default: round(0.75 * layers).",
-    )
-    group.add_argument(
-        "--sla-num-skip-groups",
-        type=_integer("--sla-num-skip-groups", "an integer from 0 to the number of K/V groups"),
-        nargs="?",
-        const="",
-        metavar="K",
-        help="How many K/V groups skip (query heads: K * heads / groups). Default: round(0.75 * groups).",
-    )
-    group.add_argument(
-        "--sla-layers",
-        nargs="?",
-        const="",
-        metavar="RANGES",
-        help="Consumer layers, 1-based, such as 10-12 or 4,6,8-12. Default: every layer beyond the distance.",
-    )
-    group.add_argument(
-        "--sla-kv-projection",
-        type=_choice("--sla-kv-projection", KV_PROJECTIONS),
-        nargs="?",
-        const="",
-        metavar="{full,pruned}",
-        help="Keep K/V projections that nobody reads (full: the dense model's shapes) or leave them out (pruned: "
-        "fewer parameters). Default: full.",
-    )
-    group.add_argument(
-        "--core-attention",
-        type=_choice("--core-attention", (MEGATRON, SDPA)),
-        default=MEGATRON,
-        metavar="{megatron,sdpa}",
-        help="sdpa: torch's scaled_dot_product_attention in the place of Megatron's local one, which keeps [s, s] "
-        "scores; with --sla or without. Default: megatron, what the layer spec has.",
-    )
-    return parser
 
 
 def parse_and_validate_args(
@@ -86,12 +50,16 @@ def parse_and_validate_args(
 ) -> Namespace:
     """Megatron's ``parse_and_validate_args`` with the ``--sla`` flags.
 
-    A bad value ends the run before anything is written: one line on stderr, exit status 2.  ``check`` may raise
-    :class:`FlagError` for more.
+    A flag that cannot be accepted ends the run before anything is written, whoever refuses it: one line on stderr, exit
+    status 2.  ``check`` may raise :class:`FlagError` for more.
     """
 
     with one_line_errors():
         args = settled_args(extra_args_provider, ignore_unknown_args, args_defaults, check)
+        if args.yaml_cfg is None:
+            # The model is built much later; what Megatron has against it is wanted before anything is written.
+            with megatron_refusals():
+                core_transformer_config_from_args(args)
     set_global_variables(args)
     return args
 
@@ -102,16 +70,25 @@ def settled_args(
     args_defaults: dict[str, Any] | None = None,
     check: Callable[[Namespace], None] | None = None,
     will_run_here: bool = True,
+    argv: Sequence[str] | None = None,
+    silent: bool = False,
 ) -> Namespace:
     """Megatron's flags and ``--sla``, parsed, validated and filled in, without a process group or a global.
 
     The steps are those of ``megatron.training.arguments.parse_and_validate_args``.  They are spelled out because the
     ``--sla`` flags must be settled between upstream's validation, which fills in the model's shape, and
-    ``set_global_variables``, which is the first to write anything.  Without ``will_run_here`` the flags are those of a
-    run on another machine, and are not fitted to this one.
+    ``set_global_variables``, which is the first to write anything.
+
+    Args:
+        extra_args_provider, ignore_unknown_args, args_defaults: upstream's.
+        check: called with the parsed arguments, before upstream validates them; may change them.
+        will_run_here: whether the flags are those of a run on this machine, and are fitted to it.
+        argv: the flags, in place of the command line's.
+        silent: whether what Megatron prints and warns of meanwhile is dropped.
 
     Raises:
         FlagError: for what cannot be accepted.
+        MegatronRefusal: for what Megatron does not accept.
         MegatronVersionError: if Megatron is of a version that this was not checked with.
     """
     args_defaults = args_defaults or {}
@@ -119,26 +96,81 @@ def settled_args(
     PARSING.require()
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
-        parser = _with_working_help(add_sla_args(parser))
-        return extra_args_provider(parser) if extra_args_provider is not None else parser
+        parser = add_sla_args(parser)
+        if extra_args_provider is not None:
+            parser = extra_args_provider(parser)
+        parser.error = partial(_refuse, parser)
+        return _with_working_help(parser)
 
-    args = upstream.parse_args(provider, ignore_unknown_args)
-    if will_run_here and cpu_backend_is_active():
-        fit_to_cpu(args)
-    if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
-        adopt_checkpoint_args(args)
-    # Before upstream's validation, which would end some of these in a traceback of its own.
-    refuse_unsupported(args)
-    if check is not None:
-        check(args)
-    if args.yaml_cfg is not None:
-        args = validate_yaml(args, args_defaults)
-    else:
-        upstream.validate_args(args, args_defaults)
-    resolve_sla_args(args)
-    resolve_core_attention(args)
-    require_same_settings(args)
+    with ExitStack() as stack:
+        if argv is not None:
+            stack.enter_context(_command_line(argv))
+        if silent:
+            stack.enter_context(silence())
+        with megatron_refusals():
+            args = upstream.parse_args(provider, ignore_unknown_args)
+        if will_run_here and cpu_backend_is_active():
+            fit_to_cpu(args)
+        if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
+            with megatron_refusals():
+                adopt_checkpoint_args(args)
+        # Before upstream's validation, which would end some of these in words of its own.
+        refuse_unsupported(args)
+        if check is not None:
+            check(args)
+        with megatron_refusals():
+            if args.yaml_cfg is not None:
+                args = validate_yaml(args, args_defaults)
+            else:
+                upstream.validate_args(args, args_defaults)
+        resolve_sla_args(args)
+        resolve_core_attention(args)
+        with megatron_refusals():
+            require_same_settings(args)
     return args
+
+
+class MegatronRefusal(StartError):
+    """What Megatron has against flags, or the model that they describe; ``complaint`` is in its own words."""
+
+    def __init__(self, complaint: str) -> None:
+        self.complaint = complaint
+        super().__init__(f"Megatron does not accept these flags: {complaint}")
+
+
+@contextmanager
+def megatron_refusals() -> Iterator[None]:
+    """Turn whatever Megatron raises inside the block, about flags or the model they describe, into one line.
+
+    Raises :class:`MegatronRefusal` for it; our own errors come through as they are.
+    """
+    try:
+        yield
+    except StartError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        # An assertion without a message says in its own code what it wants.
+        text = " ".join((str(error) or place.line or type(error).__name__).split())
+        if not isinstance(error, AssertionError | ValueError | NotImplementedError | ImportError):
+            # Not meant for users, and hardly understood without its place.
+            text = f"{type(error).__name__}: {text} ({place.filename}:{place.lineno})"
+        raise MegatronRefusal(text) from error
+
+
+@contextmanager
+def _command_line(argv: Sequence[str]) -> Iterator[None]:
+    """Megatron reads ``sys.argv``."""
+    before, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
+    """Stands for ``ArgumentParser.error``, which prints Megatron's usage, of two thousand lines."""
+    raise refusal(parser, message)
 
 
 def _with_working_help(parser: ArgumentParser) -> ArgumentParser:
@@ -151,20 +183,8 @@ def _with_working_help(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def _integer(flag: str, accepted: str) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            return int(text)
-        except ValueError:
-            raise FlagError(flag, text, accepted) from None
-
-    return convert
-
-
-def _choice(flag: str, choices: tuple[str, ...]) -> Callable[[str], str]:
-    def convert(text: str) -> str:
-        if text not in choices:
-            raise FlagError(flag, text, " or ".join(choices))
-        return text
-
-    return convert
+def fewest_gpus(args: Namespace) -> int:
+    """The smallest world size that the parallel sizes of parsed arguments divide."""
+    dense = args.tensor_model_parallel_size * args.context_parallel_size
+    experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+    return math.lcm(dense, experts) * args.pipeline_model_parallel_size

@@ -1,6 +1,6 @@
 """Every check of the ``--sla`` flags, in one place, before any process group exists.
 
-Each refusal is a :class:`~sla_megatron.common.errors.FlagError`: one line with the flag, its value and what is accepted.
+Each refusal is a :class:`~sla_megatron.FlagError`: one line with the flag, its value and what is accepted.
 """
 
 from __future__ import annotations

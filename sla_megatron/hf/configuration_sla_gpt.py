@@ -173,7 +173,8 @@ class SlaGPTConfig(PreTrainedConfig):
         later = {self.reader(layer, g) for g in live} - {None}
         parts = [[g for g in live if self.source(layer, g) == layer]]
         parts += [[g for g in live if self.reader(layer, g) == reader] for reader in later]
-        if all(_is_slice(part, live) for part in parts):
+        # Whether each of them stands in the live ones without a gap.
+        if all(live[live.index(part[0]) :][: len(part)] == part for part in parts if part):
             return live
         return sorted(live, key=lambda g: (self.source(layer, g) == layer, self.reader(layer, g) or layer, g))
 
@@ -254,12 +255,6 @@ class SlaGPTConfig(PreTrainedConfig):
     def _require(self, is_good: bool, name: str, wanted: str) -> None:
         if not is_good:
             raise ValueError(f"SlaGPTConfig: {name} must be {wanted}; it is {getattr(self, name)!r}")
-
-
-def _is_slice(part: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether ``part`` stands in ``whole`` without a gap."""
-    start = whole.index(part[0]) if part else 0
-    return whole[start : start + len(part)] == part
 
 
 def _is_int(value: Any) -> bool:

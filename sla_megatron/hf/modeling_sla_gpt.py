@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_sla_gpt import KV, SlaGPTAttention, SlaGPTNorm, rotary_frequencies
+from .attention_sla_gpt import SlaGPTAttention, SlaGPTNorm, rotary_frequencies
 from .configuration_sla_gpt import SlaGPTConfig
 
 
@@ -154,8 +154,13 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rotary = self._rotary(x, position_ids) if self.has_rope else None
-        if not self.has_rope:
+        rotary = None
+        if self.has_rope:
+            # Cosine and sine, ``[b or 1, 1, s, rotary_dim / 2]`` each, in x's precision.
+            angles = position_ids[:, None, :, None].float() * rotary_frequencies(self.config, x.device)
+            angles = angles.to(torch.promote_types(x.dtype, torch.float32))
+            rotary = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+        else:
             x = x + self.embed_positions(position_ids)
 
         # Reader -> the keys and values that earlier layers projected for it; dropped once it has read them.
@@ -185,12 +190,6 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
         if attention_mask is not None and attention_mask.shape == (x.shape[0], past + new):
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:].to(x.device)
         return (torch.arange(new, device=x.device) + past).unsqueeze(0)
-
-    def _rotary(self, x: Tensor, position_ids: Tensor) -> KV:
-        """Cosine and sine, ``[b or 1, 1, s, rotary_dim / 2]`` each, in x's precision."""
-        angles = position_ids[:, None, :, None].float() * rotary_frequencies(self.config, x.device)
-        angles = angles.to(torch.promote_types(x.dtype, torch.float32))
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):

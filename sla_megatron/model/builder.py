@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.argument_utils import gpt_config_from_args as upstream_gpt_config_from_args
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from ..attention.core_attention import MEGATRON, SDPA, torch_attention_spec
 from ..attention.sla_config import SLAConfig
+from ..flags.sla_flags import MEGATRON, SDPA
 from ..flags.validation import sla_config_from_args
-from .layer_specs import sla_layer_spec
+from ..upstream.seams import Reliance
 from .transformer_block import sla_transformer_blocks
 
-Spec = ModuleSpec | TransformerBlockSubmodules
+#: Called with whatever it is given, so that no signature is assumed; and what names the class that does so.
+OVERRIDDEN = (
+    Reliance(
+        "megatron.training.models.gpt:GPTModelBuilder.build_model",
+        "overridden by SLAGPTModelBuilder, to have SLA blocks built",
+    ),
+    Reliance(
+        "megatron.training.models.gpt:GPTModelConfig.builder",
+        "overridden by SLAGPTModelConfig, which names that builder",
+    ),
+)
 
 
 def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
@@ -60,35 +66,10 @@ class SLAGPTModelConfig(GPTModelConfig):
 
 
 class SLAGPTModelBuilder(GPTModelBuilder):
-    """Megatron's ``GPTModelBuilder`` on the skip-layer version of the layer spec it would have used."""
+    """Megatron's ``GPTModelBuilder``, whose models build the blocks that ``sla`` and ``core_attention`` ask for."""
 
     def build_model(self, *args: Any, **kwargs: Any) -> GPTModel:
         """One model chunk; arguments are upstream's (``pg_collection, pre_process, post_process, vp_stage``)."""
         config = self._model_config
-        upstream_spec = config.transformer_layer_spec
-        config.transformer_layer_spec = lambda config, vp_stage=None: _own_spec(
-            _resolved(upstream_spec, config, vp_stage), config
-        )
-        try:
-            with nullcontext() if config.sla is None else sla_transformer_blocks(config.sla):
-                return super().build_model(*args, **kwargs)
-        finally:
-            config.transformer_layer_spec = upstream_spec
-
-
-def _own_spec(spec: Spec, config: SLAGPTModelConfig) -> Spec:
-    """``spec`` with the core attention and the self-attention that ``config`` asks for."""
-    if config.core_attention == SDPA:
-        spec = torch_attention_spec(spec)
-    return spec if config.sla is None else sla_layer_spec(spec, config.sla)
-
-
-def _resolved(spec: Any, config: GPTModelConfig, vp_stage: int | None) -> Spec:
-    """The layer or block spec behind ``transformer_layer_spec``, as ``GPTModelBuilder.build_model`` resolves it."""
-    if spec is None:
-        return default_layer_spec(config, vp_stage)
-    if callable(spec) and not isinstance(spec, ModuleSpec):
-        if "vp_stage" in inspect.signature(spec).parameters:
-            return spec(config, vp_stage=vp_stage)
-        return spec(config)
-    return spec
+        with sla_transformer_blocks(config.sla, torch_attention=config.core_attention == SDPA):
+            return super().build_model(*args, **kwargs)

@@ -1,28 +1,25 @@
-"""Turn a layer or block spec that Megatron built into its skip-layer version."""
+"""Turn a layer or block spec that Megatron built into one with skip-layer attention, or with torch's core attention."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from ..attention.self_attention import SLASelfAttention
+from ..attention.core_attention import TorchAttention
+from ..attention.self_attention import QUERY_KEY_VALUE, SLASelfAttention
 from ..attention.sla_config import SLAConfig
-from ..upstream.seams import Reliance
 
-QUERY_KEY_VALUE = Reliance(
-    "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors",
-    "overridden by SLASelfAttention, which takes the place of SelfAttention in the layer spec",
-    ("self", "hidden_states", "key_value_states", "output_gate", "split_qkv"),
-)
+Spec = ModuleSpec | TransformerBlockSubmodules
 
 
-def sla_layer_spec(
-    spec: ModuleSpec | TransformerBlockSubmodules, sla: SLAConfig
-) -> ModuleSpec | TransformerBlockSubmodules:
+def sla_layer_spec(spec: Spec, sla: SLAConfig) -> Spec:
     """``spec`` with each layer's self-attention module swapped; everything else is shared, nothing is modified.
+
+    What has skip-layer attention for the same ``sla`` stays as it is.
 
     Args:
         spec: a layer's ``ModuleSpec`` or a block's ``TransformerBlockSubmodules``: local, Transformer Engine or MoE.
@@ -40,6 +37,8 @@ def sla_layer_spec(
 
 def _sla_layer(layer: ModuleSpec, sla: SLAConfig) -> ModuleSpec:
     attention = getattr(layer.submodules, "self_attention", None)
+    if getattr(attention, "module", None) is SLASelfAttention and attention.params.get("sla") == sla:
+        return layer
     if not isinstance(attention, ModuleSpec) or attention.module is not SelfAttention:
         found = attention.module if isinstance(attention, ModuleSpec) else attention
         raise ValueError(
@@ -48,3 +47,24 @@ def _sla_layer(layer: ModuleSpec, sla: SLAConfig) -> ModuleSpec:
         )
     sla_attention = replace(attention, module=SLASelfAttention, params={**attention.params, "sla": sla})
     return replace(layer, submodules=replace(layer.submodules, self_attention=sla_attention))
+
+
+def torch_attention_spec(spec: Spec) -> Spec:
+    """``spec`` (a layer's, or a block's) with :class:`TorchAttention` as core attention; nothing is modified.
+
+    Raises:
+        ValueError: where a layer's core attention is not upstream's ``DotProductAttention``.
+    """
+    if isinstance(spec, TransformerBlockSubmodules):
+        return replace(spec, layer_specs=[torch_attention_spec(layer) for layer in spec.layer_specs])
+    attention = spec.submodules.self_attention
+    core = getattr(attention.submodules, "core_attention", None)
+    found = core.module if isinstance(core, ModuleSpec) else core
+    if found is not DotProductAttention:
+        raise ValueError(
+            "--core-attention sdpa replaces megatron.core.transformer.dot_product_attention.DotProductAttention; this "
+            f"layer spec has {getattr(found, '__qualname__', found)} in its place"
+        )
+    core = replace(core, module=TorchAttention) if isinstance(core, ModuleSpec) else TorchAttention
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))

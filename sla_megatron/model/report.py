@@ -1,4 +1,8 @@
-"""The few lines at start that say what skip-layer attention does in this run."""
+"""The few lines at start that say what skip-layer attention does in this run.
+
+Megatron prints some thousand lines around them, so that they are said when the model is built, and once more right
+before training starts.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from megatron.training import print_rank_0
 from megatron.training.models.gpt import GPTModelConfig
 
 from ..attention.sla_config import SLAConfig, compact_ranges
+
+_to_repeat: list[str] = []
 
 
 def describe(sla: SLAConfig | None) -> str:
@@ -33,13 +39,21 @@ def report_model(config: GPTModelConfig) -> None:
     def hook(chunks: list[MegatronModule]) -> list[MegatronModule]:
         total = count_parameters(chunks)
         if sla is None:
-            print_rank_0(f"sla-megatron: off; parameters {total}")
+            _to_repeat[:] = [f"sla-megatron: off; parameters {total}"]
         else:
-            print_rank_0(f"sla-megatron: {describe(sla)}")
-            print_rank_0(f"sla-megatron: parameters {total} (dense {total + pruned_parameters(config)})")
+            dense = total + pruned_parameters(config)
+            _to_repeat[:] = [f"sla-megatron: {describe(sla)}", f"sla-megatron: parameters {total} (dense {dense})"]
+        for line in _to_repeat:
+            print_rank_0(line)
         return chunks
 
     config.pre_wrap_hooks.append(hook)
+
+
+def repeat_report() -> None:
+    """Print the lines of the model that was reported last once more; nothing the next time."""
+    while _to_repeat:
+        print_rank_0(_to_repeat.pop(0))
 
 
 def pruned_parameters(config: GPTModelConfig) -> int:

@@ -8,7 +8,6 @@ neighbours is known, so that the k-th tensor a rank receives has a shape that bo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -126,10 +125,6 @@ class SLAP2PCommunicator(P2PCommunicator):
 
     def require_exhausted(self) -> None:
         """Raise ``RuntimeError`` if the schedule ended with tensors not sent or received."""
-        left = {direction: _remaining(shapes) for direction, shapes in self._order.items()}
+        left = {direction: len(list(shapes)) for direction, shapes in self._order.items()}
         if any(left.values()):
             raise RuntimeError(f"pipeline rank {self.current_stage}: the schedule ended with tensors left: {left}")
-
-
-def _remaining(shapes: Iterator[Shape]) -> int:
-    return sum(1 for _ in shapes)

@@ -16,12 +16,14 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from ..attention.microbatch_kv import Bundle
 from ..attention.roles import BundleName
 from .payload import MicrobatchShape
 
+#: Key and value of one bundle, each whole, [s, b, groups, d].
+KeyAndValue = tuple[Tensor, Tensor]
 
-def pack(hidden_states: Tensor, bundles: Sequence[Bundle], shape: MicrobatchShape) -> Tensor:
+
+def pack(hidden_states: Tensor, bundles: Sequence[KeyAndValue], shape: MicrobatchShape) -> Tensor:
     """The payload ``[s, b, h + w]``, a tensor that is no view: ``--deallocate-pipeline-outputs`` frees it once sent.
 
     Raises ``RuntimeError`` where a piece has not the shape that the receiver allocates for.
@@ -36,13 +38,14 @@ def pack(hidden_states: Tensor, bundles: Sequence[Bundle], shape: MicrobatchShap
     return make_viewless_tensor(flat.view(shape.payload_shape(groups)), requires_grad=True, keep_graph=True)
 
 
-def unpack(
+def unpack_and_empty(
     payload: Tensor, num_groups: Mapping[BundleName, int], copied: Collection[BundleName], shape: MicrobatchShape
-) -> tuple[Tensor, dict[BundleName, Bundle]]:
-    """Hidden states ``[s, b, h]`` and the bundles of a payload, which lets go of its memory.
+) -> tuple[Tensor, dict[BundleName, KeyAndValue]]:
+    """Hidden states ``[s, b, h]`` and the bundles of a payload; the payload itself is left without its data.
 
-    Autograd, and the schedule until the backward pass, hold on to what arrived.  Hidden states are therefore copied
-    out, so that K/V that this stage only reads once or sends on are freed with its forward pass.
+    Autograd, and the schedule until the backward pass, hold on to the tensor that arrived.  It is therefore emptied,
+    and hidden states are copied out, so that K/V that this stage only reads once or sends on are freed with its
+    forward pass.
 
     Args:
         payload: ``[s, b, h + w]`` as received.  Its data is gone afterwards; shape, gradient and graph stay.

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.microbatch_kv import Bundle
 from ..attention.roles import BundleName
+from .packing import KeyAndValue
 
 
 class _State(Enum):
@@ -100,7 +100,7 @@ class ResidentKV:
     def __init__(self) -> None:
         self._residents: dict[tuple[BundleName, int], Resident] = {}
 
-    def keep(self, name: BundleName, microbatch: int, bundle: Bundle, hidden_states: Tensor) -> Tensor:
+    def keep(self, name: BundleName, microbatch: int, bundle: KeyAndValue, hidden_states: Tensor) -> Tensor:
         """Keep a bundle.  The hidden states that it returns must be used in place of those given.
 
         Raises ``RuntimeError`` if that bundle of that microbatch is already there.
@@ -110,7 +110,7 @@ class ResidentKV:
         resident = self._residents[name, microbatch] = Resident(name, microbatch)
         return _Keep.apply(resident, hidden_states, *bundle)
 
-    def fetch(self, name: BundleName, microbatch: int, anchor: Tensor) -> Bundle:
+    def fetch(self, name: BundleName, microbatch: int, anchor: Tensor) -> KeyAndValue:
         """Key and value, ``[s, b, groups, d]``; ``anchor`` is any input of the stage.
 
         Raises ``RuntimeError`` where that bundle of that microbatch is not resident, or was fetched before.

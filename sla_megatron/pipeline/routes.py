@@ -1,6 +1,6 @@
 """The route plan: which skip-layer K/V cross each hop, in what order, and which wait on a rank.  Pure Python.
 
-A bundle (``roles.BundleName``: the K/V groups that one layer hands to one later layer) whose source is in stage ``a``
+A bundle (the K/V groups that one layer hands to one later layer, ``attention/roles.py``) whose source is in stage ``a``
 and whose reader is in stage ``c > a`` travels the ``(c - a) mod P`` hops that follow stage ``a``.  Riding on the
 activations, it is then on the rank that runs stage ``c``; it stays *resident* there until stage ``c`` runs the same
 microbatch.  Without interleaving that is every hop from ``a`` to ``c``, and nothing is ever resident; where ``c - a``
@@ -75,8 +75,10 @@ class StageTraffic:
     fetches: tuple[BundleName, ...]
     num_groups: dict[BundleName, int]
 
-    def __bool__(self) -> bool:
-        return bool(self.arrives or self.leaves or self.keeps or self.fetches)
+    @property
+    def is_none(self) -> bool:
+        """Whether the stage does nothing with them."""
+        return not (self.arrives or self.leaves or self.keeps or self.fetches)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from contextvars import ContextVar
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from ..attention.microbatch_kv import MicrobatchKV
-from .packing import pack, unpack
+from ..attention.microbatch_kv import Bundle, MicrobatchKV
+from .packing import KeyAndValue, pack, unpack_and_empty
 from .payload import MicrobatchShape
 from .resident_kv import ResidentKV
 from .routes import StageTraffic
@@ -43,7 +43,8 @@ class PipelineStep:
         Args:
             traffic: what the stage does.
             kv: the microbatch's K/V, which the stage's layers take from.
-            payload: ``[s, b, h + w]`` from the previous stage; ``None`` in stage 0.
+            payload: ``[s, b, h + w]`` from the previous stage; ``None`` in stage 0.  The schedule keeps it: where K/V
+                arrived in it, it is emptied.
             keeps_reads: whether the stage holds on to K/V that it reads until its backward pass (full recomputation).
 
         Returns:
@@ -53,12 +54,12 @@ class PipelineStep:
         if traffic.arrives:
             sizes = {name: traffic.num_groups[name] for name in traffic.arrives}
             outlives = [name for name in sizes if name in traffic.keeps or (keeps_reads and name not in traffic.leaves)]
-            hidden_states, arrived = unpack(payload, sizes, outlives, self.shape)
+            hidden_states, arrived = unpack_and_empty(payload, sizes, outlives, self.shape)
             for name, bundle in arrived.items():
-                kv.put(name, bundle)
+                kv.put(name, _in_one_piece(bundle))
         for name in traffic.fetches:
             # A chunk runs its microbatches in ascending order, so that counting its passes numbers them.
-            kv.put(name, self.resident.fetch(name, self._forwards[traffic.stage], hidden_states))
+            kv.put(name, _in_one_piece(self.resident.fetch(name, self._forwards[traffic.stage], hidden_states)))
         return hidden_states
 
     def leave(self, traffic: StageTraffic, kv: MicrobatchKV, hidden_states: Tensor) -> Tensor:
@@ -66,11 +67,15 @@ class PipelineStep:
         microbatch = self._forwards[traffic.stage]
         self._forwards[traffic.stage] += 1
         for name in traffic.keeps:
-            hidden_states = self.resident.keep(name, microbatch, kv.take(name), hidden_states)
+            hidden_states = self.resident.keep(name, microbatch, kv.take(name).joined(), hidden_states)
         if traffic.leaves:
-            return pack(hidden_states, [kv.take(name) for name in traffic.leaves], self.shape)
+            return pack(hidden_states, [kv.take(name).joined() for name in traffic.leaves], self.shape)
         # The schedule frees what it has sent, which must not be a view.
         return make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+
+
+def _in_one_piece(bundle: KeyAndValue) -> Bundle:
+    return Bundle(*([tensor] for tensor in bundle))
 
 
 _current: ContextVar[PipelineStep | None] = ContextVar("sla_pipeline_step", default=None)

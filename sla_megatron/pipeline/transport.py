@@ -1,8 +1,8 @@
 """The seams with Megatron's pipeline schedules: each run of one gets a communicator that knows every payload's shape.
 
-Upstream's schedules stay as they are.  They accept a communicator; they look up the two functions replaced here in
-their own module, so that every training loop is served, Megatron's or a user's.  A model without skip-layer K/V between
-its stages passes straight through.
+Upstream's schedules stay as they are.  They accept a communicator; they are looked up in their own module, where they
+are wrapped, so that every training loop is served, Megatron's or a user's.  A model without skip-layer K/V between its
+stages passes straight through.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from ..upstream.seams import Reliance, Seam, SeamError, install
+from ..upstream.seams import Reliance, SeamError, Wrapping, wrap_once
 from .communicator import COMMUNICATOR, PayloadOrder, SLAP2PCommunicator
 from .payload import MicrobatchShape
 from .routes import RoutePlan
 from .schedule import Schedule
 from .step import PipelineStep, pipeline_step
+
+#: What the ranks of a pipeline must have in common.
+Settings = tuple[RoutePlan, Schedule, MicrobatchShape]
+
+#: A transformer block -> the settings on which the ranks of its pipeline were found to agree.
+_agreed: WeakKeyDictionary[Any, set[Settings]] = WeakKeyDictionary()
 
 
 def carrying_kv(upstream: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,11 +54,13 @@ def carrying_kv(upstream: Callable[..., Any]) -> Callable[..., Any]:
             context_parallel_size=groups.cp.size(),
             sequence_parallel=config.sequence_parallel,
         )
-        if not block.ranks_agree:
-            require_same_on_all_ranks((block.route_plan, schedule, shape), groups.pp)
-            block.ranks_agree = True
-        order = _payload_order(block.route_plan, schedule, shape, groups.pp.rank(), groups.tp.rank())
-        communicator = SLAP2PCommunicator(groups.pp, config, order)
+        settings, agreed = (block.route_plan, schedule, shape), _agreed.setdefault(block, set())
+        if settings not in agreed:
+            require_same_on_all_ranks(settings, groups.pp)
+            agreed.add(settings)
+        communicator = SLAP2PCommunicator(
+            groups.pp, config, _payload_order(*settings, groups.pp.rank(), groups.tp.rank())
+        )
         with pipeline_step(PipelineStep(shape, forward_only)):
             result = upstream(**arguments | {"p2p_communicator": communicator, "pg_collection": groups})
         communicator.require_exhausted()
@@ -94,10 +103,11 @@ def _payload_order(
 
 
 def require_same_on_all_ranks(settings: object, group: dist.ProcessGroup) -> None:
-    """Compare ``settings`` over the ranks of the pipeline: once for each model, before its first step.
+    """Compare ``settings`` over the ranks of the pipeline, before the first run of a schedule with them.
 
     Ranks that disagree, say by flags that differ between nodes, would wait for tensors of shapes that never come.
-    Raises ``RuntimeError``, on all of them.
+    All ranks come here in the same step: a training step, an evaluation, or a step of another batch size is new to all
+    of them at once.  Raises ``RuntimeError``, on all of them.
     """
     found: list[str | None] = [None] * group.size()
     dist.all_gather_object(found, repr(settings), group=group)
@@ -125,20 +135,16 @@ _SCHEDULE_PARAMETERS = (
 
 _REASON = "a schedule's own communicator knows one shape for all payloads; models without skip-layer K/V pass through"
 
-#: Installed for the rest of the process when the first stage with traffic is built.
+#: Wrapped for the rest of the process when the first stage with traffic is built.
 SCHEDULES = tuple(
-    Seam(
-        f"megatron.core.pipeline_parallel.schedules:{function.__name__}",
-        carrying_kv(function),
+    Wrapping(
+        f"megatron.core.pipeline_parallel.schedules:forward_backward_pipelining_{name}",
         _REASON,
         _SCHEDULE_PARAMETERS,
+        wrap=carrying_kv,
     )
-    for function in (
-        schedules.forward_backward_pipelining_with_interleaving,
-        schedules.forward_backward_pipelining_without_interleaving,
-    )
+    for name in ("with_interleaving", "without_interleaving")
 )
-
 
 SCHEDULE_HELPERS = (
     Reliance(
@@ -158,4 +164,4 @@ def install_transport() -> None:
     """Have Megatron's schedules carry skip-layer K/V.  Raises ``SeamError`` if upstream changed."""
     for reliance in (*COMMUNICATOR, *SCHEDULE_HELPERS):
         reliance.require()
-    install(SCHEDULES)
+    wrap_once(SCHEDULES)

@@ -1,66 +1,54 @@
 """How this project touches code that is not its own.
 
-Every upstream name that is replaced, here or in the CPU backend, is a :class:`Seam`: a dotted target, a reason, and
-where it matters the parameter names upstream is expected to have.  :func:`replaced` installs a list of seams for the
-length of a ``with`` block and puts every original back on leaving.  A name that is overridden in a subclass, or called,
-and must be as it was when it was read, is a :class:`Reliance`.  ``registry.py`` lists both.
+Every upstream name that is touched is declared where it is used, as a :class:`Reliance`: a dotted target, a reason, and
+where it matters the parameter names, or the very source, that upstream is expected to have.  One that something else
+stands for is a :class:`Seam`: :func:`replaced` installs a list of them for the length of a ``with`` block and puts
+every original back on leaving.  One that is wrapped for the rest of the process is a :class:`Wrapping`.
 
-A missing target or a changed signature raises: replacing a name that upstream no longer has would silently do nothing.
-:func:`require_megatron` raises for a Megatron of a version that none of this was checked with.
+A missing target, a changed signature or a changed source raises: replacing a name that upstream no longer has would
+silently do nothing.  ``sla-patch registry`` lists every declaration.
 """
 
 from __future__ import annotations
 
-import ast
+import hashlib
 import importlib
-import importlib.util
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-from ..common.errors import StartError
-
-#: Minor version -> what every seam was read against and tested with.
-CHECKED_WITH = {
-    "0.19": "0.19.2 from the package index, core_v0.19.0",
-    "0.20": "development: main at d98e8a64 of 2026-08-22",
-}
-
-#: As one line, for messages.
-SUPPORTED = "; ".join(f"{minor}.x ({checked})" for minor, checked in CHECKED_WITH.items())
-
-#: Where Megatron keeps its version, in a checkout.
-VERSION_FILE = Path("megatron/core/package_info.py")
-
 _MISSING = object()
+
+#: Target -> our wrapper, of every name that was wrapped in this process.
+_wrappers: dict[str, Any] = {}
 
 
 class SeamError(RuntimeError):
     """Upstream does not look as this project expects."""
 
 
-class MegatronVersionError(SeamError, StartError):
-    """There is no Megatron, or one that this project was not checked with: one line."""
-
-
 @dataclass(frozen=True)
-class Seam:
-    """One upstream name and what stands in for it.
+class Reliance:
+    """One upstream name that this project overrides, calls or restates, and that must be as it was when it was read.
 
-    ``target`` is ``"package.module:Class.attribute"``; ``parameters``, where given, are the names of the upstream
-    callable's parameters, in order, as the stand-in assumes them.
+    Args:
+        target: ``"package.module:Class.attribute"``.
+        reason: why it is touched.
+        parameters: names of the callable's parameters, in order; ``None``: none are assumed.
+        sources: hash of the callable's source (:func:`source_hash`) -> the versions of Megatron in which that was read;
+            for what is restated here, where a step that upstream adds would be lost in silence.
     """
 
     target: str
-    stand_in: Any
     reason: str
     parameters: tuple[str, ...] | None = None
+    sources: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def resolve(self) -> tuple[Any, str]:
-        """The object that owns the name, and the name."""
+        """The object that owns the name, and the name.  Raises :class:`SeamError` unless it is as expected."""
         module_name, _, path = self.target.partition(":")
         *owners, name = path.split(".")
         try:
@@ -72,20 +60,41 @@ class Seam:
             raise SeamError(f"{self.target} does not exist ({error}); needed because: {self.reason}") from error
         if self.parameters is not None:
             require_parameters(original, self.parameters, self.target)
+        if self.sources and (found := source_hash(original)) not in self.sources:
+            raise SeamError(
+                f"{self.target} is not as it was read in Megatron {' or '.join(self.sources.values())} (its source has "
+                f"the hash {found}); it is restated here because: {self.reason}"
+            )
         return owner, name
+
+    def require(self) -> None:
+        """Raise :class:`SeamError` unless the name is as expected."""
+        self.resolve()
 
 
 @dataclass(frozen=True)
-class Reliance:
-    """One upstream name that stays as it is, and that this project overrides or calls; fields as in :class:`Seam`."""
+class Seam(Reliance):
+    """A name with something that stands in for it: ``stand_in``."""
 
-    target: str
-    reason: str
-    parameters: tuple[str, ...] | None = None
+    stand_in: Any = field(kw_only=True)
 
-    def require(self) -> None:
-        """Raise :class:`SeamError` unless upstream has the name, with these parameters."""
-        Seam(self.target, None, self.reason, self.parameters).resolve()
+
+@dataclass(frozen=True)
+class Wrapping(Reliance):
+    """A function that is wrapped for the rest of the process: ``wrap`` makes the wrapper of what is there.
+
+    What is there may be somebody's wrapper that takes anything; of that no parameters can be expected.
+    """
+
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = field(kw_only=True)
+
+    def resolve(self) -> tuple[Any, str]:
+        owner, name = Reliance(self.target, self.reason).resolve()
+        there = getattr(owner, name)
+        kinds = {parameter.kind for parameter in inspect.signature(there).parameters.values()}
+        if self.parameters is not None and kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            require_parameters(there, self.parameters, self.target)
+        return owner, name
 
 
 def require_parameters(function: Any, expected: Sequence[str], label: str) -> None:
@@ -95,53 +104,34 @@ def require_parameters(function: Any, expected: Sequence[str], label: str) -> No
         raise SeamError(f"{label} has parameters {found}, expected {tuple(expected)}")
 
 
-def version_in(package_info: Path) -> str | None:
-    """Such as ``"0.19.2"``, of Megatron's ``package_info.py``; ``None`` if it does not say.  Raises ``OSError``."""
-    found: dict[str, object] = {}
-    try:
-        statements = ast.parse(package_info.read_bytes()).body
-    except (SyntaxError, ValueError):
-        return None
-    for statement in statements:
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
-            found |= {target.id: statement.value.value for target in statement.targets if isinstance(target, ast.Name)}
-    numbers = [found.get(name) for name in ("MAJOR", "MINOR", "PATCH")]
-    if not all(isinstance(number, int) for number in numbers):
-        return None
-    return ".".join(map(str, numbers)) + str(found.get("PRE_RELEASE") or "")
+# A seam may be installed, and so resolved, in every microbatch.
+@cache
+def source_hash(function: Any) -> str:
+    """Of the function's source text, the first 16 digits; of one that somebody wrapped, of what is inside.
 
-
-def minor_of(version: str) -> str:
-    """``"0.19.2"`` -> ``"0.19"``."""
-    return ".".join(version.split(".")[:2])
-
-
-def require_megatron() -> str:
-    """The version of the Megatron that will be imported.
-
-    Raises:
-        MegatronVersionError: if there is none, or one that this project was not checked with.
+    Raises :class:`SeamError` where Python has no source.
     """
     try:
-        core = importlib.util.find_spec("megatron.core")
-    except ModuleNotFoundError:
-        core = None
-    if core is None or core.origin is None:
-        raise MegatronVersionError("Megatron is not installed: pip install 'megatron-core[training]==0.19.*'")
-    package_info = Path(core.origin).with_name(VERSION_FILE.name)
-    try:
-        found = version_in(package_info)
-    except OSError as error:
-        raise MegatronVersionError(f"{package_info}: cannot be read ({error.strerror})") from error
-    if found is None or minor_of(found) not in CHECKED_WITH:
-        raise MegatronVersionError(f"{core.origin}: Megatron {found or 'of no known version'}, supported: {SUPPORTED}")
-    return found
+        source = inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError) as error:
+        raise SeamError(f"{function} has no source to compare ({error})") from error
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-def install(seams: Sequence[Seam]) -> None:
-    """Install ``seams`` for the rest of the process; nothing where they are.  All are checked before the first is."""
-    for seam, (owner, name) in [(seam, seam.resolve()) for seam in seams]:
-        setattr(owner, name, seam.stand_in)
+def wrap_once(wrappings: Sequence[Wrapping]) -> None:
+    """Wrap what is there now, for the rest of the process; nothing where our wrapper is there, or inside another's.
+
+    All are checked before the first is wrapped.  Raises :class:`SeamError` if upstream changed.
+    """
+    for wrapping, (owner, name) in [(wrapping, wrapping.resolve()) for wrapping in wrappings]:
+        there, ours = getattr(owner, name), _wrappers.get(wrapping.target)
+        # What is wrapped as functools does it can be looked into; what cannot, and came after ours, holds ours.
+        inside = [there]
+        while hasattr(inside[-1], "__wrapped__"):
+            inside.append(inside[-1].__wrapped__)
+        if ours is None or (ours not in inside and ours.__wrapped__ in inside):
+            _wrappers[wrapping.target] = wrapping.wrap(there)
+            setattr(owner, name, _wrappers[wrapping.target])
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def build(case: dict[str, Any], dense: bool = False) -> tuple[Any, Any]:
     from megatron.core.models.bert.bert_model import BertModel
 
     from sla_megatron import SLAConfig, sla_layer_spec, sla_transformer_blocks
-    from sla_megatron.attention.core_attention import torch_attention_spec
+    from sla_megatron.model.layer_specs import torch_attention_spec
     from tests.reference_encoder import ReferenceEncoder
 
     distances, skip_groups, pruned = case["distances"], case["skip_groups"], case["projection"] == "pruned"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sla_megatron import pretrain_gpt
-from sla_megatron.training import gpt_data
+from sla_megatron.training import loss
 
-whole_batch = gpt_data.get_batch
+whole_batch = loss.get_batch
 
 
 def short_batch(*args: Any) -> dict[str, Any]:
@@ -19,5 +19,5 @@ def short_batch(*args: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    gpt_data.get_batch = short_batch
+    loss.get_batch = short_batch
     pretrain_gpt.main()

@@ -101,7 +101,8 @@ def enter_upstream() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from sla_megatron.training.gpt_data import forward_step, train_valid_test_datasets
+    from sla_megatron.training.data import train_valid_test_datasets
+    from sla_megatron.training.loss import forward_step
 
     args = parse_and_validate_args()
     model = gpt_config_from_args(args)
@@ -165,9 +166,7 @@ class Listener:
 
     def _on_put(self, args: tuple, _: Any) -> None:
         self.num_shared += 1
-        # Each of the two is whole, or in pieces.
-        parts = [[part] if hasattr(part, "shape") else part for part in args[2]]
-        self._shared += [weakref.ref(tensor) for part in parts for tensor in part]
+        self._shared += [weakref.ref(tensor) for tensor in (*args[2].keys, *args[2].values)]
 
     def answer(self) -> dict[str, Any]:
         return {

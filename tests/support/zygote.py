@@ -30,9 +30,9 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "
 IMPORTED = (
     "megatron.training.training",
     "sla_megatron.flags.arguments",
-    "sla_megatron.training.gpt_data",
+    "sla_megatron.training.loss",
     "sla_megatron.model.builder",
-    "sla_megatron.model.builder.report",
+    "sla_megatron.model.report",
     "megatron.core.tokenizers.text",
     "megatron.core.models.mimo",
     "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",

@@ -83,8 +83,10 @@ def config_from_args(args: Namespace, vocab_size: int) -> Config:
         "hidden_act": _activation(args),
         "max_position_embeddings": args.max_position_embeddings,
         "normalization": args.normalization,
-        "norm_eps": _norm_epsilon(args),
-        "norm_zero_centered": bool(_zero_centered(args)),
+        "norm_eps": float(getattr(args, "norm_epsilon", None) or args.layernorm_epsilon),
+        "norm_zero_centered": bool(
+            getattr(args, "layernorm_zero_centered_gamma", False) or getattr(args, "apply_layernorm_1p", False)
+        ),
         "position_embedding_type": args.position_embedding_type,
         "rope_theta": float(args.rotary_base),
         "rotary_percent": float(args.rotary_percent),
@@ -120,14 +122,6 @@ def _activation(args: Namespace) -> str:
         return "relu2"
     # Megatron's fused kernel is the tanh approximation; without fusion it is exact.
     return "gelu_pytorch_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu"
-
-
-def _zero_centered(args: Namespace) -> bool:
-    return getattr(args, "layernorm_zero_centered_gamma", False) or getattr(args, "apply_layernorm_1p", False)
-
-
-def _norm_epsilon(args: Namespace) -> float:
-    return float(getattr(args, "norm_epsilon", None) or args.layernorm_epsilon)
 
 
 def _rope_scaling(args: Namespace) -> Config | None:

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import FlagError
-from .errors import ConvertError
+from ...common.errors import one_line_errors
+from ...common.flag_types import OneLineParser
 
 _SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -25,17 +25,13 @@ _SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 def main() -> None:
     """Run one command.  What cannot be done ends it: one line on stderr, exit status 2; logits that differ, 1."""
     args = _parser().parse_args()
-    try:
+    with one_line_errors("sla-convert", all_ranks=True):
         status = args.command(args)
-    except (ConvertError, FlagError) as error:
-        text = str(error)
-        print(text if text.startswith("sla-") else f"sla-convert: error: {text}", file=sys.stderr, flush=True)
-        sys.exit(2)
     sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sla-convert", description=__doc__, formatter_class=_Raw)
+    parser = OneLineParser(prog="sla-convert", description=__doc__, formatter_class=_Raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     export = commands.add_parser("megatron-to-hf", help="a checkpoint, however it was sharded, to a folder")
@@ -76,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("checkpoint", type=Path)
     check.add_argument("hf", type=Path)
     _add_checkpoint_options(check)
-    check.set_defaults(command=_verify)
+    check.set_defaults(command=lambda args: _compare(args, _checkpoint(args, args.checkpoint), args.hf))
     check.add_argument("--threshold", type=float, help="largest relative error; default 1e-5")
     return parser
 
@@ -180,10 +176,6 @@ def _describe(args: argparse.Namespace) -> int:
     is_export = (args.model / "config.json").exists()
     print(describe(HFSource(args.model) if is_export else _checkpoint(args, args.model)))
     return 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    return _compare(args, _checkpoint(args, args.checkpoint), args.hf)
 
 
 def _compare(args: argparse.Namespace, source: Any, folder: Path) -> int:

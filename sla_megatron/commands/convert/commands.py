@@ -22,8 +22,7 @@ from ...common.tokenizers import TokenizerError
 from ...flags.validation import parse_layers
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
-from .hf_reader import vocabulary_tensors
-from .mapping import KEY, VALUE, entries, sla_of
+from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
 from .megatron_reader import MegatronSource, checkpoint_folder, last_line
 from .megatron_writer import write_megatron
 from .output import finished_folder
@@ -104,20 +103,17 @@ def megatron_to_hf(
             return tensor
 
         write_weights(folder, infos, get, max_shard_bytes)
-        _write_padding(source, folder, dtype)
+        # The rows by which Megatron pads a vocabulary's tensors.
+        padding = {entry.hf: source.padding(entry.hf) for entry in entries(source.config) if entry.part == VOCABULARY}
+        padding = {name: rows for name, rows in padding.items() if rows is not None}
+        cut = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
+        write_safetensors(folder / PADDING_FILE, cut, padding.__getitem__)
         try:
             carried = carry_tokenizer(source.args, folder, tokenizer_model)
         except TokenizerError as error:
             raise ConvertError(str(error)) from error
         write_model_files(folder, source.config, infos[0].dtype, _special_ids(folder))
     return carried
-
-
-def _write_padding(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
-    padding = {name: source.padding(name) for name in vocabulary_tensors(source.config)}
-    padding = {name: rows for name, rows in padding.items() if rows is not None}
-    infos = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
-    write_safetensors(folder / PADDING_FILE, infos, padding.__getitem__)
 
 
 def _special_ids(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ...common.errors import StartError
 
-class ConvertError(Exception):
+
+class ConvertError(StartError):
     """Why a conversion stops, as one line that names the file, flag or tensor."""

@@ -17,7 +17,7 @@ from .architecture import MODEL_TYPE
 from .errors import ConvertError
 from .foreign import FOREIGN, Foreign
 from .hf_folder import PADDING_FILE
-from .mapping import VOCABULARY, entries, sla_of
+from .mapping import entries, sla_of
 
 
 class HFSource:
@@ -85,11 +85,6 @@ class HFSource:
         for stored in sorted(set(self._files) - known):
             if not stored.endswith(ignored):
                 raise ConvertError(f"{self.path}: tensor {stored} is not part of this architecture")
-
-
-def vocabulary_tensors(config: Mapping[str, Any]) -> list[str]:
-    """The tensors whose rows Megatron pads."""
-    return [entry.hf for entry in entries(config) if entry.part == VOCABULARY]
 
 
 def _foreign(config: Mapping[str, Any], path: Path) -> Foreign | None:

@@ -99,13 +99,10 @@ def entries(config: Mapping[str, Any]) -> Iterator[Entry]:
     for layer in range(config["num_hidden_layers"]):
         for row in per_layer:
             # Without a live group there is no key to project or to norm, in pruned mode.
-            if sla.projected_groups(layer + 1) or not _is_of_keys(row):
+            is_of_keys = row.part in (KEY, VALUE) or ".k_norm." in row.hf
+            if sla.projected_groups(layer + 1) or not is_of_keys:
                 yield _entry(config, sla, row, layer)
     yield from (_entry(config, sla, row, None) for row in rows[first + len(per_layer) :])
-
-
-def _is_of_keys(row: Row) -> bool:
-    return row.part in (KEY, VALUE) or ".k_norm." in row.hf
 
 
 def _entry(config: Mapping[str, Any], sla: SLAConfig, row: Row, layer: int | None) -> Entry:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...common.errors import FlagError
 from ...cpu.device import megatron_device
 from .assemble import Assembler
 from .errors import ConvertError
@@ -51,18 +50,14 @@ def args_of(argv: Sequence[str], dtype: torch.dtype) -> Namespace:
     Raises:
         ConvertError: for what Megatron does not accept.
     """
-    from ...common.errors import FlagError
-    from ...flags.arguments import settled_args
+    from ...flags.arguments import MegatronRefusal, settled_args
 
-    before, sys.argv = sys.argv, ["sla-convert", *argv, *_HERE, *_TYPE_FLAGS[dtype]]
     try:
-        # Megatron lists every argument.
-        with redirect_stdout(StringIO()):
-            return settled_args(will_run_here=False)
-    except (FlagError, AssertionError, ValueError) as error:
-        raise ConvertError(f"Megatron does not accept the model: {' '.join(str(error).split())}") from error
-    finally:
-        sys.argv = before
+        return settled_args(will_run_here=False, argv=[*argv, *_HERE, *_TYPE_FLAGS[dtype]], silent=True)
+    except MegatronRefusal as error:
+        raise ConvertError(f"Megatron does not accept the model: {error.complaint}") from error
+    except FlagError as error:
+        raise ConvertError(f"Megatron does not accept the model: {error.reason}") from error
 
 
 def build(args: Namespace) -> Any:

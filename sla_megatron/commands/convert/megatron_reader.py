@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 from argparse import Namespace
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings
@@ -50,11 +49,11 @@ def checkpoint_folder(path: Path) -> Path:
 class _Reader(FileSystemReader):
     """Reads the metadata once: it lists every shard of weights and optimizer."""
 
-    @cached_property
-    def _metadata(self) -> Metadata:
-        return super().read_metadata()
+    _metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata()
         return self._metadata
 
 

@@ -38,17 +38,13 @@ def compare(source: Source, folder: Path, num_sequences: int = 2, seed: int = 1)
     length = min(source.config["max_position_embeddings"], 64)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(source.config["vocab_size"], (num_sequences, length), generator=generator)
-    expected, found = megatron_logits(source, tokens), hf_logits(folder, tokens)
+    with megatron_model(source) as logits:
+        expected = logits(tokens).clone()
+    found = hf_logits(folder, tokens)
     if expected.shape != found.shape:
         raise ConvertError(f"{folder}: logits of shape {tuple(found.shape)}, Megatron's are {tuple(expected.shape)}")
     difference = found.double() - expected.double()
     return Comparison(float(difference.norm() / expected.double().norm()), float(difference.abs().max()))
-
-
-def megatron_logits(source: Source, tokens: Tensor) -> Tensor:
-    """``[b, s, vocabulary]`` for tokens ``[b, s]``, from Megatron's own model in fp32, without padded rows."""
-    with megatron_model(source) as logits:
-        return logits(tokens).clone()
 
 
 @contextmanager

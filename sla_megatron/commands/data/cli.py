@@ -15,29 +15,23 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from ...common.errors import FlagError
-from ...common.tokenizers import TokenizerError
+from ...common.errors import one_line_errors
+from ...common.flag_types import OneLineParser
 from . import inspect_command, merge_command, tokenize_command, tokenizer_command
-from .errors import DataError
 
 COMMANDS = (tokenizer_command, tokenize_command, inspect_command, merge_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.  What cannot be done ends it: one line on stderr, exit status 2; an unsound data set, 1."""
-    parser = argparse.ArgumentParser(
-        prog="sla-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="sla-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add_command(commands)
     args = parser.parse_args(argv)
     try:
-        with _environment():
+        with one_line_errors("sla-data", all_ranks=True), _environment():
             status = args.command(args)
-    except (DataError, FlagError, TokenizerError) as error:
-        print(f"sla-data: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("sla-data: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

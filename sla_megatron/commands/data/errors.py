@@ -6,8 +6,10 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ...common.errors import StartError
 
-class DataError(Exception):
+
+class DataError(StartError):
     """Why ``sla-data`` stops, as one line that names the file, flag or document."""
 
 

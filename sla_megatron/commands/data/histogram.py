@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
 
+from ...common.figures import fault_of_plot, save_figure
 from .contents import Lengths
 from .errors import DataError
 
@@ -65,29 +64,17 @@ def _bar(documents: int, most: int) -> str:
 
 def check_plot(path: Path, overwrite: bool) -> None:
     """Raise :class:`DataError` if a picture cannot be written to ``path``; before anything is read."""
-    problem = None
-    if path.suffix.lower() != ".png":
-        problem = "expected a file name that ends in .png"
-    elif path.is_dir() or not path.parent.is_dir():
-        problem = "expected a file in a directory that exists"
-    elif path.exists() and not overwrite:
-        problem = "expected a new file, or --overwrite beside it"
-    elif find_spec("matplotlib") is None:
-        problem = "expected matplotlib to be installed: pip install matplotlib"
-    if problem is not None:
-        raise DataError(f"--plot {path}: {problem}")
+    expected = fault_of_plot(path, (".png",), overwrite)
+    if expected is not None:
+        raise DataError(f"--plot {path}: expected {expected}")
 
 
 def plot(histograms: dict[str, list[Bin]], path: Path) -> None:
     """Draw a histogram for each name below the other to ``path``, a PNG that is there whole or not at all."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        len(histograms), 1, figsize=(10, 1 + 3 * len(histograms)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(10, 1 + 3 * len(histograms)), layout="constrained")
+    axes = figure.subplots(len(histograms), 1, squeeze=False)
     for one, (name, bins) in zip(axes[:, 0], histograms.items(), strict=True):
         one.bar(range(len(bins)), [item.documents for item in bins], width=0.9, color=(0.20, 0.45, 0.80))
         one.set_xticks(range(len(bins)), [item.label for item in bins], rotation=30, ha="right")
@@ -95,12 +82,7 @@ def plot(histograms: dict[str, list[Bin]], path: Path) -> None:
         one.set_title(name.replace("$", r"\$"), loc="left")
         one.set_ylabel("documents")
     axes[-1, 0].set_xlabel("tokens a document")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(unfinished, format="png", dpi=150)
-        unfinished.replace(path)
+        save_figure(figure, path, dpi=150)
     except OSError as error:
         raise DataError(f"--plot {path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-        pyplot.close(figure)

@@ -8,7 +8,7 @@ import itertools
 import os
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,6 @@ class Inputs:
                 yield Block(number, index, cut.start, cut.end, cut.payload, last, behind - done)
                 number, done = number + 1, behind
             start, done = 0, 0
-
-    def without_data(self) -> Inputs:
-        """The same for a process that is handed blocks: data sets need not travel to it."""
-        sources = [replace(source, data=None) if isinstance(source, Table) else source for source in self.sources]
-        return replace(self, sources=sources)
 
     def documents(self, block: Block) -> Iterator[Document | Fault]:
         """What is in ``block``, in order."""

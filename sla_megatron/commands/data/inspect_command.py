@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ...common.tokenizers import add_tokenizer_arguments
+from .inspection_report import inspect
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -23,7 +24,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the documents' lengths as a picture")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing picture")
     add_tokenizer_arguments(parser)
-    parser.set_defaults(command=_inspect)
+    parser.set_defaults(command=inspect)
 
 
 def _count(text: str) -> int:
@@ -31,10 +32,3 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 0 or more")
     return int(text)
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    # numpy and all else, which --help need not wait for.
-    from .inspection_report import inspect
-
-    return inspect(args)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 from tqdm import tqdm
 
-from ...common.announcements import quiet
+from ...common.silence import without_announcements
 from .contents import Documents, document_figures, empty_sequences, scan
 from .errors import DataError
 from .histogram import Bin, as_text, check_plot, histogram, plot
@@ -131,7 +131,7 @@ def _show(index: Index, known: Known | None, args: argparse.Namespace) -> None:
     count = min(args.documents, index.documents)
     if not count:
         return
-    with quiet():
+    with without_announcements():
         # Megatron takes seconds to import.
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 

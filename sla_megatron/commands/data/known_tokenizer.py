@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...common.announcements import quiet
+from ...common.silence import without_announcements
 from ...common.tokenizers import DEFAULTS, TokenizerError, build, decode, tokenizer_name, tokenizer_settings
 from .contents import Documents
 from .errors import DataError
@@ -96,7 +96,7 @@ class Known:
         namespace = Namespace(**{**DEFAULTS, **settings})
         self.name = tokenizer_name(namespace)
         self.origin = origin
-        with quiet():
+        with without_announcements():
             self._tokenizer = build(namespace)
         self.vocabulary: int = self._tokenizer.vocab_size
         eod = getattr(self._tokenizer, "eod", None)

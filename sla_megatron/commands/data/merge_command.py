@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...common.announcements import quiet
+from ...common.silence import without_announcements
 from .errors import DataError, file_errors
 from .merging import IndexedWriter, Part
 
@@ -32,7 +32,7 @@ def _merge(args: Namespace) -> int:
             raise DataError(f"--output-prefix {out}: expected another than those to merge")
     if not args.overwrite and (there := [s for s in (".bin", ".idx") if Path(f"{out}{s}").exists()]):
         raise DataError(f"{out}{there[0]} exists: expected another --output-prefix, or --overwrite")
-    with quiet():
+    with without_announcements():
         from megatron.core.datasets.indexed_dataset import _IndexReader
 
         dtype = _IndexReader(f"{args.prefixes[0]}.idx", multimodal=False).dtype

@@ -88,7 +88,7 @@ class ShardWriter:
         finally:
             for path in paths.values():
                 path.unlink(missing_ok=True)
-        write_json(record_path(self.folder, block.number), asdict(record))
+        write_json(Path(f"{prefix}.json"), asdict(record))
         return record
 
     def _encode(self, block: Block, builder: Any) -> tuple[Counter, bytearray, list[Fault]]:
@@ -131,10 +131,6 @@ class ShardWriter:
 
 def shard_prefix(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}"
-
-
-def record_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.json"
 
 
 def read_records(folder: Path) -> dict[int, ShardRecord]:

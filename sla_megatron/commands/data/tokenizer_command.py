@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from .documents import FAULTS
@@ -40,7 +41,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--sample-mb", type=megabytes, default=200 * 10**6, metavar="MB", help="of text to train on: "
                        "documents from all of the input, each as likely as any other; default 200, for which bpe "
                        "takes about 2.5 GB of memory")  # fmt: skip
-    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="another seed, another sample; default 0")
+    group.add_argument(
+        "--seed", type=_whole(0, 2**64 - 1), default=0, metavar="N", help="another seed, another sample; default 0"
+    )
     group.add_argument("--on-error", choices=("fatal", "skip"), default="fatal", help="for faulty documents")
     _add_model_arguments(parser)
     group = parser.add_argument_group("output")
@@ -51,7 +54,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--vocab-size", type=_count, required=True, metavar="N", help="tokens of every kind")
+    # The most is beyond any model; sentencepiece would count in vain for long.
+    group.add_argument("--vocab-size", type=_whole(1, 10**7), required=True, metavar="N", help="tokens of every kind")
     group.add_argument("--model-type", choices=MODEL_TYPES, default="bpe", help="default bpe")
     group.add_argument(
         "--byte-fallback",
@@ -78,31 +82,20 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--split-digits", action="store_true", help="each digit a token")
     group.add_argument(
         "--threads",
-        type=_threads,
+        type=_whole(1, 1024),  # sentencepiece takes no more.
         default=16,
         metavar="N",
         help="of unigram; another number changes its scores in their last digits, and so the file; default 16",
     )
 
 
-def _whole(text: str, least: int, most: int) -> int:
-    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least} to {most}")
-    return int(text)
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least} to {most}")
+        return int(text)
 
-
-def _count(text: str) -> int:
-    # Beyond any model; sentencepiece would count in vain for long.
-    return _whole(text, 1, 10**7)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, 2**64 - 1)
-
-
-def _threads(text: str) -> int:
-    # sentencepiece takes no more.
-    return _whole(text, 1, 1024)
+    return read
 
 
 def _coverage(text: str) -> float:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
-from ...common.announcements import quiet
 from ...common.files import flush, write_json
+from ...common.silence import without_announcements
 from .blocks import Block
 from .documents import FAULTS, fault_message
 from .encoding import Encoder
@@ -33,6 +33,7 @@ from .shards import (
     read_records,
     shard_prefix,
 )
+from .sources import Table
 from .workdir import Workdir
 from .workers import begin_preloading, work_through
 
@@ -127,7 +128,7 @@ def tokenize(job: Job, workers: int, overwrite: bool, say: Callable[[str], None]
             return manifest
         if workers > 1:
             begin_preloading()  # While this process imports Megatron too.
-        with quiet():
+        with without_announcements():
             encoder = Encoder(job.tokenizer, job.append_eod)
         if workdir.begin(settings, list(job.outputs().values())):
             say(f"going on in {workdir.folder}")
@@ -151,9 +152,11 @@ def _write_shards(job: Job, folder: Path, workers: int, encoder: Encoder) -> lis
     digests = job.split is not None or job.deduplicate
     todo = _blocks_left(job.inputs, records)
     if workers == 1:
-        done = work_through(todo, 1, lambda: ShardWriter(folder, job.inputs, encoder, digests, job.fatal).write)
+        done = work_through(todo, 1, _prepare, folder, job, digests, encoder)
     else:
-        theirs = replace(job, inputs=job.inputs.without_data())
+        # Workers are handed blocks: data sets need not travel to them.
+        sources = [replace(source, data=None) if isinstance(source, Table) else source for source in job.inputs.sources]
+        theirs = replace(job, inputs=replace(job.inputs, sources=sources))
         done = work_through(todo, workers, _prepare, folder, theirs, digests)
     with Progress(job.inputs.work, job.inputs.unit, records.values()) as progress:
         try:
@@ -165,9 +168,10 @@ def _write_shards(job: Job, folder: Path, workers: int, encoder: Encoder) -> lis
     return [records[number] for number in sorted(records)]
 
 
-def _prepare(folder: Path, job: Job, digests: bool) -> Callable[[Block], ShardRecord]:
-    """What a worker process does."""
-    encoder = Encoder(job.tokenizer, job.append_eod)
+def _prepare(folder: Path, job: Job, digests: bool, encoder: Encoder | None = None) -> Callable[[Block], ShardRecord]:
+    """What a worker does; one that is a process of its own makes its own encoder."""
+    if encoder is None:
+        encoder = Encoder(job.tokenizer, job.append_eod)
     return ShardWriter(folder, job.inputs, encoder, digests, job.fatal).write
 
 

@@ -192,7 +192,9 @@ def train_model(documents: Iterable[bytes], settings: ModelSettings) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(documents),
+            sentence_iterator=(
+                piece for document in documents for line in document.split(b"\n") if line for piece in _pieces(line)
+            ),
             model_writer=model,
             model_type=settings.model_type,
             vocab_size=settings.vocab_size,
@@ -219,14 +221,8 @@ def train_model(documents: Iterable[bytes], settings: ModelSettings) -> bytes:
     return model.getvalue()
 
 
-def _sentences(documents: Iterable[bytes]) -> Iterator[bytes]:
-    for document in documents:
-        for line in document.split(b"\n"):
-            yield from _pieces(line) if len(line) > _PIECE_BYTES else [line] if line else []
-
-
 def _pieces(line: bytes) -> Iterator[bytes]:
-    """A long line in parts, cut before spaces where it has some, and within no character."""
+    """A line, or a long one in parts, cut before spaces where it has some, and within no character."""
     start = 0
     while len(line) - start > _PIECE_BYTES:
         end = line.rfind(b" ", start + 1, start + _PIECE_BYTES)

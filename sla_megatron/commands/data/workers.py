@@ -100,14 +100,12 @@ class _Worker:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
+            code = self.process.exitcode
+            ending = signal.Signals(-code).name if code is not None and code < 0 else f"status {code}"
             return DataError(
-                f"a worker was ended ({_ending(self.process.exitcode)}) at shard {self.number}: if memory ran out, "
+                f"a worker was ended ({ending}) at shard {self.number}: if memory ran out, "
                 "expected fewer --workers or a smaller --shard-mb; the same command goes on"
             )
-
-
-def _ending(code: int | None) -> str:
-    return signal.Signals(-code).name if code is not None and code < 0 else f"status {code}"
 
 
 def _serve(connection: Connection, prepare: Callable[..., Work], args: tuple) -> None:

@@ -25,6 +25,9 @@ def parameter_count(args: Namespace, vocabulary: int | None) -> int:
     Raises:
         Skipped: for a model that is not counted here.
     """
+    from ...model.report import pruned_parameters
+    from ...model.weights import mlp_parameters
+
     model = model_config(args, vocabulary)
     config = model.transformer
     if config.multi_latent_attention or getattr(config, "mtp_num_layers", None):
@@ -34,8 +37,9 @@ def parameter_count(args: Namespace, vocabulary: int | None) -> int:
     if model.position_embedding_type == "learned_absolute":
         count += model.seq_length * hidden
     for layer in range(config.num_layers):
-        count += _attention(config) + _mlp(config, layer) + 2 * norm * hidden
-    return count + norm * hidden - _left_out(model)
+        count += _attention(config) + mlp_parameters(config, layer) + 2 * norm * hidden
+    left_out = pruned_parameters(model) if getattr(model, "sla", None) is not None else 0
+    return count + norm * hidden - left_out
 
 
 def model_config(args: Namespace, vocabulary: int | None) -> Any:
@@ -83,38 +87,8 @@ def _attention(config: Any) -> int:
     return count
 
 
-def _mlp(config: Any, layer: int) -> int:
-    """Parameters of the MLP, or of all experts with their router, of ``layer``, which counts from 0."""
-    frequency = config.moe_layer_freq
-    is_moe = config.num_moe_experts and (
-        frequency[layer] if isinstance(frequency, list) else layer % (frequency or 1) == 0
-    )
-    if not is_moe:
-        return _one_mlp(config, config.hidden_size, config.ffn_hidden_size)
-    inner = getattr(config, "moe_latent_size", None) or config.hidden_size
-    count = config.num_moe_experts * _one_mlp(config, inner, config.moe_ffn_hidden_size or config.ffn_hidden_size)
-    count += config.num_moe_experts * config.hidden_size
-    if getattr(config, "moe_latent_size", None):
-        count += 2 * config.hidden_size * inner
-    if config.moe_shared_expert_intermediate_size:
-        count += _one_mlp(config, config.hidden_size, config.moe_shared_expert_intermediate_size)
-    return count
-
-
-def _one_mlp(config: Any, width: int, inner: int) -> int:
-    gated = 2 if config.gated_linear_unit else 1
-    bias = inner * gated + width if config.add_bias_linear else 0
-    return width * inner * (gated + 1) + bias
-
-
 def _norm_width(config: Any) -> int:
     return 2 if config.normalization == "LayerNorm" else 1
-
-
-def _left_out(model: Any) -> int:
-    from ...model.report import pruned_parameters
-
-    return pruned_parameters(model) if getattr(model, "sla", None) is not None else 0
 
 
 def _padded(model: Any) -> int:

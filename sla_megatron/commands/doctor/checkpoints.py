@@ -59,7 +59,10 @@ def space(
         raise Skipped("no folder to save to")
     parameters = parameter_count(args, vocabulary)
     need, free = checkpoint_bytes(args, parameters), free_bytes(nearest_existing(Path(args.save)))
-    estimate = f"a checkpoint takes about {_gigabytes(need)} by estimate ({_short(parameters)} parameters)"
+    count = str(parameters)
+    if parameters >= 1e6:
+        count = f"{parameters / 1e6:.3g} million" if parameters < 1e9 else f"{parameters / 1e9:.3g} billion"
+    estimate = f"a checkpoint takes about {_gigabytes(need)} by estimate ({count} parameters)"
     if free < need:
         raise Fault(f"{args.save}: {_gigabytes(free)} free, {estimate}: expected room for at least one")
     return f"{_gigabytes(free)} free, {estimate}"
@@ -123,10 +126,3 @@ def _require_complete(step: Path, what: str) -> None:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:.3g} TB"
-
-
-def _short(count: int) -> str:
-    for unit, name in ((1e9, "billion"), (1e6, "million")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return str(count)

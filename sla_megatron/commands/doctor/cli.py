@@ -4,7 +4,7 @@ It takes the flags of the job, as ``sla_megatron.pretrain_gpt`` does, and some o
 checks what one process can; started as the job is started, every node:
 
     sla-doctor --num-gpus 16 --sla --num-layers 24 ... --data-path data/corpus --save checkpoints
-    torchrun --nproc-per-node 8 ... -m sla_megatron.commands.doctor.cli --bad-nodes bad_nodes.txt --sla --num-layers 24 ...
+    torchrun --nproc-per-node 8 ... -m sla_megatron.commands.doctor.cli --bad-nodes bad_nodes.txt --sla ...
 
 One line for each check.  Exit status 0 if none failed, else 1, and the last line on stderr names the first fault.
 """
@@ -15,10 +15,10 @@ import argparse
 import os
 import sys
 
-from ...common.announcements import quiet
-from ...common.errors import FlagError, one_line_errors
-from ...cpu.backend import DEVICES
-from ...cpu.device import add_device_arg
+from ...common.errors import one_line_errors
+from ...common.flag_types import OneLineParser
+from ...common.silence import without_announcements
+from ...cpu.device import add_device_arg, require_device_name
 from .finding import Fault
 from .flags import add_doctor_args, check_doctor_args
 from .node_checks import Asked
@@ -27,23 +27,18 @@ from .place import Place
 
 def main() -> None:
     """Examine the job that ``sys.argv`` describes.  A bad flag of this command ends it: one line, exit status 2."""
-    parser = add_device_arg(
-        add_doctor_args(
-            argparse.ArgumentParser(
-                "sla-doctor",
-                description=__doc__,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                epilog="Every other flag is the job's: sla-pretrain --help lists them.",
-                allow_abbrev=False,
-            )
-        )
+    parser = OneLineParser(
+        "sla-doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every other flag is the job's: sla-pretrain --help lists them.",
+        allow_abbrev=False,
     )
-    with one_line_errors():
-        asked, _ = parser.parse_known_args()
+    with one_line_errors("sla-doctor"):
+        asked, _ = add_device_arg(add_doctor_args(parser)).parse_known_args()
         check_doctor_args(asked)
-        if asked.device not in DEVICES:
-            raise FlagError("--device", asked.device, f"one of {', '.join(DEVICES)}")
-    with quiet():
+        require_device_name(asked.device)
+    with without_announcements():
         status = _examine(Asked(asked.device, asked.num_gpus, asked.quick, asked.timeout, asked.bad_nodes))
     sys.exit(status)
 

@@ -185,9 +185,10 @@ class Lead(Rank):
             raise Fault(f"{where}{findings[rank][1].text}")
         hanging = [rank for rank in range(self.place.world_size) if rank not in heard]
         if hanging:
+            reached = meeting.gather("reached", hanging, 0)
             steps: dict[str, list[int]] = {}
             for rank in hanging:
-                steps.setdefault(meeting.peek("reached", rank) or "start", []).append(rank)
+                steps.setdefault(reached.get(rank) or "start", []).append(rank)
             at = "; ".join(f"{ranks_text(ranks)} at {step}" for step, ranks in steps.items())
             raise Fault(f"not finished within {self.asked.timeout:.0f} s: {at}")
         # The last stage says the loss.

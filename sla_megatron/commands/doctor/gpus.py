@@ -44,13 +44,20 @@ def gpus(
     if count < ranks_here:
         raise Fault(f"{_shown(count, environment)}: expected {ranks_here}, one for each rank of this node")
     kinds = {index: cuda.get_device_properties(index) for index in range(count)}
-    broken = [line for index in kinds if (line := _broken(cuda, index)) is not None]
+    broken = []
+    for index in kinds:
+        try:
+            if not multiplies(cuda, index):
+                broken.append(f"GPU {index} multiplies matrices wrongly")
+        except RuntimeError as error:
+            broken.append(f"GPU {index}: {error_line(error)}")
     if broken:
         raise Fault("; ".join(broken))
     names = sorted({f"{kind.name}, {kind.total_memory / _GIB:.0f} GiB" for kind in kinds.values()})
     if len(names) > 1:
         raise Fault(f"{count} GPUs of different kinds ({'; '.join(names)}): expected one kind")
-    busy = [line for index in kinds if (line := _busy(cuda, index)) is not None]
+    used = {index: total - free for index in kinds for free, total in [cuda.mem_get_info(index)]}
+    busy = [f"{size / _GIB:.0f} GiB of GPU {index}" for index, size in used.items() if size > IDLE_BYTES]
     if busy:
         raise Doubt(f"{count} x {names[0]}; in use before the job: {', '.join(busy)}")
     return f"{count} x {names[0]}; each multiplies matrices"
@@ -70,18 +77,6 @@ def _shown(count: int, environment: Mapping[str, str]) -> str:
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     limited = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
     return f"torch sees {count} GPU{'' if count == 1 else 's'}{limited}"
-
-
-def _broken(cuda: Any, index: int) -> str | None:
-    try:
-        return None if multiplies(cuda, index) else f"GPU {index} multiplies matrices wrongly"
-    except RuntimeError as error:
-        return f"GPU {index}: {error_line(error)}"
-
-
-def _busy(cuda: Any, index: int) -> str | None:
-    free, total = cuda.mem_get_info(index)
-    return None if total - free <= IDLE_BYTES else f"{(total - free) / _GIB:.0f} GiB of GPU {index}"
 
 
 def multiplies(cuda: Any, index: int) -> bool:

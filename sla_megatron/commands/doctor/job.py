@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import re
-import traceback
-import warnings
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from argparse import Namespace
 
-from ...common.errors import FlagError
+from ...common.errors import FlagError, StartError
 from ...cpu.device import add_device_arg
 from .finding import Fault
 from .flags import add_doctor_args
 from .place import Place
-
-_ERROR_PREFIX = re.compile(r"^[\w.-]+: error: ")
 
 
 def job_args(place: Place, num_gpus: int | None, on_cpu: bool) -> Namespace:
@@ -30,9 +22,8 @@ def job_args(place: Place, num_gpus: int | None, on_cpu: bool) -> Namespace:
     Raises:
         Fault: for the first thing that Megatron or this project does not accept.
     """
-    from ...flags.arguments import settled_args
+    from ...flags.arguments import fewest_gpus, settled_args
     from ...pretrain_gpt import require_pretraining
-    from ..plan.settle import fewest_gpus
 
     def check(args: Namespace) -> None:
         require_pretraining(args)
@@ -43,10 +34,16 @@ def job_args(place: Place, num_gpus: int | None, on_cpu: bool) -> Namespace:
         else:
             args.rank, args.world_size = 0, num_gpus or fewest_gpus(args)
 
-    with _one_line():
+    try:
         return settled_args(
-            _provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}, check=check, will_run_here=on_cpu
+            lambda parser: add_doctor_args(add_device_arg(parser)),
+            args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+            check=check,
+            will_run_here=on_cpu,
+            silent=True,
         )
+    except StartError as error:
+        raise Fault(error.reason) from error
 
 
 def sizes(args: Namespace) -> str:
@@ -65,34 +62,3 @@ def sizes(args: Namespace) -> str:
         f"world size {args.world_size}: {shown}; {args.num_layers} layers, {args.num_attention_heads} heads; "
         f"{args.global_batch_size} samples a step, {microbatches} microbatches of {args.micro_batch_size} a pipeline"
     )
-
-
-def _provider(parser: ArgumentParser) -> ArgumentParser:
-    parser.prog = "sla-doctor"
-    return add_doctor_args(add_device_arg(parser))
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn whatever parsing and validating raise into a :class:`Fault`, and drop what they print."""
-    printed = io.StringIO()
-    try:
-        with quietly(), redirect_stderr(printed):
-            yield
-    except FlagError as error:
-        raise Fault(_ERROR_PREFIX.sub("", str(error))) from error
-    except SystemExit as ended:
-        # argparse prints its usage, two thousand lines, and then what is wrong.
-        last = next(iter(reversed(printed.getvalue().split("\n\n")[-1].strip().splitlines())), "Megatron gave up")
-        raise Fault(_ERROR_PREFIX.sub("", last)) from ended
-    except Exception as error:
-        # An assertion without a message says in its own code what it wants.
-        text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-        raise Fault(f"Megatron does not accept these flags: {' '.join(text.split())}") from error
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Within the block Megatron prints nothing and warns of nothing."""
-    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
-        yield

@@ -11,8 +11,8 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from ...common.silence import silence
 from .finding import Fault, Skipped
-from .job import quietly
 from .tiny import num_microbatches, on_one_process, tiny_args
 
 SEED = 1
@@ -37,9 +37,9 @@ def layout(args: Namespace, store: Any, seconds: float, launched: bool, reached:
     if args.use_megatron_fsdp or args.use_torch_fsdp2:
         raise Skipped("not run with FSDP")
     start = time.monotonic()
-    with quietly():
+    with silence():
         tiny = tiny_args(args if launched else on_one_process(args))
-    with quietly(), model_parallel(tiny, store, seconds, reached):
+    with silence(), model_parallel(tiny, store, seconds, reached):
         reached("building the model")
         model = build(tiny)
         reached("forward and backward")

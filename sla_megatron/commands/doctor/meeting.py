@@ -76,11 +76,6 @@ class Meeting:
             time.sleep(_PAUSE)
         return answers
 
-    def peek(self, what: str, rank: int) -> str | None:
-        """What ``rank`` left as ``what``; None if nothing yet."""
-        key = f"{what}/{rank}"
-        return self.store.get(key).decode() if self.store.check([key]) else None
-
     def _is_there(self, key: str, seconds: float) -> bool:
         try:
             self.store.wait([key], timedelta(seconds=max(seconds, 0.001)))
@@ -108,11 +103,7 @@ def connect(place: Place, seconds: float) -> Store:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return of_doctor(store)
-
-
-def of_doctor(store: Store) -> Store:
-    """``store`` under a prefix, since an agent's store is used by the ranks of each restart."""
+    # An agent's store is used by the ranks of each restart.
     return PrefixStore(f"sla-doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

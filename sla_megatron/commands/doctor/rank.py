@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from torch.distributed import PrefixStore, Store
 
 from ...common.errors import StartError
-from ...cpu import choose_device
-from ...cpu.device import megatron_device
+from ...common.silence import silence
+from ...cpu.device import choose_device, megatron_device
 from . import checkpoints
 from .finding import FAIL, Fault, Finding, as_text, error_line, found
-from .job import job_args, quietly
+from .job import job_args
 from .meeting import Meeting, connect
 from .node_checks import Asked, before_megatron, with_megatron
 from .place import Place
@@ -76,7 +76,9 @@ class Rank:
             stack.enter_context(_megatron(self.device))
         except Exception as error:
             return [*findings, Finding("upstream", FAIL, error_line(error))]
-        more, self.args = with_megatron(self._settle, self.device, self.place.rank == 0, self._note)
+        more, self.args = with_megatron(
+            self._settle, self.device, self.place.rank == 0, lambda check: setattr(self, "doing", check)
+        )
         return [*findings, *more]
 
     def run_layout(self, stack: ExitStack) -> Finding:
@@ -106,9 +108,6 @@ class Rank:
         on_cpu = self.device == "cpu" and (self.place.launched or self.asked.device == "cpu")
         return job_args(self.place, self.asked.num_gpus, on_cpu)
 
-    def _note(self, check: str) -> None:
-        self.doing = check
-
 
 def _device_here(requested: str) -> str:
     """Where this process computes: on this machine's GPUs, unless it has none or the job wants none."""
@@ -122,6 +121,6 @@ def _device_here(requested: str) -> str:
 @contextmanager
 def _megatron(device: str) -> Iterator[None]:
     with ExitStack() as stack:
-        with quietly():
+        with silence():
             stack.enter_context(megatron_device(["--device", device]))
         yield

@@ -30,7 +30,10 @@ class Line:
 def merge(findings: Mapping[str, Finding]) -> Line:
     """The nodes' findings of one check, by node, as one line."""
     check = next(iter(findings.values())).check
-    by_status = {status: _nodes(findings, status) for status in (OK, SKIP, WARN, FAIL)}
+    by_status = {
+        status: [node for node, finding in findings.items() if finding.status == status]
+        for status in (OK, SKIP, WARN, FAIL)
+    }
     if by_status[FAIL]:
         return _failed(check, findings, by_status[FAIL])
     if check == "gpus" and by_status[SKIP] and (by_status[OK] or by_status[WARN]):
@@ -58,10 +61,6 @@ def _differing(check: str, findings: Mapping[str, Finding]) -> Line:
     blamed = odd if most > len(odd) else []
     text = f"{_named(findings, odd)}: expected the same on all nodes, as {usual!r} on the {most} other"
     return Line(Finding(check, FAIL, text + ("s" if most > 1 else "")), tuple(blamed))
-
-
-def _nodes(findings: Mapping[str, Finding], status: str) -> list[str]:
-    return [node for node, finding in findings.items() if finding.status == status]
 
 
 def _named(findings: Mapping[str, Finding], nodes: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ def on_one_process(args: Namespace) -> Namespace:
     Raises:
         Skipped: for a model that needs a GPU.
     """
-    from ...cpu import cpu_backend_is_active
+    from ...cpu.backend import cpu_backend_is_active
     from ...cpu.flags import fit_to_cpu
 
     one = copy.copy(args)

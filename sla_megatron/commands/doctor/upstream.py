@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...upstream.seams import SeamError, require_megatron
+from ...upstream.megatron_version import require_megatron
+from ...upstream.seams import SeamError
 from .finding import Fault
 
 

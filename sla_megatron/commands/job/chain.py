@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ...common.checkpoint_folders import TRACKER, newest_complete, point_to, tracked
+from ...common.errors import StartError
 from ...common.files import write_json
 
 FINISHED, REQUEUE, STOP = "finished", "requeue", "stop"
 
 
-class JobError(Exception):
+class JobError(StartError):
     """Why a job must not start, as one line."""
 
 
@@ -137,7 +138,8 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
     if chain.attempts and chain.attempts[-1].ended is None:
         _note_end(chain.attempts[-1], newest, "without a word")
         say(f"attempt {len(chain.attempts)} ended without a word: its node failed, or the job was killed")
-    known = max(chain.newest, _tracked_iteration(flags.save))
+    said = tracked(flags.save)
+    known = max(chain.newest, said if isinstance(said, int) else 0)
     if newest is None and known:
         seen = "; ".join(f"{path.name}: {reason}" for path, reason in broken.items()) or "no iter_* folder"
         raise JobError(
@@ -145,8 +147,8 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
             f"be restored; to begin anew, another --save, or remove {chain.folder / 'chain.json'} and {TRACKER}"
         )
     if newest is None:
-        if tracked(flags.save) is not None:
-            raise JobError(f"{flags.save / TRACKER} says {tracked(flags.save)!r}: expected an iteration, or no file")
+        if said is not None:
+            raise JobError(f"{flags.save / TRACKER} says {said!r}: expected an iteration, or no file")
         say("no checkpoint yet: starting from the beginning" if chain.attempts else "first start: no checkpoint yet")
         for path, reason in broken.items():
             say(f"{path} is not complete ({reason}), and the first: it will be written anew")
@@ -210,11 +212,6 @@ def _stopped(chain: Chain, job: str, say: Callable[[str], None]) -> str:
 
 def _note_end(attempt: Attempt, newest: int | None, how: str) -> None:
     attempt.ended, attempt.ended_at, attempt.how = _now(), newest or 0, how
-
-
-def _tracked_iteration(folder: Path) -> int:
-    said = tracked(folder)
-    return said if isinstance(said, int) else 0
 
 
 def _now() -> str:

@@ -18,7 +18,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from .chain import FINISHED, REQUEUE, STOP, Chain, JobError, begin, end, training_flags
+from ...common.errors import one_line_errors
+from ...common.flag_types import OneLineParser
+from .chain import FINISHED, REQUEUE, STOP, Chain, begin, end, training_flags
 
 #: Exit statuses: of ``begin`` when training is complete, of ``end`` when it is not (EX_TEMPFAIL), of both in a loop.
 NOTHING_LEFT, TRY_AGAIN, LOOP = 10, 75, 3
@@ -26,9 +28,7 @@ NOTHING_LEFT, TRY_AGAIN, LOOP = 10, 75, 3
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; what cannot be done ends it with one line on stderr and status 2."""
-    parser = argparse.ArgumentParser(
-        prog="sla-job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="sla-job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function in (("begin", _begin), ("end", _end), ("show", _show), ("health", _health)):
         command = commands.add_parser(name)
@@ -43,11 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name == "health":
             command.add_argument("--gpus", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
-    try:
-        sys.exit(args.command(args))
-    except JobError as error:
-        print(f"sla-job: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    with one_line_errors("sla-job", all_ranks=True):
+        status = args.command(args)
+    sys.exit(status)
 
 
 def _say(line: str) -> None:

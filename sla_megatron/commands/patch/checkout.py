@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ...upstream.seams import SUPPORTED, VERSION_FILE, minor_of, version_in
+from ...common.errors import StartError
+from ...upstream.megatron_version import SUPPORTED, VERSION_FILE, minor_of, version_in
 from .diff import Diff, DiffError
 
 #: What every patch changes.
@@ -20,7 +21,7 @@ SCRIPT = "pretrain_gpt.py"
 _FOLDERS = (Path(__file__).parent / "patches", Path(__file__).parents[3] / "patches")
 
 
-class PatchError(Exception):
+class PatchError(StartError):
     """A checkout that cannot be patched: one line that names the file and what was expected."""
 
 

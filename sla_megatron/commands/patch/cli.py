@@ -16,18 +16,17 @@ import os
 import sys
 from pathlib import Path
 
-from ...common.errors import StartError
-from .checkout import Checkout, PatchError
+from ...common.errors import one_line_errors
+from ...common.flag_types import OneLineParser
+from .checkout import Checkout
 
 
 def main() -> None:
     """Run one command.  What cannot be done ends it: one line on stderr, exit status 2."""
     arguments = _parser().parse_args()
     try:
-        status = arguments.command(arguments.checkout)
-    except (PatchError, StartError) as error:
-        print(f"sla-patch: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        with one_line_errors("sla-patch", all_ranks=True):
+            status = arguments.command(arguments.checkout)
     except BrokenPipeError:  # Whoever reads has read enough, as head.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -35,9 +34,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sla-patch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="sla-patch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
         ("check", _check, "whether the patch is applied, and whether it fits"),

@@ -1,8 +1,8 @@
 """Every name of Megatron and torch that this project touches when it runs, and why: ``sla-patch registry`` prints it.
 
-Touched means replaced, overridden in a subclass that takes the upstream class's place, or called with knowledge of how
-upstream calls it.  Each name is declared where it is used; this puts them together.  What is only imported is not
-here: where it is missing, the import says so.
+Touched means replaced, overridden in a subclass that takes the upstream class's place, restated, or called with
+knowledge of how upstream calls it.  Each name is declared where it is used; this puts them together.  What is only
+imported is not here: where it is missing, the import says so.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...attention.core_attention import FORWARD
+from ...attention.self_attention import QUERY_KEY_VALUE, ROLE
 from ...attention.sla_config import SLAConfig
 from ...cpu.replacements import replacements
 from ...flags.arguments import PARSING
-from ...model.layer_specs import QUERY_KEY_VALUE
-from ...model.transformer_block import BERT_MODEL, CHECKPOINTED_FORWARD, transformer_block_seam
+from ...model import builder, transformer_block
+from ...model.recomputation import CHECKPOINTED_FORWARD
+from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
 from ...pipeline.transport import SCHEDULE_HELPERS, SCHEDULES
 from ...training.checkpoint_writer import RESULTS_QUEUE
 from ...upstream.compiled_helpers import COMPILE_HELPERS
-from ...upstream.seams import Reliance, Seam, SeamError
+from ...upstream.seams import Reliance, Seam, SeamError, Wrapping
 
 #: When a name is touched.
 ALWAYS = "in every run, with --sla or without"
+BLOCK = "with --sla or --core-attention sdpa, while a model is built"
 SLA = "with --sla"
 ENCODER = "while a script of one's own builds a BertModel inside sla_transformer_blocks(sla, BertModel)"
 RECOMPUTATION = "with --sla, while a block runs under --recompute-granularity full"
@@ -32,29 +35,6 @@ CORE_ATTENTION = "with --core-attention sdpa"
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
 WHEEL = "with megatron-core's wheel, on any device: a checkout has the Makefile"
 CPU = "on the CPU"
-
-#: Methods that call upstream's and pass their arguments on, so that no signature is assumed.
-_OVERRIDDEN = (
-    Reliance(
-        "megatron.core.transformer.attention:SelfAttention.__init__", "overridden by SLASelfAttention, to know its role"
-    ),
-    Reliance(
-        "megatron.core.transformer.transformer_block:TransformerBlock.__init__",
-        "overridden by SLATransformerBlock, to plan what crosses its stage's ends",
-    ),
-    Reliance(
-        "megatron.core.transformer.transformer_block:TransformerBlock.forward",
-        "overridden by SLATransformerBlock, to open a microbatch",
-    ),
-    Reliance(
-        "megatron.training.models.gpt:GPTModelBuilder.build_model",
-        "overridden by SLAGPTModelBuilder, to build on the SLA version of the layer spec",
-    ),
-    Reliance(
-        "megatron.training.models.gpt:GPTModelConfig.builder",
-        "overridden by SLAGPTModelConfig, which names that builder",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -66,18 +46,18 @@ class Entry:
         when: in which runs it is touched.
     """
 
-    name: Seam | Reliance
+    name: Reliance
     when: str
 
     @property
     def is_replaced(self) -> bool:
-        """Whether something else stands for the name; else it is overridden or called."""
-        return isinstance(self.name, Seam)
+        """Whether something else stands for the name; else it is overridden, called or restated."""
+        return isinstance(self.name, Seam | Wrapping)
 
     def misfit(self) -> str | None:
         """Why the name of the Megatron that is imported is not the expected one; ``None`` if it is."""
         try:
-            self.name.resolve() if isinstance(self.name, Seam) else self.name.require()
+            self.name.require()
         except SeamError as error:
             return str(error)
         return None
@@ -88,7 +68,8 @@ def registry() -> list[Entry]:
     # Any settings will do: what stands for a name is made for a model, the name is the same for all.
     sla = SLAConfig(2, 1, (1,), 1)
     return [
-        *_entries(SLA, [transformer_block_seam(sla), QUERY_KEY_VALUE, *_OVERRIDDEN]),
+        *_entries(BLOCK, [transformer_block_seam(sla), *builder.OVERRIDDEN]),
+        *_entries(SLA, [QUERY_KEY_VALUE, ROLE, *transformer_block.OVERRIDDEN]),
         *_entries(ENCODER, [transformer_block_seam(sla, BERT_MODEL)]),
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD]),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
@@ -100,5 +81,5 @@ def registry() -> list[Entry]:
     ]
 
 
-def _entries(when: str, names: Sequence[Seam | Reliance]) -> list[Entry]:
+def _entries(when: str, names: Sequence[Reliance]) -> list[Entry]:
     return [Entry(name, when) for name in names]

@@ -6,7 +6,7 @@ import sys
 import warnings
 from itertools import groupby
 
-from ...upstream.seams import CHECKED_WITH, require_megatron
+from ...upstream.megatron_version import CHECKED_WITH, require_megatron
 from .checkout import Checkout
 
 
@@ -33,6 +33,8 @@ def _print_reasons() -> int:
         print(f"\n{when}:")
         for entry in entries:
             print(f"  {entry.name.target}{'' if entry.is_replaced else ' (not replaced)'}\n      {entry.name.reason}")
+            if entry.name.sources:
+                print(f"      its source as in {' or '.join(entry.name.sources.values())}, and no other")
     return 0
 
 

@@ -14,16 +14,16 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from ...common.errors import one_line_errors
 from ...common.files import write_whole
+from ...common.flag_types import OneLineParser
+from ...flags.sla_flags import add_sla_args, refuse_unknown_sla_flags
 from .as_json import as_json
 from .figures import Figures
 from .flags import STDOUT, add_plan_args, check_plan_args, rates
-from .job import PlanError
 from .plot import plot
 from .report import report
 from .settle import settled_job
@@ -36,16 +36,22 @@ def main() -> None:
     """Plan for the run that ``sys.argv`` describes.  A bad flag ends it: one line on stderr, exit status 2."""
     # A plan is one process's, whatever launched it.
     os.environ["RANK"] = "0"
-    with _one_line_errors():
-        _plan()
+    parser = OneLineParser(
+        "sla-plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every other flag is the run's: sla-pretrain --help lists them.",
+        allow_abbrev=False,
+    )
+    with one_line_errors("sla-plan"):
+        # Before Megatron is imported, which takes seconds.
+        asked, _ = add_plan_args(add_sla_args(parser)).parse_known_args()
+        refuse_unknown_sla_flags(sys.argv[1:])
+        check_plan_args(asked)
+        _plan(asked)
 
 
-def _plan() -> None:
-    parser = add_plan_args(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    # Before Megatron is imported, which takes seconds.
-    asked, _ = parser.parse_known_args()
-    check_plan_args(asked)
-
+def _plan(asked: argparse.Namespace) -> None:
     figures = Figures.of(settled_job(), rates(asked), asked.suggest, _progress())
     if asked.plot is not None:
         plot(figures.prediction, Path(asked.plot))
@@ -55,16 +61,6 @@ def _plan() -> None:
     if asked.json is not None:
         write_whole(Path(asked.json), as_json(figures) + "\n")
     print(report(figures))
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        with one_line_errors():
-            yield
-    except PlanError as error:
-        print(f"sla-megatron: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
 
 
 def _progress() -> Callable[[str], None]:

@@ -52,7 +52,11 @@ def stage_operations(
     for stage, layers in enumerate(layout.stages):
         groups = [sla.num_query_groups if dense else len(sla.projected_groups(layer)) for layer in layers]
         forwards = [_layer(work, shape, layer, count) for layer, count in zip(layers, groups, strict=True)]
-        forward, again = sum(forwards), _recomputed(work, shape, forwards)
+        forward, again = sum(forwards), 0
+        if work.recompute == "full":
+            again = sum(forwards[: work.recomputed_layers])
+        elif work.recompute == "attention":
+            again = len(forwards) * _attention(work, shape)
         if stage == layout.num_stages - 1:
             forward += 2 * tokens * shape.hidden_size * work.vocabulary
         stages.append((forward / gpus, (BACKWARD_OVER_FORWARD * forward + again) / gpus))
@@ -70,9 +74,3 @@ def _layer(work: ModelWork, shape: MicrobatchShape, layer: int, projected_groups
 def _attention(work: ModelWork, shape: MicrobatchShape) -> int:
     """Scores and weighted values of one layer; ``q * q / 2`` pairs of positions, since attention is causal."""
     return 2 * shape.microbatch_size * shape.sequence_length**2 * work.num_heads * shape.head_size
-
-
-def _recomputed(work: ModelWork, shape: MicrobatchShape, forwards: list[int]) -> int:
-    if work.recompute == "full":
-        return sum(forwards[: work.recomputed_layers])
-    return len(forwards) * _attention(work, shape) if work.recompute == "attention" else 0

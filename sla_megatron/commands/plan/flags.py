@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from importlib.util import find_spec
 from pathlib import Path
 
 from ...common.errors import FlagError
+from ...common.figures import fault_of_plot
+from ...common.files import fault_of_file
 from ...common.flag_types import WITH_VALUE, file_name, number
 from .predict import Rates
 
@@ -80,7 +81,9 @@ def check_plan_args(args: Namespace) -> None:
     if args.plot is not None:
         _check_plot(args)
     if args.json not in (None, STDOUT):
-        _check_file("--json", args.json, args.overwrite)
+        expected = fault_of_file(Path(args.json), args.overwrite)
+        if expected is not None:
+            raise FlagError("--json", args.json, expected)
 
 
 def rates(args: Namespace) -> Rates | None:
@@ -91,21 +94,11 @@ def rates(args: Namespace) -> Rates | None:
 
 
 def _check_plot(args: Namespace) -> None:
-    if Path(args.plot).suffix.lower() not in PLOT_SUFFIXES:
-        raise FlagError("--plot", args.plot, f"a file name that ends in {' or '.join(PLOT_SUFFIXES)}")
+    expected = fault_of_plot(Path(args.plot), PLOT_SUFFIXES, args.overwrite)
+    if expected is not None:
+        raise FlagError("--plot", args.plot, expected)
     if args.link_gb_per_s is None:
         raise FlagError("--plot", args.plot, "--link-gb-per-s and --compute-tflops beside it, to have a step to draw")
-    _check_file("--plot", args.plot, args.overwrite)
-    if find_spec("matplotlib") is None:
-        raise FlagError("--plot", args.plot, "matplotlib to be installed: pip install matplotlib")
-
-
-def _check_file(flag: str, name: str, overwrite: bool) -> None:
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir():
-        raise FlagError(flag, name, "a file in a directory that exists")
-    if path.exists() and not overwrite:
-        raise FlagError(flag, name, "a new file, or --overwrite beside it")
 
 
 _WITH_VALUE = {**WITH_VALUE, "metavar": "VALUE"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...attention.sla_config import SLAConfig
+from ...common.errors import StartError
 from ...pipeline.layout import PipelineLayout
 from ...pipeline.payload import MicrobatchShape
 from ...pipeline.routes import RoutePlan
@@ -14,7 +15,7 @@ from .compute import ModelWork
 from .program import Communication
 
 
-class PlanError(Exception):
+class PlanError(StartError):
     """What keeps a plan from being made, as one line."""
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...common.figures import save_figure
 from .predict import Prediction
 from .timeline import Timeline
 
@@ -20,15 +20,11 @@ _FORWARD, _BACKWARD = (0.20, 0.45, 0.80), (0.20, 0.62, 0.38)
 
 def plot(prediction: Prediction, path: Path) -> None:
     """Draw ``prediction`` to ``path``, a ``.png`` or ``.svg`` file, which is there whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # The same plan draws the same file.
-    matplotlib.rcParams["svg.hashsalt"] = "sla-plan"
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     ranks = prediction.sla.schedule.pipeline_size
-    figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(14, min(24, 3 + 0.5 * ranks)), layout="constrained")
+    figure = Figure(figsize=(14, min(24, 3 + 0.5 * ranks)), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
     for one, name, timeline in zip(axes, ("dense", "SLA"), (prediction.dense, prediction.sla), strict=True):
         _draw(one, timeline)
         one.set_title(
@@ -39,14 +35,7 @@ def plot(prediction: Prediction, path: Path) -> None:
         f"Predicted step-time overhead {100 * prediction.overhead:+.2f} % "
         "(blue: forward, green: backward, darker: later virtual stages)"
     )
-    suffix = path.suffix.lower()[1:]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(unfinished, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-        pyplot.close(figure)
+    save_figure(figure, path, "sla-plan", dpi=150)
 
 
 def _draw(axes: Axes, timeline: Timeline) -> None:

@@ -67,11 +67,6 @@ class Pipeline:
         """Every rank's backward passes, in order."""
         return self.schedule.backwards()
 
-    def sender(self, lane: int) -> int:
-        """The pipeline rank that sends the transfers of ``lane``."""
-        stage = lane if lane < self.num_hops else lane - self.num_hops + 1
-        return stage % self.schedule.pipeline_size
-
     def sent(self, rank: int, one: Pass) -> list[int]:
         """The transfer, if there is one, of what ``one`` computes on ``rank``."""
         stage = one.chunk * self.schedule.pipeline_size + rank

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from ...attention.sla_config import compact_ranges
+from ...common.tables import table
 from ...pipeline.routes import Route
 from .figures import Figures
 from .job import Job
@@ -219,16 +220,3 @@ def in_seconds(seconds: float) -> str:
 def _span(values: Sequence[float]) -> str:
     least, most = in_seconds(min(values)), in_seconds(max(values))
     return least if least == most else f"{least} .. {most}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """Columns under ``header``, aligned right but for those in ``left``."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        cells = [
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(("  " + "  ".join(cells)).rstrip())
-    return "\n".join(lines)

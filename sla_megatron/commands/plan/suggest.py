@@ -45,13 +45,6 @@ class Layout:
     prediction: Prediction | None
     is_given: bool
 
-    @property
-    def cost(self) -> tuple[float, int, int, int, int]:
-        """What layouts are ranked by: step time where rates are given, then K/V on the wire, then resident K/V."""
-        step = 0.0 if self.prediction is None else self.prediction.sla.step_time
-        layout = self.job.layout
-        return step, self.totals.kv, self.resident_bytes, layout.pipeline_size, layout.num_chunks
-
 
 def virtual_stages(job: Job) -> list[VirtualStages]:
     """Every number of virtual stages that splits the layers evenly over ``job``'s pipeline ranks."""
@@ -68,9 +61,10 @@ def virtual_stages(job: Job) -> list[VirtualStages]:
 
 
 def suggest(job: Job, rates: Rates | None = None, progress: Callable[[str], None] = lambda line: None) -> list[Layout]:
-    """Layouts with two pipeline ranks or more, the given one among them, ranked by :attr:`Layout.cost`.
+    """Layouts with two pipeline ranks or more, the given one among them, the best first.
 
-    The samples of a step, and the tensor- and context-parallel sizes, stay.  ``progress`` hears of each layout.
+    They are ranked by step time where rates are given, then by K/V on the wire, then by resident K/V.  The samples of a
+    step, and the tensor- and context-parallel sizes, stay.  ``progress`` hears of each layout.
     """
     jobs = [job]
     for size in _divisors(job.layout.num_layers):
@@ -85,7 +79,16 @@ def suggest(job: Job, rates: Rates | None = None, progress: Callable[[str], None
         )
         resident = max(rank.resident_bytes for rank in rank_memory(one))
         layouts.append(Layout(one, totals(one), resident, predict(one, rates) if rates else None, one is job))
-    return sorted(layouts, key=lambda layout: layout.cost)
+    return sorted(
+        layouts,
+        key=lambda one: (
+            0.0 if one.prediction is None else one.prediction.sla.step_time,
+            one.totals.kv,
+            one.resident_bytes,
+            one.job.layout.pipeline_size,
+            one.job.layout.num_chunks,
+        ),
+    )
 
 
 def _divisors(number: int) -> list[int]:

@@ -99,10 +99,11 @@ class _Simulation:
         # Of each transfer, when its first end was posted and when it is done; None: not yet.
         self.posted: list[float | None] = [None] * pipeline.num_transfers
         self.done: list[float | None] = [None] * pipeline.num_transfers
-        lanes = range(2 * pipeline.num_hops)
         self.transfer_times = durations.transfer * 2
-        # Lanes of one sender and one direction share a line, which carries one transfer at a time.
-        self.line_of = [pipeline.sender(lane) + (lane >= pipeline.num_hops) * len(ranks) for lane in lanes]
+        # Lanes of one sender and one direction share a line, which carries one transfer at a time.  The rank of a hop's
+        # first stage sends its activations, that of its second stage its gradients.
+        hops, size = range(pipeline.num_hops), schedule.pipeline_size
+        self.line_of = [hop % size for hop in hops] + [size + (hop + 1) % size for hop in hops]
         self.line_free = [0.0] * (2 * len(ranks))
         self.waiting: dict[int, list[int]] = {}
         self.ready = deque(ranks)

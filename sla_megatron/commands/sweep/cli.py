@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..plan.report import table
+from ...common.errors import one_line_errors
+from ...common.flag_types import OneLineParser
+from ...common.tables import table
 from .errors import RunBusy, RunFailed, SweepError
 from .grid import Run, read_grid
 from .local import num_processes, run_all
@@ -37,10 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.options and args.command is not _submit:
         parser.error(f"{' '.join(args.options)}: options behind -- are sbatch's, of submit")
     try:
-        status = args.command(args)
-    except SweepError as error:
-        print(f"sla-sweep: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        with one_line_errors("sla-sweep", all_ranks=True):
+            status = args.command(args)
     except KeyboardInterrupt:
         print("sla-sweep: interrupted; the same command goes on", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -49,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sla-sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="sla-sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function in (("plan", _plan), ("run", _run), ("submit", _submit), ("task", _task), ("report", _report)):
         command = commands.add_parser(name)

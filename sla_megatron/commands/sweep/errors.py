@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ...common.errors import StartError
 
-class SweepError(Exception):
+
+class SweepError(StartError):
     """A grid, folder or command that cannot be accepted: nothing was written, exit status 2."""
 
 

@@ -51,7 +51,12 @@ def words(key: str, value: Any) -> tuple[str, ...]:
         names = _strings(f"{key}.presets", value.get("presets", []))
         found = (*preset_words(" ".join(names)), *words(f"{key}.flags", value.get("flags", [])))
     else:
-        found = tuple(word for line in _strings(key, value) for word in _split(key, line))
+        found = ()
+        for line in _strings(key, value):
+            try:
+                found += tuple(shlex.split(line))
+            except ValueError as error:
+                raise GridError(key, line, f"words as in a shell ({error})") from None
         if found and not found[0].startswith("--"):
             raise GridError(key, found[0], "Megatron's flags, such as --num-layers 8, or {presets: [gpt2-124m]}")
     for word in found:
@@ -83,13 +88,6 @@ def _strings(key: str, value: Any) -> list[str]:
         if not isinstance(each, str):
             raise GridError(key, each, "a string, or a list of strings")
     return values
-
-
-def _split(key: str, line: str) -> list[str]:
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise GridError(key, line, f"words as in a shell ({error})") from None
 
 
 @dataclass(frozen=True)

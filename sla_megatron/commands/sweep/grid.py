@@ -20,6 +20,7 @@ from .yaml_file import read_yaml
 _KEYS = ("presets", "flags", "sizes", "context", "tokens", "seeds", "sla", "dense")
 _SLA_KEYS = ("distance", "distances", "skip-groups", "kv-projection", "layers")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _SHARE = "a count of 1 or more, or a share such as 0.75"
 
 
@@ -170,7 +171,11 @@ def _settings(key: str, entry: dict[str, Any], size: str, shape: Shape) -> Itera
     for projection in projections:
         if projection not in KV_PROJECTIONS:
             raise GridError(f"{key}.kv-projection", projection, " or ".join(KV_PROJECTIONS))
-    layers = [None if one is None else _ranges(f"{key}.layers", one) for one in _optional_list(entry, "layers", key)]
+    ranges = _list(f"{key}.layers", entry["layers"]) if "layers" in entry else [None]
+    layers = [None if one is None else str(one).replace(" ", "") for one in ranges]
+    for one, text in zip(ranges, layers, strict=True):
+        if text is not None and not _RANGES.fullmatch(text):
+            raise GridError(f"{key}.layers", one, "layers such as 5-8 or 4,6,8-12")
     for setting in itertools.product(distances, groups, projections, layers):
         yield Setting(*setting)
 
@@ -199,17 +204,6 @@ def _list(key: str, value: Any) -> list[Any]:
         if values.count(one) > 1:
             raise GridError(key, values, f"{one} once")
     return values
-
-
-def _optional_list(entry: dict[str, Any], name: str, key: str) -> list[Any]:
-    return _list(f"{key}.{name}", entry[name]) if name in entry else [None]
-
-
-def _ranges(key: str, value: Any) -> str:
-    text = str(value).replace(" ", "")
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise GridError(key, value, "layers such as 5-8 or 4,6,8-12")
-    return text
 
 
 def _named(key: str, value: Any) -> dict[str, tuple[str, ...]]:

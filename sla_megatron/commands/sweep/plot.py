@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ...common.figures import save_figure
 from .summary import Group
 
 if TYPE_CHECKING:
@@ -43,33 +43,21 @@ def _distance(group: Group) -> str:
 def _picture(
     groups: Sequence[Group], path: Path, across: str, x: Callable[[Group], float], label: Callable[[Group], str]
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((group.size, group.context) for group in groups))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    # The same picture from the same figures.
-    with matplotlib.rc_context({"svg.hashsalt": "sla-sweep"}):
-        figure, axes = pyplot.subplots(
-            rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False, layout="constrained"
-        )
-        for one, (size, context) in zip(axes.flat, panels, strict=False):
-            _panel(one, [group for group in groups if (group.size, group.context) == (size, context)], x, label)
-            one.set_title(f"{size}, {context} tokens", loc="left")
-            one.set_xlabel(across)
-            one.set_ylabel("validation loss, nats a token")
-        for one in axes.flat[len(panels) :]:
-            one.set_axis_off()
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            figure.savefig(unfinished, format="svg", metadata={"Date": None})
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-            pyplot.close(figure)
+    figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for one, (size, context) in zip(axes.flat, panels, strict=False):
+        _panel(one, [group for group in groups if (group.size, group.context) == (size, context)], x, label)
+        one.set_title(f"{size}, {context} tokens", loc="left")
+        one.set_xlabel(across)
+        one.set_ylabel("validation loss, nats a token")
+    for one in axes.flat[len(panels) :]:
+        one.set_axis_off()
+    save_figure(figure, path, "sla-sweep")
 
 
 def _panel(axes: Axes, groups: Sequence[Group], x: Callable[[Group], float], label: Callable[[Group], str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ..plan.report import table
+from ...common.tables import table
 from .summary import Group, Spread
 
 HEADER = (
@@ -32,7 +32,8 @@ NOTE = (
 
 
 def cells(group: Group) -> tuple[str, ...]:
-    """One row of the table."""
+    """One row of the table; the validation loss as ``3.1234 ± 0.0012 (3.1222-3.1246)``, of one seed as ``3.1234``."""
+    loss = group.validation_loss
     return (
         group.size,
         str(group.context),
@@ -40,7 +41,7 @@ def cells(group: Group) -> tuple[str, ...]:
         "" if group.is_dense else f"{group.skip_heads}/{group.num_heads}",
         group.variant,
         str(len(group.seeds)),
-        with_range(group.validation_loss),
+        _mean(loss, ".4f") + ("" if loss.n == 1 else f" ({loss.least:.4f}-{loss.most:.4f})"),
         "" if group.difference is None else _mean(group.difference, "+.4f"),
         f"{group.perplexity.mean:.3f}",
         f"{group.training_loss.mean:.4f}",
@@ -51,11 +52,6 @@ def cells(group: Group) -> tuple[str, ...]:
 
 def _mean(spread: Spread, style: str) -> str:
     return f"{spread.mean:{style}}" + ("" if spread.deviation is None else f" ± {spread.deviation:.4f}")
-
-
-def with_range(spread: Spread) -> str:
-    """``3.1234 ± 0.0012 (3.1222-3.1246)``; of one value alone ``3.1234``."""
-    return _mean(spread, ".4f") + ("" if spread.n == 1 else f" ({spread.least:.4f}-{spread.most:.4f})")
 
 
 def as_text(groups: Sequence[Group]) -> str:

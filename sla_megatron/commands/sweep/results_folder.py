@@ -150,7 +150,8 @@ class SweepFolder:
 
     def unfinished(self) -> list[str]:
         """Names of runs that were begun and have no row."""
-        return sorted(path.parent.name for path in self.path.glob("runs/*/run.json") if not _has_row(path.parent))
+        begun = [RunFolder(path.parent) for path in self.path.glob("runs/*/run.json")]
+        return sorted(folder.path.name for folder in begun if not folder.row.is_file())
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of all finished runs: by size, context, setting, seed."""
@@ -174,10 +175,6 @@ class SweepFolder:
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
     setting = (row["distances"], row["skip_groups"], row["kv_projection"], row["layers"] or "")
     return (row["size"], row["context"], *setting, row["seed"])
-
-
-def _has_row(folder: Path) -> bool:
-    return (folder / "row.json").is_file()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import re
-import sys
-import traceback
 import warnings
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from argparse import Namespace
+from collections.abc import Sequence
 
-from ...common.errors import FlagError
-from ...cpu.device import add_device_arg, megatron_device
-from ..doctor.job import quietly
+from ...common.errors import StartError
+from ...cpu.device import add_device_arg, megatron_device, requested_device
 from .errors import SweepError
 from .grid import Run
-
-_PREFIX = re.compile(r"^[\w.-]+: error: ")
 
 
 def check_runs(runs: Sequence[Run], processes: int | None = None) -> None:
@@ -34,19 +26,16 @@ def check_runs(runs: Sequence[Run], processes: int | None = None) -> None:
     # The runs may be another machine's: this one need not have its GPU.
     with warnings.catch_warnings(action="ignore"), megatron_device(["--device", "cpu"]):
         for run in distinct:
-            with _as_sweep_error(run):
+            try:
                 args = _settled(run, processes)
+            except StartError as error:
+                raise SweepError(f"{run.name}: {error.reason}") from error
             _require_the_grids(run, args)
 
 
 def _settled(run: Run, processes: int | None) -> Namespace:
-    from ...flags.arguments import settled_args
+    from ...flags.arguments import fewest_gpus, settled_args
     from ...pretrain_gpt import require_pretraining
-    from ..plan.settle import fewest_gpus
-
-    def provider(parser: ArgumentParser) -> ArgumentParser:
-        parser.prog = "sla-sweep"
-        return add_device_arg(parser)
 
     def check(args: Namespace) -> None:
         require_pretraining(args)
@@ -55,22 +44,14 @@ def _settled(run: Run, processes: int | None) -> Namespace:
             # Megatron's default, which needs Transformer Engine here.
             args.apply_rope_fusion = False
 
-    before, sys.argv = sys.argv, ["sla-sweep", *run.flags]
-    try:
-        return settled_args(
-            provider,
-            args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
-            check=check,
-            will_run_here=run_device(run) == "cpu",
-        )
-    finally:
-        sys.argv = before
-
-
-def run_device(run: Run) -> str:
-    """``--device`` of the run: the last one counts."""
-    parser = add_device_arg(ArgumentParser(add_help=False, allow_abbrev=False))
-    return parser.parse_known_args(run.flags)[0].device
+    return settled_args(
+        add_device_arg,
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+        check=check,
+        will_run_here=requested_device(run.flags) == "cpu",
+        argv=run.flags,
+        silent=True,
+    )
 
 
 def _require_the_grids(run: Run, args: Namespace) -> None:
@@ -90,22 +71,3 @@ def _require_the_grids(run: Run, args: Namespace) -> None:
         raise SweepError(f"{run.name}: --eval-iters {args.eval_iters}: expected 1 or more, for a loss to compare")
     if not args.eval_interval:
         raise SweepError(f"{run.name}: --eval-interval: expected 1 or more")
-
-
-@contextmanager
-def _as_sweep_error(run: Run) -> Iterator[None]:
-    """Turn whatever parsing and validating raise into one line, and drop what they print."""
-    printed = io.StringIO()
-    try:
-        with quietly(), redirect_stderr(printed):
-            yield
-    except FlagError as error:
-        raise SweepError(f"{run.name}: {_PREFIX.sub('', str(error))}") from error
-    except SystemExit as ended:
-        # argparse prints its usage, two thousand lines, and then what is wrong.
-        last = next(iter(reversed(printed.getvalue().strip().splitlines())), "Megatron gave up")
-        raise SweepError(f"{run.name}: {_PREFIX.sub('', last)}") from ended
-    except Exception as error:
-        # An assertion without a message says in its own code what it wants.
-        text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-        raise SweepError(f"{run.name}: Megatron does not accept these flags: {' '.join(text.split())}") from error

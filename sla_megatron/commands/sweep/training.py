@@ -91,16 +91,13 @@ def train(sweep: SweepFolder, run: Run, launcher: Launcher, say: Say, progress: 
         if not sweep.finished(run):
             sweep.begin(run)
             began = time.monotonic()
-            log = _complete(run, folder) or _launch(run, folder, launcher, lock, say, progress)
+            # Training may have come to its end, but not to its row; a run's folder has one run's logs alone.
+            log = _read(folder.log) if folder.log.is_file() else TrainingLog()
+            if log.missing(run.iterations) is not None:
+                log = _launch(run, folder, launcher, lock, say, progress)
             write_json(folder.row, _row(run, log) | {"attempt_seconds": round(time.monotonic() - began, 1)})
             shutil.rmtree(folder.data_cache, ignore_errors=True)
     return next(row for row in sweep.collect() if row["name"] == run.name)
-
-
-def _complete(run: Run, folder: RunFolder) -> TrainingLog | None:
-    """The log of a training that came to its end, but not to its row; a run's folder has one run's logs alone."""
-    log = _read(folder.log) if folder.log.is_file() else TrainingLog()
-    return log if log.missing(run.iterations) is None else None
 
 
 def _launch(run: Run, folder: RunFolder, launcher: Launcher, lock: int, say: Say, progress: Progress) -> TrainingLog:
@@ -205,17 +202,14 @@ def _reason(log: Path) -> str:
     return (errors or said or ["it printed nothing"])[0 if errors else -1][-300:]
 
 
-def _gpu() -> str:
-    """The GPU's name, from a process of its own: asking takes memory of the GPU until the process ends."""
-    asked = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]
-    done = subprocess.run(asked, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def _row(run: Run, log: TrainingLog) -> dict[str, Any]:
     """What the finished run measured, with everything that it depends on."""
     shape, setting = run.shape, run.setting
-    device = "cpu" if log.on_cpu else _gpu()
+    device = "cpu"
+    if not log.on_cpu:
+        # From a process of its own: asking takes memory of the GPU until the process ends.
+        asked = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]
+        device = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
     # Threads are those of this process, which did not train.
     where = {name: value for name, value in machine(device).items() if name not in ("device", "threads")}
     validation = log.validation[run.iterations]

@@ -184,7 +184,7 @@ ACCEPTED = {
     ],
 )
 def test_what_it_cannot_do(name: str, value: object, message: str) -> None:
-    from sla_megatron.attention.core_attention import resolve_core_attention
+    from sla_megatron.flags.core_attention import resolve_core_attention
 
     with pytest.raises(FlagError) as error:
         resolve_core_attention(Namespace(**ACCEPTED | {name: value}))
@@ -192,7 +192,7 @@ def test_what_it_cannot_do(name: str, value: object, message: str) -> None:
 
 
 def test_a_mask_is_made_only_where_it_says_something() -> None:
-    from sla_megatron.attention.core_attention import resolve_core_attention
+    from sla_megatron.flags.core_attention import resolve_core_attention
 
     for changes, made in [({}, False), ({"reset_attention_mask": True}, True), ({"core_attention": "megatron"}, True)]:
         args = Namespace(**ACCEPTED | changes)
@@ -203,7 +203,8 @@ def test_a_mask_is_made_only_where_it_says_something() -> None:
 def test_specs_with_another_core_attention_are_refused() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from sla_megatron.attention.core_attention import TorchAttention, torch_attention_spec
+    from sla_megatron.attention.core_attention import TorchAttention
+    from sla_megatron.model.layer_specs import torch_attention_spec
 
     spec = get_gpt_layer_local_spec()
     ours = torch_attention_spec(spec)

@@ -7,15 +7,13 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sla_megatron.attention.microbatch_kv import Bundle, MicrobatchKV, current, microbatch
 
 
 def bundle(value: float = 0.0) -> Bundle:
     """A key and a value of one group, distinguishable from others and from each other."""
-    return torch.full((2, 1, 1, 4), value), torch.full((2, 1, 1, 4), -value)
+    return Bundle([torch.full((2, 1, 1, 4), value)], [torch.full((2, 1, 1, 4), -value)])
 
 
 def test_take_gives_what_was_put() -> None:
@@ -57,46 +55,22 @@ def test_a_bundle_in_pieces_is_whole_or_as_it_was_cut() -> None:
     """Pieces of the sizes that are asked for are the very ones; other sizes hold the same values."""
     keys = [torch.randn(2, 1, size, 4) for size in (1, 2, 1)]
     values = [-piece for piece in keys]
-    kv = MicrobatchKV()
-    kv.put((1, 9), (keys, values))
-    found = kv.take_pieces((1, 9), (1, 2, 1))
-    assert found[0] is keys and found[1] is values
-    kv.put((1, 9), (keys, values))
-    key, value = kv.take((1, 9))
+    in_pieces = Bundle(keys, values)
+    found = in_pieces.cut((1, 2, 1))
+    assert found.keys is keys and found.values is values
+    key, value = in_pieces.joined()
     assert torch.equal(key, torch.cat(keys, dim=2)) and torch.equal(value, -key)
-    for bundle in ((keys, values), (key, value)):
-        kv.put((1, 9), bundle)
-        found = kv.take_pieces((1, 9), (3, 1))
-        assert [piece.shape[2] for piece in found[0]] == [3, 1]
-        assert torch.equal(torch.cat(found[0], dim=2), key) and torch.equal(torch.cat(found[1], dim=2), value)
+    for bundle in (in_pieces, Bundle([key], [value])):
+        found = bundle.cut((3, 1))
+        assert [piece.shape[2] for piece in found.keys] == [3, 1]
+        assert torch.equal(torch.cat(found.keys, dim=2), key) and torch.equal(torch.cat(found.values, dim=2), value)
 
 
 def test_a_whole_bundle_is_no_view_of_a_projection() -> None:
     """One that is kept for long must not keep the rest of the projection alive."""
     projection = torch.randn(2, 3, 4, 8)
-    kv = MicrobatchKV()
-    kv.put((1, 9), ([projection[:, :, 1:3, :4]], [projection[:, :, 1:3, 4:]]))
-    for part in kv.take((1, 9)):
+    for part in Bundle([projection[:, :, 1:3, :4]], [projection[:, :, 1:3, 4:]]).joined():
         assert part.untyped_storage().nbytes() == part.numel() * 4
-
-
-@given(st.sets(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=6).map(sorted))
-def test_put_all_reverses_take_all(names: list[tuple[int, int]]) -> None:
-    """Key and value in turn, in the order of the names, and back into the same bundles."""
-    bundles = {name: bundle(index) for index, name in enumerate(names)}
-    kv = MicrobatchKV(bundles)
-    tensors = kv.take_all(names)
-    kv.require_empty()
-    assert [id(tensor) for tensor in tensors] == [id(tensor) for name in names for tensor in bundles[name]]
-    kv.put_all(names, tensors)
-    assert all(kv.take(name) == bundles[name] for name in names)
-
-
-@pytest.mark.parametrize("num_tensors", [0, 1, 3, 4])
-def test_put_all_needs_two_tensors_a_name(num_tensors: int) -> None:
-    """Tensors that do not match the names raise."""
-    with pytest.raises(ValueError, match="zip"):
-        MicrobatchKV().put_all([(1, 2)], [torch.zeros(1)] * num_tensors)
 
 
 def test_a_bundle_that_found_no_reader_raises_on_leaving() -> None:
@@ -159,7 +133,7 @@ def test_nothing_is_kept_after_take() -> None:
     """Once its reader dropped it, a bundle is gone, though the microbatch goes on."""
     with microbatch() as kv:
         tensors = bundle()
-        seen = [weakref.ref(tensor) for tensor in tensors]
+        seen = [weakref.ref(tensor) for tensor in (*tensors.keys, *tensors.values)]
         kv.put((1, 2), tensors)
         del tensors
         gc.collect()
@@ -172,7 +146,7 @@ def test_nothing_is_kept_after_take() -> None:
 def test_what_waited_at_the_start_is_not_kept_either() -> None:
     """The mapping a microbatch begins with is copied: taking from it leaves the caller's as it was."""
     waiting = {(1, 2): bundle()}
-    seen = weakref.ref(waiting[1, 2][0])
+    seen = weakref.ref(waiting[1, 2].keys[0])
     with microbatch(waiting) as kv:
         kv.take((1, 2))
         assert list(waiting) == [(1, 2)]

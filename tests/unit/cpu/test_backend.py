@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sla_megatron.common.errors import FlagError
-from sla_megatron.cpu import choose_device, cpu_backend, cpu_backend_is_active
+from sla_megatron.cpu.backend import cpu_backend, cpu_backend_is_active
+from sla_megatron.cpu.device import choose_device
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sla_megatron.common.errors import FlagError
-from sla_megatron.cpu import cpu_backend
+from sla_megatron.cpu.backend import cpu_backend
 from sla_megatron.cpu.flags import fit_to_cpu
 
 #: Megatron's parser passes an option that Python deprecates.

@@ -206,7 +206,7 @@ def test_the_device_is_entered(
     """The CPU backend is on for ``cpu`` and off for ``cuda``; the wheel's build step is skipped on both."""
     from megatron.core.datasets import utils
 
-    from sla_megatron.cpu import cpu_backend_is_active
+    from sla_megatron.cpu.backend import cpu_backend_is_active
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     build_step = utils.compile_helpers

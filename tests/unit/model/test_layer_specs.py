@@ -72,7 +72,8 @@ def test_an_encoder_s_layer() -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
     from sla_megatron import sla_layer_spec
-    from sla_megatron.attention.core_attention import TorchAttention, torch_attention_spec
+    from sla_megatron.attention.core_attention import TorchAttention
+    from sla_megatron.model.layer_specs import torch_attention_spec
 
     assert_only_attention_differs(sla_layer_spec(bert_layer_local_spec, SLA), bert_layer_local_spec)
     both = sla_layer_spec(torch_attention_spec(bert_layer_local_spec), SLA).submodules.self_attention

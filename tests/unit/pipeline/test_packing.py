@@ -53,7 +53,7 @@ def test_there_and_back(packing: ModuleType, shape: MicrobatchShape) -> None:
     hidden, bundles = parts(shape)
     sent = packing.pack(hidden, list(bundles.values()), shape)
     received = sent.detach().clone().requires_grad_()
-    arrived_hidden, arrived = packing.unpack(received, {(1, 3): 1, (2, 3): 2}, [(2, 3)], shape)
+    arrived_hidden, arrived = packing.unpack_and_empty(received, {(1, 3): 1, (2, 3): 2}, [(2, 3)], shape)
     assert torch.equal(arrived_hidden, hidden)
     assert list(arrived) == list(bundles)
     for name, bundle in bundles.items():
@@ -73,7 +73,7 @@ def test_a_piece_that_nobody_used_gets_zeros(packing: ModuleType) -> None:
     shape = SHAPES[0]
     hidden, bundles = parts(shape)
     received = packing.pack(hidden, [bundles[1, 3]], shape).detach().requires_grad_()
-    arrived, _ = packing.unpack(received, {(1, 3): 1}, [], shape)
+    arrived, _ = packing.unpack_and_empty(received, {(1, 3): 1}, [], shape)
     arrived.sum().backward()
     expected = torch.cat([torch.ones(shape.hidden_elements), torch.zeros(shape.kv_elements(1))])
     assert torch.equal(received.grad.flatten(), expected)
@@ -99,7 +99,7 @@ def test_an_unpacked_payload_lets_go_of_its_memory(packing: ModuleType) -> None:
     hidden, bundles = parts(shape)
     payload = packing.pack(hidden, list(bundles.values()), shape).detach().requires_grad_()
     memory = StorageWeakRef(payload.untyped_storage())
-    arrived_hidden, arrived = packing.unpack(payload, {(1, 3): 1, (2, 3): 2}, [(2, 3)], shape)
+    arrived_hidden, arrived = packing.unpack_and_empty(payload, {(1, 3): 1, (2, 3): 2}, [(2, 3)], shape)
     assert not memory.expired()
     del arrived[1, 3]
     assert memory.expired()
@@ -117,4 +117,4 @@ def test_other_shapes_raise_with_both(packing: ModuleType) -> None:
     with pytest.raises(RuntimeError, match=r"keys or values.*\(7, 2, 1, 3\), expected \(8, 2, 1, 3\)"):
         packing.pack(hidden, short, shape)
     with pytest.raises(RuntimeError, match=r"payload.*\(8, 2, 6\), expected \(8, 2, 12\)"):
-        packing.unpack(hidden, {(1, 3): 1}, [], shape)
+        packing.unpack_and_empty(hidden, {(1, 3): 1}, [], shape)

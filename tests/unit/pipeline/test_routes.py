@@ -229,14 +229,14 @@ def test_both_ends_of_a_hop_have_the_same_order(plan: RoutePlan) -> None:
 
 
 @given(route_plans())
-def test_traffic_is_false_where_nothing_concerns_a_stage(plan: RoutePlan) -> None:
+def test_traffic_is_none_where_nothing_concerns_a_stage(plan: RoutePlan) -> None:
     """No K/V of this tensor-parallel rank arrive, leave, stay or are fetched: the stage is a stock one."""
     for rank in range(plan.tensor_parallel_size):
         hops, resident = formula(plan, plan.sla.rank_groups(plan.tensor_parallel_size, rank))
         concerned = {stage for its in hops.values() for hop in its for stage in (hop, hop + 1)}
         concerned |= {stage for stages in resident.values() for stage in stages}
         for stage in range(plan.layout.num_stages):
-            assert bool(plan.traffic(stage, rank)) == (stage in concerned)
+            assert plan.traffic(stage, rank).is_none == (stage not in concerned)
 
 
 def parse(text: str) -> dict[KV, int]:
@@ -284,7 +284,7 @@ def test_a_distance_of_whole_rounds_crosses_no_hop(sizes: list[int]) -> None:
         assert plan.traffic(route.source_stage).keeps == tuple(
             other.name for other in plan.routes if other.source_stage == route.source_stage
         )
-    assert [bool(plan.traffic(stage)) for stage in (5, 6, 10)] == [False] * 3
+    assert [plan.traffic(stage).is_none for stage in (5, 6, 10)] == [True] * 3
 
 
 def test_one_stage_moves_nothing() -> None:

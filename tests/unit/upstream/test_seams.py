@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.machinery
 import sys
 from pathlib import Path
@@ -11,14 +13,16 @@ from typing import Any
 import pytest
 
 from sla_megatron.cpu.device import megatron_device
+from sla_megatron.upstream.megatron_version import require_megatron
 from sla_megatron.upstream.seams import (
     Reliance,
     Seam,
     SeamError,
-    install,
+    Wrapping,
     replaced,
-    require_megatron,
     require_parameters,
+    source_hash,
+    wrap_once,
 )
 
 
@@ -52,7 +56,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def seam(path: str, stand_in: Any = "ours", parameters: tuple[str, ...] | None = None) -> Seam:
     """A seam in the module of the fixture."""
-    return Seam(f"stand_ins_target:{path}", stand_in, "a test needs it", parameters)
+    return Seam(f"stand_ins_target:{path}", "a test needs it", parameters, stand_in=stand_in)
 
 
 # One seam.
@@ -70,7 +74,7 @@ def seam(path: str, stand_in: Any = "ours", parameters: tuple[str, ...] | None =
 def test_a_missing_target_raises(module: ModuleType, target: str) -> None:
     """The error names the target and why it was needed."""
     with pytest.raises(SeamError, match=f"{target} does not exist.*a test needs it"):
-        Seam(target, None, "a test needs it").resolve()
+        Seam(target, "a test needs it", stand_in=None).resolve()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_a_configuration_module_is_put_back() -> None:
     config = importlib.import_module("torch._inductor.config")
     before = config.debug
     for _ in range(2):
-        with replaced([Seam("torch._inductor.config:debug", not before, "a test needs it")]):
+        with replaced([Seam("torch._inductor.config:debug", "a test needs it", stand_in=not before)]):
             assert config.debug is not before
         assert config.debug is before
 
@@ -209,17 +213,140 @@ def test_one_name_twice_in_a_list_unwinds(module: ModuleType) -> None:
     assert module.function is original
 
 
-# The version.
+# The source.
 
 
-def test_installing_for_good(module: ModuleType) -> None:
-    """Once or twice it is the stand-in; where one of several does not fit, none is installed."""
+def restated(versions: dict[str, str]) -> Reliance:
+    """A reliance on the source of a method above, as it was read in ``versions``."""
+    return Reliance("stand_ins_target:Base.method", "a test needs it", ("self", "first", "second"), sources=versions)
+
+
+def test_a_source_as_it_was_read(module: ModuleType) -> None:
+    """The hash of the text from ``def`` on, as any tool finds it; one of several versions will do."""
+    text = '    def method(self, first: int, second: int = 0) -> str:\n        return "upstream"\n'
+    found = hashlib.sha256(text.encode()).hexdigest()[:16]
+    restated({"0" * 16: "1.0", found: "1.1"}).require()
+    assert source_hash(Base.method) == found
+
+
+def test_a_changed_source_raises(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step more, the same parameters: the error names the target, the versions that were read and the hash found."""
+    expected = {source_hash(Base.method): "1.0 and 1.1"}
+    restated(expected).require()
+
+    def method(self: Any, first: int, second: int = 0) -> str:
+        first += 1
+        return "upstream"
+
+    monkeypatch.setattr(Base, "method", method)
+    with pytest.raises(SeamError) as error:
+        restated(expected).require()
+    for text in ("Base.method", "as it was read in Megatron 1.0 and 1.1", source_hash(method), "a test needs it"):
+        assert text in str(error.value)
+
+
+def test_a_wrapper_hides_no_change(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody wrapped, as functools does it, is compared inside."""
+    expected = {source_hash(Base.method): "1.0"}
+
+    @functools.wraps(Base.method)
+    def method(*args: Any, **kwargs: Any) -> str:
+        raise AssertionError
+
+    monkeypatch.setattr(Base, "method", method)
+    restated(expected).require()
+
+
+def test_a_function_without_source_is_not_taken_for_the_expected_one(module: ModuleType) -> None:
+    """One that was made by ``exec``, or in C."""
+    names: dict[str, Any] = {}
+    exec("def function(first): pass", names)
+    module.function = names["function"]
+    with pytest.raises(SeamError, match="no source to compare"):
+        Reliance("stand_ins_target:function", "a test needs it", sources={"0" * 16: "1.0"}).require()
+
+
+# Wrapped for the rest of the process.
+
+
+@pytest.fixture
+def wrapping(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Wrapping:
+    """Wraps ``function``, whose result it puts in brackets; what was wrapped is forgotten afterwards."""
+    monkeypatch.setattr("sla_megatron.upstream.seams._wrappers", {})
+
+    def wrap(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> str:
+            return f"[{function(*args, **kwargs)}]"
+
+        return wrapper
+
+    return Wrapping("stand_ins_target:function", "a test needs it", ("first",), wrap=wrap)
+
+
+def test_wrapping_for_good(module: ModuleType, wrapping: Wrapping) -> None:
+    """Once or twice it is wrapped once; where one of several does not fit, none is wrapped."""
+    absent = Wrapping("stand_ins_target:absent", "a test needs it", wrap=wrapping.wrap)
     with pytest.raises(SeamError, match="absent"):
-        install([seam("function"), seam("absent")])
-    assert module.function != "ours"
-    install([seam("function")])
-    install([seam("function")])
-    assert module.function == "ours"
+        wrap_once([wrapping, absent])
+    assert module.function(0) == "upstream"
+    wrap_once([wrapping])
+    wrap_once([wrapping])
+    assert module.function(0) == "[upstream]"
+
+
+@pytest.mark.parametrize("seen_through", [True, False], ids=["functools", "opaque"])
+@pytest.mark.parametrize("before", [True, False], ids=["before-ours", "after-ours"])
+def test_somebody_else_s_wrapper_stays(
+    module: ModuleType, wrapping: Wrapping, seen_through: bool, before: bool
+) -> None:
+    """Put on before ours or after it, with the original's signature or with none: both run, each once."""
+
+    def theirs() -> None:
+        inner = module.function
+
+        def wrapper(*args: Any, **kwargs: Any) -> str:
+            return f"<{inner(*args, **kwargs)}>"
+
+        module.function = functools.wraps(inner)(wrapper) if seen_through else wrapper
+
+    if before:
+        theirs()
+        wrap_once([wrapping])
+        wrap_once([wrapping])
+        assert module.function(0) == "[<upstream>]"
+        return
+    wrap_once([wrapping])
+    theirs()
+    wrap_once([wrapping])
+    assert module.function(0) == "<[upstream]>"
+
+
+def test_an_original_that_was_put_back_is_wrapped_again(module: ModuleType, wrapping: Wrapping) -> None:
+    """By itself, or inside a wrapper that can be looked into."""
+    original = module.function
+    wrap_once([wrapping])
+    module.function = original
+    wrap_once([wrapping])
+    assert module.function(0) == "[upstream]"
+
+    @functools.wraps(original)
+    def theirs(first: int) -> str:
+        return f"<{original(first)}>"
+
+    module.function = theirs
+    wrap_once([wrapping])
+    assert module.function(0) == "[<upstream>]"
+
+
+def test_a_changed_function_is_not_wrapped(module: ModuleType, wrapping: Wrapping) -> None:
+    """Its parameters are others; only a wrapper that takes anything says nothing of them."""
+    module.function = lambda first, second: "upstream"
+    with pytest.raises(SeamError, match="has parameters"):
+        wrap_once([wrapping])
+
+
+# The version.
 
 
 @pytest.fixture
@@ -227,7 +354,7 @@ def importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Stands for the ``package_info.py`` of the Megatron that would be imported; it is not written yet."""
     spec = importlib.machinery.ModuleSpec("megatron.core", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(
-        "sla_megatron.upstream.seams.importlib.util.find_spec", lambda name: {"megatron.core": spec}[name]
+        "sla_megatron.upstream.megatron_version.importlib.util.find_spec", lambda name: {"megatron.core": spec}[name]
     )
     return tmp_path / "package_info.py"
 
@@ -279,7 +406,7 @@ def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_spec(name: str) -> None:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr("sla_megatron.upstream.seams.importlib.util.find_spec", find_spec)
+    monkeypatch.setattr("sla_megatron.upstream.megatron_version.importlib.util.find_spec", find_spec)
     with pytest.raises(SeamError, match=r"pip install 'megatron-core\[training\]==0\.19"):
         require_megatron()
 
@@ -289,7 +416,7 @@ def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def datasets_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """Where ``wheel.py`` looks: an empty folder, with or without compiled helpers."""
+    """Where ``compiled_helpers.py`` looks: an empty folder, with or without compiled helpers."""
     folder = SimpleNamespace(path=tmp_path, has_helpers=True)
 
     def find_spec(name: str) -> importlib.machinery.ModuleSpec | None:

@@ -304,7 +304,7 @@ def test_plot_where_it_cannot_be(five: str, tmp_path: Path, monkeypatch: pytest.
         run(five, "--plot", tmp_path / "lengths.svg")
     with pytest.raises(DataError, match="a file in a directory that exists"):
         run(five, "--plot", tmp_path / "gone" / "lengths.png")
-    monkeypatch.setattr(histogram, "find_spec", lambda name: None)
+    monkeypatch.setattr("sla_megatron.common.figures.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"--plot .*lengths.png: expected matplotlib to be installed: pip install"):
         run(five, "--plot", tmp_path / "lengths.png")
 

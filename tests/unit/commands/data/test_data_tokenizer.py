@@ -190,7 +190,7 @@ def test_options_of_the_model(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["x" * 200_000], ["é" * 100_000], [" " * 100_000], ["word "] * 50_000])
 def test_long_lines_are_cut_between_characters_and_before_spaces(words: list[str]) -> None:
     line = "".join(words).encode()
-    pieces = list(training_tokenizer._sentences([line]))
+    pieces = list(training_tokenizer._pieces(line))
     assert b"".join(pieces) == line and max(map(len, pieces)) <= 1 << 16
     for piece in pieces:
         piece.decode()
@@ -248,11 +248,11 @@ BAD = [
     (["--vocab-size", 270], r"--vocab-size 270: expected at least \d+, for the sample's characters, or a lower"),
     (["--vocab-size", 261], "--vocab-size 261: expected at least 262: control tokens, symbols, bytes and a character"),
     (["--vocab-size", 5, "--no-byte-fallback"], "--vocab-size 5: expected at least 6: control tokens, symbols and a"),
-    (["--vocab-size", 0], "argument --vocab-size: 0: expected a whole number from 1 to"),
+    (["--vocab-size", 0], "--vocab-size 0: expected a whole number from 1 to"),
     (["--vocab-size", 500, "--character-coverage", "0.5"], "0.5: expected a share from 0.98 to 1.0"),
     (["--vocab-size", 500, "--character-coverage", "nan"], "nan: expected a share from 0.98 to 1.0"),
     (["--vocab-size", 500, "--sample-mb", "0"], "0: expected megabytes greater than 0"),
-    (["--vocab-size", 500, "--sample-mb", "-1"], "expected one argument|-1: expected megabytes greater than 0"),
+    (["--vocab-size", 500, "--sample-mb", "-1"], "expected one value|-1: expected megabytes greater than 0"),
     (["--vocab-size", 500, "--seed", "x"], "x: expected a whole number from 0 to"),
     (["--vocab-size", 500, "--threads", "0"], "0: expected a whole number from 1 to 1024"),
     (["--vocab-size", 500, "--user-symbols", "</s>"], "--user-symbols </s>: expected others than the model's own"),

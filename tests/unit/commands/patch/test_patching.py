@@ -16,7 +16,7 @@ from sla_megatron.commands.patch import checkout as checkouts
 from sla_megatron.commands.patch import cli
 from sla_megatron.commands.patch.checkout import PATCHES, Patch
 from sla_megatron.commands.patch.diff import Diff, DiffError
-from sla_megatron.upstream.seams import CHECKED_WITH
+from sla_megatron.upstream.megatron_version import CHECKED_WITH
 
 FOLDER = Path(__file__).resolve().parents[4] / "patches"
 VERSIONS = [(patch, f"{minor}.3") for patch in PATCHES for minor in patch.minors]

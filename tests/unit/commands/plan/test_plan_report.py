@@ -343,7 +343,7 @@ def test_a_file_is_replaced_only_on_request(tmp_path: Path) -> None:
 
 
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flags, "find_spec", lambda name: None)
+    monkeypatch.setattr("sla_megatron.common.figures.find_spec", lambda name: None)
     with pytest.raises(FlagError, match="matplotlib to be installed: pip install matplotlib"):
         check_plan_args(parsed("--plot", "a.svg", "--link-gb-per-s", "1", "--compute-tflops", "1"))
 

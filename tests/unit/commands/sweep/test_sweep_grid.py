@@ -188,7 +188,7 @@ def test_megatron_accepts_the_grid(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("--lr 1e-3", "--lr 1e-3 --no-such-flag 3", "unrecognized arguments: --no-such-flag 3"),
+        ("--lr 1e-3", "--lr 1e-3 --no-such-flag 3", "--no-such-flag 3: expected a known flag"),
         (
             "h64-l8: --num-layers 8 --hidden-size 64",
             "x: --num-layers 8 --hidden-size 66",

@@ -1,29 +1,22 @@
-"""The data side of GPT pretraining: datasets, batches and the loss, as Megatron's trainer asks for them."""
+"""The data side of GPT pretraining: datasets and batches, as Megatron's trainer asks for them."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.models.gpt import GPTModel
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_timers, print_rank_0
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
 #: What a batch holds; each is [b, s] but the attention mask, [b, 1, s, s].
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-
-#: A loss this many times the largest seen is called a spike, with --check-for-spiky-loss.
-_SPIKY_LOSS_FACTOR = 10
 
 
 def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -33,7 +26,8 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
     built = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
-        partial(_reads_data, vp_stage),
+        # Only the first and last stage need tokens, and tensor-parallel rank 0 broadcasts to the others.
+        lambda: parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage),
         _dataset_config(args),
     ).build()
     print_rank_0("> finished creating GPT datasets ...")
@@ -42,11 +36,6 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
 
 # Megatron's trainer calls the provider on every rank, not on tensor-parallel rank 0 alone.
 train_valid_test_datasets.is_distributed = True
-
-
-def _reads_data(vp_stage: int | None) -> bool:
-    """Only the first and last stage need tokens, and tensor-parallel rank 0 broadcasts to the others."""
-    return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -105,44 +94,3 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
     )
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
-
-
-def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tensor, Any]:
-    """One microbatch's forward, as Megatron's schedules call it: the output and the function that makes it a loss."""
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-    timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
-    return output, partial(language_model_loss, batch["loss_mask"])
-
-
-def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the token losses ``[b, s]`` under ``loss_mask``, how many tokens that was, and both for the log."""
-    args = get_args()
-    mask = loss_mask.view(-1).float()
-    loss = torch.sum(losses.view(-1).float() * mask)
-    num_tokens = mask.sum().clone().detach().to(torch.int)
-    _check_loss(args, loss)
-    return loss, num_tokens, {"lm loss": torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])}
-
-
-def _check_loss(args: Namespace, loss: Tensor) -> None:
-    """Megatron's checks for NaN, infinity and spikes, before the loss is averaged over data-parallel ranks."""
-    machine = get_rerun_state_machine()
-    checks = []
-    if args.check_for_nan_in_loss_and_grad:
-        checks += [(torch.isnan, "found NaN in local forward loss calculation", True)]
-        checks += [(torch.isinf, "found Inf in local forward loss calculation", True)]
-    if args.check_for_spiky_loss:
-        spiky = partial(machine.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss")
-        checks += [(spiky, "Spiky loss", False)]
-    for rejects, message, fatal in checks:
-        # Tolerance 0: the forward pass is deterministic.
-        machine.validate_result(result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal)

@@ -1,0 +1,87 @@
+"""The ``--sla`` flags and ``--core-attention``.  Neither torch nor Megatron is imported, so that help comes at once."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+
+from ..attention.sla_config import KV_PROJECTIONS
+from ..common.errors import FlagError
+from ..common.flag_types import known_flags, unknown_flag
+
+#: Values of ``--core-attention``.
+MEGATRON, SDPA = "megatron", "sdpa"
+
+
+def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
+    """An ``extra_args_provider`` for Megatron: adds the ``--sla`` flags to ``parser`` and returns it."""
+    group = parser.add_argument_group("skip-layer attention", "arXiv 2406.11274")
+    group.add_argument("--sla", action="store_true", help="Turn skip-layer attention on.")
+    group.add_argument(
+        "--sla-skip-distance",
+        type=_integer("--sla-skip-distance", "one or more integers >= 1"),
+        nargs="*",
+        metavar="N",
+        help="Skip distance in layers: skip heads of layer l read K/V of layer l - N. With several, the j-th skip "
+        "group uses the (j mod count)-th. Default: round(0.75 * layers).",
+    )
+    group.add_argument(
+        "--sla-num-skip-groups",
+        type=_integer("--sla-num-skip-groups", "an integer from 0 to the number of K/V groups"),
+        nargs="?",
+        const="",
+        metavar="K",
+        help="How many K/V groups skip (query heads: K * heads / groups). Default: round(0.75 * groups).",
+    )
+    group.add_argument(
+        "--sla-layers",
+        nargs="?",
+        const="",
+        metavar="RANGES",
+        help="Consumer layers, 1-based, such as 10-12 or 4,6,8-12. Default: every layer beyond the distance.",
+    )
+    group.add_argument(
+        "--sla-kv-projection",
+        type=_choice("--sla-kv-projection", KV_PROJECTIONS),
+        nargs="?",
+        const="",
+        metavar="{full,pruned}",
+        help="Keep K/V projections that nobody reads (full: the dense model's shapes) or leave them out (pruned: "
+        "fewer parameters). Default: full.",
+    )
+    group.add_argument(
+        "--core-attention",
+        type=_choice("--core-attention", (MEGATRON, SDPA)),
+        default=MEGATRON,
+        metavar="{megatron,sdpa}",
+        help="sdpa: torch's scaled_dot_product_attention in the place of Megatron's local one, which keeps [s, s] "
+        "scores; with --sla or without. Default: megatron, what the layer spec has.",
+    )
+    return parser
+
+
+def refuse_unknown_sla_flags(argv: Sequence[str]) -> None:
+    """Raise ``StartError`` for a ``--sla...`` that there is not; needs no Megatron, whose import takes seconds."""
+    known = known_flags(add_sla_args(ArgumentParser(add_help=False)))
+    for number, word in enumerate(argv):
+        if word.startswith("--sla") and word.partition("=")[0] not in known:
+            raise unknown_flag(argv[number:], known)
+
+
+def _integer(flag: str, accepted: str) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise FlagError(flag, text, accepted) from None
+
+    return convert
+
+
+def _choice(flag: str, choices: tuple[str, ...]) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in choices:
+            raise FlagError(flag, text, " or ".join(choices))
+        return text
+
+    return convert

@@ -1,0 +1,69 @@
+"""Which Megatron will be imported, and whether this project was checked with it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+
+from ..common.errors import StartError
+from .seams import SeamError
+
+#: Minor version -> what every seam was read against and tested with.
+CHECKED_WITH = {
+    "0.19": "0.19.2 from the package index, core_v0.19.0",
+    "0.20": "development: main at d98e8a64 of 2026-08-22",
+}
+
+#: As one line, for messages.
+SUPPORTED = "; ".join(f"{minor}.x ({checked})" for minor, checked in CHECKED_WITH.items())
+
+#: Where Megatron keeps its version, in a checkout.
+VERSION_FILE = Path("megatron/core/package_info.py")
+
+
+class MegatronVersionError(SeamError, StartError):
+    """There is no Megatron, or one that this project was not checked with: one line."""
+
+
+def version_in(package_info: Path) -> str | None:
+    """Such as ``"0.19.2"``, of Megatron's ``package_info.py``; ``None`` if it does not say.  Raises ``OSError``."""
+    found: dict[str, object] = {}
+    try:
+        statements = ast.parse(package_info.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return None
+    for statement in statements:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
+            found |= {target.id: statement.value.value for target in statement.targets if isinstance(target, ast.Name)}
+    numbers = [found.get(name) for name in ("MAJOR", "MINOR", "PATCH")]
+    if not all(isinstance(number, int) for number in numbers):
+        return None
+    return ".".join(map(str, numbers)) + str(found.get("PRE_RELEASE") or "")
+
+
+def minor_of(version: str) -> str:
+    """``"0.19.2"`` -> ``"0.19"``."""
+    return ".".join(version.split(".")[:2])
+
+
+def require_megatron() -> str:
+    """The version of the Megatron that will be imported.
+
+    Raises:
+        MegatronVersionError: if there is none, or one that this project was not checked with.
+    """
+    try:
+        core = importlib.util.find_spec("megatron.core")
+    except ModuleNotFoundError:
+        core = None
+    if core is None or core.origin is None:
+        raise MegatronVersionError("Megatron is not installed: pip install 'megatron-core[training]==0.19.*'")
+    package_info = Path(core.origin).with_name(VERSION_FILE.name)
+    try:
+        found = version_in(package_info)
+    except OSError as error:
+        raise MegatronVersionError(f"{package_info}: cannot be read ({error.strerror})") from error
+    if found is None or minor_of(found) not in CHECKED_WITH:
+        raise MegatronVersionError(f"{core.origin}: Megatron {found or 'of no known version'}, supported: {SUPPORTED}")
+    return found

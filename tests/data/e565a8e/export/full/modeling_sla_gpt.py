@@ -1,0 +1,250 @@
+"""SLA-GPT for transformers: a GPT whose skip heads attend to an earlier layer's keys and values.
+
+Shapes: b batch, s new tokens, S all tokens (past and new), h hidden, d head size, N groups whose keys and values a
+layer keeps (live ones, in the configuration's stored order).
+
+Keys and values that later layers read leave a layer as outputs and enter the reader as inputs: they need no cache, they
+are exact under gradient checkpointing, and they are moved along with the hidden states between devices.  With a cache,
+layer l's entry holds its N groups; a new token is decoded on slices of the stored tensors, never on copies.
+
+This file goes into exported folders: it needs torch, transformers and the other ``*_sla_gpt.py`` files.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_sla_gpt import KV, SlaGPTAttention, SlaGPTNorm, rotary_frequencies
+from .configuration_sla_gpt import SlaGPTConfig
+
+
+class SlaGPTMLP(nn.Module):
+    """Two layers, or with a gate three."""
+
+    def __init__(self, config: SlaGPTConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, s, h]`` to ``[b, s, h]``."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SlaGPTDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: SlaGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = SlaGPTNorm(config, config.hidden_size)
+        self.self_attn = SlaGPTAttention(config, layer_idx)
+        self.post_attention_layernorm = SlaGPTNorm(config, config.hidden_size)
+        self.mlp = SlaGPTMLP(config)
+
+        readers = {config.reader(layer_idx + 1, g) for g in config.stored_in_block(layer_idx + 1)} - {None}
+        #: Later layers that read what this one keeps.
+        self.readers = sorted(readers)
+
+    def forward(
+        self, hidden_states: Tensor, *sources: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One layer.
+
+        Args:
+            hidden_states: ``[b, s, h]``.
+            sources: key, value, key, value, .. of the earlier layers that this one reads, ``[b, N, S, d]`` each.
+                Positional, so that gradient checkpointing sees them and accelerate moves them to this layer's device.
+            kwargs: as for ``SlaGPTAttention``.
+
+        Returns:
+            the output ``[b, s, h]`` and the layer's own keys and values, ``[b, N, S, d]`` or ``None``.
+        """
+        pairs = list(zip(sources[0::2], sources[1::2], strict=True))
+        attended, _, own = self.self_attn(self.input_layernorm(hidden_states), pairs, **kwargs)
+        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        key, value = own if own is not None else (None, None)
+        return hidden_states, key, value
+
+
+# The models.
+
+
+class SlaGPTPreTrainedModel(PreTrainedModel):
+    config: SlaGPTConfig
+    config_class = SlaGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SlaGPTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    # It would compile a kernel for every number of groups that a layer reads of another, and then give up compiling.
+    _supports_flex_attn = False
+    _can_compile_fullgraph = True
+    # Serving engines that put their own attention and cache here expect each layer to read its own K/V only.
+    _supports_attention_backend = False
+    _can_record_outputs = {"hidden_states": SlaGPTDecoderLayer, "attentions": SlaGPTAttention}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SlaGPTNorm):
+            module.reset_parameters()
+
+
+class SlaGPTModel(SlaGPTPreTrainedModel):
+    """Embeddings, layers and the last norm."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: SlaGPTConfig) -> None:
+        super().__init__(config)
+        # No padding_idx: models are often trained with a padding token that also ends documents.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.has_rope = config.position_embedding_type == "rope"
+        if not self.has_rope:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList([SlaGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = SlaGPTNorm(config, config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Tokens ``[b, s]`` or embeddings ``[b, s, h]`` to hidden states ``[b, s, h]``."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self._position_ids(x, attention_mask, past_key_values)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotary = self._rotary(x, position_ids) if self.has_rope else None
+        if not self.has_rope:
+            x = x + self.embed_positions(position_ids)
+
+        # Reader -> the keys and values that earlier layers projected for it; dropped once it has read them.
+        carried: dict[int, list[Tensor]] = defaultdict(list)
+        for number, layer in enumerate(self.layers, start=1):
+            x, key, value = layer(
+                x,
+                *carried.pop(number, ()),
+                attention_mask=mask,
+                rotary=rotary,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            for reader in layer.readers:
+                carried[reader] += (key, value)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _position_ids(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+        """``[b or 1, s]``; with a mask of padding, counted from each sequence's first token."""
+        new = x.shape[1]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        most = self.config.max_position_embeddings
+        # A static cache's length is a tensor, and looking at it would wait for the device.
+        if not self.has_rope and isinstance(past, int) and past + new > most:
+            raise ValueError(f"{past + new} tokens, but positions are learned for max_position_embeddings={most}")
+        if attention_mask is not None and attention_mask.shape == (x.shape[0], past + new):
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:].to(x.device)
+        return (torch.arange(new, device=x.device) + past).unsqueeze(0)
+
+    def _rotary(self, x: Tensor, position_ids: Tensor) -> KV:
+        """Cosine and sine, ``[b or 1, 1, s, rotary_dim / 2]`` each, in x's precision."""
+        angles = position_ids[:, None, :, None].float() * rotary_frequencies(self.config, x.device)
+        angles = angles.to(torch.promote_types(x.dtype, torch.float32))
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):
+    """The language model: ``SlaGPTModel`` and the projection to the vocabulary."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SlaGPTConfig) -> None:
+        super().__init__(config)
+        self.model = SlaGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits ``[b, s, vocab_size]``, and with labels the mean cross entropy.
+
+        Args:
+            labels: ``[b, s]``, the tokens themselves (they are shifted here); -100 is left out of the loss.
+            logits_to_keep: only that many last positions get logits (0: all), or the positions it lists.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["SlaGPTForCausalLM", "SlaGPTModel", "SlaGPTPreTrainedModel"]

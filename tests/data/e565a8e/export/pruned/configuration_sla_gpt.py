@@ -1,0 +1,276 @@
+"""SLA-GPT's configuration: a GPT with skip-layer attention (SLA), arXiv 2406.11274.
+
+Legend: ``L`` layers numbered ``1..L``; ``G`` key/value groups (``num_key_value_heads``) numbered ``0..G-1``; group
+``g`` serves ``H/G`` neighbouring query heads.  In a consumer layer ``l``, a skip group with distance ``n`` attends to
+the keys and values that layer ``l - n`` projected, in place of the layer's own.
+
+This file goes into exported folders: it needs transformers and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+#: Field -> the values it can have.
+CHOICES = {
+    "normalization": ("LayerNorm", "RMSNorm"),
+    "position_embedding_type": ("learned_absolute", "rope"),
+    "sla_kv_projection": ("full", "pruned"),
+}
+#: Rotary scaling -> the fields it needs, all positive numbers.
+ROPE_SCALING_FIELDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+class SlaGPTConfig(PreTrainedConfig):
+    """Shape of an SLA-GPT.
+
+    Args:
+        head_dim: size of one head; default ``hidden_size / num_attention_heads``.
+        num_key_value_heads: ``G``; default ``num_attention_heads``.
+        intermediate_size: default ``4 * hidden_size``.
+        hidden_act: a name of transformers' ``ACT2FN``, such as ``gelu``, ``gelu_pytorch_tanh``, ``silu`` or ``relu2``.
+        normalization: ``LayerNorm`` or ``RMSNorm``, of the layers and with ``qk_layernorm`` of queries and keys too.
+        norm_zero_centered: the norms multiply by ``1 + weight`` (Megatron's ``--apply-layernorm-1p``).
+        position_embedding_type: ``learned_absolute`` or ``rope``.
+        rotary_percent: the share of each head, from its start, that rotary embedding turns.
+        rotary_interleaved: it turns neighbouring pairs (GPT-J) rather than the two halves (Llama, GPT-NeoX).
+        rope_scaling: ``None``, ``{"rope_type": "linear", "factor": f}`` or ``{"rope_type": "llama3", ..}``.
+        attention_bias: bias of the q, k and v projections.
+        attention_output_bias: bias of the output projection; default as ``attention_bias``.
+        gated_mlp: ``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``.
+        sla_skip_distances: ``n_0 .. n_{D-1}``; the j-th skip group uses ``n_{j mod D}``.  Empty means the standard
+            Transformer.
+        sla_skip_groups: the groups that skip, ascending.
+        sla_layers: the layers in which they skip, 1-based and ascending; ``None`` means all that have a source.
+        sla_kv_projection: ``full`` has K/V weights for every group of every layer, ``pruned`` only for those that some
+            layer reads.
+
+    Raises:
+        ValueError: for values outside these ranges, in one line that names the field.
+    """
+
+    model_type = "sla_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # Lets save_pretrained add auto_map and copy these files, so that what it writes loads with trust_remote_code.
+    _auto_class = "AutoConfig"
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 1024
+    normalization: str = "LayerNorm"
+    norm_eps: float = 1e-5
+    norm_zero_centered: bool = False
+    position_embedding_type: str = "learned_absolute"
+    rope_theta: float = 10000.0
+    # A field of its own: the base class has a deprecated property of this name, for its rope_parameters.
+    rope_scaling: dict[str, Any] | None = None
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    attention_bias: bool = True
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = True
+    gated_mlp: bool = False
+    qk_layernorm: bool = False
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    sla_skip_distances: list[int] | tuple[int, ...] = ()
+    sla_skip_groups: list[int] | tuple[int, ...] = ()
+    sla_layers: list[int] | tuple[int, ...] | None = None
+    sla_kv_projection: str = "full"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        self.sla_skip_distances = list(self.sla_skip_distances)
+        self.sla_skip_groups = list(self.sla_skip_groups)
+        if self.sla_layers is None:
+            self.sla_layers = list(
+                range(min(self.sla_skip_distances, default=self.num_hidden_layers) + 1, self.num_hidden_layers + 1)
+            )
+        self.sla_layers = list(self.sla_layers)
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def validate(self) -> None:
+        """Run by ``save_pretrained``, as fields can be set after the configuration was made."""
+        super().validate()
+        self._check()
+
+    # The mathematics of skip-layer attention.
+
+    def distance(self, group: int) -> int | None:
+        """The skip distance of ``group``; ``None`` where it never skips."""
+        if not self.sla_skip_distances or group not in self.sla_skip_groups:
+            return None
+        return self.sla_skip_distances[self.sla_skip_groups.index(group) % len(self.sla_skip_distances)]
+
+    def source(self, layer: int, group: int) -> int:
+        """The layer whose K/V ``group`` reads in ``layer``, both 1-based: an earlier one for a skip head."""
+        distance = self.distance(group)
+        if distance is None or layer not in self.sla_layers or layer <= distance:
+            return layer
+        return layer - distance
+
+    def reader(self, layer: int, group: int) -> int | None:
+        """The later layer that reads the K/V of ``(layer, group)``; at most one, as a group has one distance."""
+        later = layer + (self.distance(group) or self.num_hidden_layers)
+        return later if later <= self.num_hidden_layers and self.source(later, group) == layer else None
+
+    def live_groups(self, layer: int) -> list[int]:
+        """The groups of ``layer`` whose K/V some layer reads, ascending."""
+        groups = range(self.num_key_value_heads)
+        return [g for g in groups if self.source(layer, g) == layer or self.reader(layer, g) is not None]
+
+    def projected_groups(self, layer: int) -> list[int]:
+        """The groups whose K/V weights ``layer`` has, ascending."""
+        if self.sla_kv_projection == "pruned":
+            return self.live_groups(layer)
+        return list(range(self.num_key_value_heads))
+
+    @property
+    def period(self) -> int:
+        """After how many groups their distances repeat: 4 for ``NSSS NSSS NSSS``.
+
+        ``G / period`` blocks of groups then do the same in every layer, block by block.
+        """
+        total = self.num_key_value_heads
+        distances = [self.distance(g) for g in range(total)]
+        return next(p for p in range(1, total + 1) if total % p == 0 and distances == distances[:p] * (total // p))
+
+    def stored_in_block(self, layer: int) -> list[int]:
+        """The live groups of ``layer`` among the first ``period`` ones, in the order in which its K/V are kept.
+
+        What each layer reads of them is one slice, a view.  Their own order is such a one in most models.  Otherwise,
+        first come those that only a later layer reads, then those that the layer reads too, in both parts together by
+        later reader: a later reader's groups all have the same distance, so that either all of them or none are read by
+        the layer itself as well.
+        """
+        period = self.period
+        live = [g for g in self.live_groups(layer) if g < period]
+        later = {self.reader(layer, g) for g in live} - {None}
+        parts = [[g for g in live if self.source(layer, g) == layer]]
+        parts += [[g for g in live if self.reader(layer, g) == reader] for reader in later]
+        if all(_is_slice(part, live) for part in parts):
+            return live
+        return sorted(live, key=lambda g: (self.source(layer, g) == layer, self.reader(layer, g) or layer, g))
+
+    def stored_groups(self, layer: int) -> list[int]:
+        """The live groups of ``layer`` in the order in which its K/V are kept: block by block."""
+        block = self.stored_in_block(layer)
+        return [start + g for start in range(0, self.num_key_value_heads, self.period) for g in block]
+
+    def reads_in_block(self, layer: int) -> dict[int, list[int]]:
+        """Source layer, ascending -> what ``layer`` reads of its first ``period`` groups, in its stored order."""
+        sources = sorted({self.source(layer, g) for g in range(self.period)})
+        return {a: [g for g in self.stored_in_block(a) if self.source(layer, g) == a] for a in sources}
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None]:
+        """For transformers' caches: a layer marked ``reuse`` keeps no K/V of its own."""
+        return [None if self.live_groups(m) else "reuse" for m in range(1, self.num_hidden_layers + 1)]
+
+    # Checks.
+
+    def _check(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            self._require(_is_int(getattr(self, name)) and getattr(self, name) > 0, name, "a positive integer")
+        for name, choices in CHOICES.items():
+            self._require(getattr(self, name) in choices, name, " or ".join(choices))
+        self._require(self.hidden_act in ACT2FN, "hidden_act", "one of transformers' ACT2FN, such as gelu or silu")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        self._require(heads % groups == 0, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+        self._require(self.norm_eps > 0, "norm_eps", "a positive number")
+        self._check_rotary()
+
+        distances = self.sla_skip_distances
+        self._require(all(_is_int(n) and n > 0 for n in distances), "sla_skip_distances", "integers >= 1")
+        self._require(
+            _is_ascending(self.sla_skip_groups, 0, groups - 1),
+            "sla_skip_groups",
+            f"ascending group indices within 0..{groups - 1}",
+        )
+        self._require(
+            _is_ascending(self.sla_layers, 1, self.num_hidden_layers),
+            "sla_layers",
+            f"ascending layer numbers within 1..{self.num_hidden_layers}",
+        )
+
+    def _check_rotary(self) -> None:
+        if self.position_embedding_type != "rope":
+            return
+        self._require(self.rope_theta > 0, "rope_theta", "a positive number")
+        self._require(0 < self.rotary_percent <= 1, "rotary_percent", "a number in (0, 1]")
+        rotary_dim = self.rotary_dim
+        self._require(
+            rotary_dim > 0 and rotary_dim % 2 == 0,
+            "rotary_percent",
+            f"a share of head_dim={self.head_dim} that is an even number of elements",
+        )
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type") if isinstance(self.rope_scaling, dict) else None
+            wanted = "None or a dict with rope_type linear or llama3 and its factors, positive numbers"
+            fields = ROPE_SCALING_FIELDS.get(kind, ("rope_type",))
+            values = [self.rope_scaling.get(name) for name in fields] if isinstance(self.rope_scaling, dict) else [None]
+            positive = all(isinstance(value, int | float) and value > 0 for value in values)
+            self._require(positive, "rope_scaling", wanted)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of each head rotary embedding turns."""
+        return int(self.head_dim * self.rotary_percent)
+
+    def _require(self, is_good: bool, name: str, wanted: str) -> None:
+        if not is_good:
+            raise ValueError(f"SlaGPTConfig: {name} must be {wanted}; it is {getattr(self, name)!r}")
+
+
+def _is_slice(part: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether ``part`` stands in ``whole`` without a gap."""
+    start = whole.index(part[0]) if part else 0
+    return whole[start : start + len(part)] == part
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_ascending(values: Sequence[int], lowest: int, highest: int) -> bool:
+    """Whether these are integers within the bounds, each larger than the one before."""
+    if not all(_is_int(value) and lowest <= value <= highest for value in values):
+        return False
+    return all(a < b for a, b in zip(values, values[1:], strict=False))
+
+
+__all__ = ["SlaGPTConfig"]
