@@ -28,9 +28,10 @@ quickstart: $(STAMP) ## train a dense and an SLA GPT on real text, compare them 
 test: $(STAMP) ## run the tests that need no GPU
 	@$(RUN) pytest -q -m "not gpu" $(PYTEST_ARGS)
 
-lint: $(STAMP) ## check style and formatting
+lint: $(STAMP) ## check style, formatting, and which folder imports which
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
+	@$(VENV)/bin/lint-imports --no-cache
 
 gpu-check: $(STAMP) ## run the tests that need a CUDA GPU
 	@$(RUN) pytest -m gpu -rA $(PYTEST_ARGS)

@@ -7,7 +7,6 @@ trainer's own: its flags, model builder, data-parallel wrapper, schedule, gradie
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 
 from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.commands.plan.compute import ModelWork, stage_operations
+from sla_megatron.common.errors import StartError
+from sla_megatron.common.presets import preset_flags
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.routes import RoutePlan
@@ -47,18 +48,11 @@ def model_flags(model: str) -> list[str]:
     if model in SMALL_MODELS:
         return [*shlex.split(SMALL_MODELS[model]), *common, "--vocab-size", str(_SMALL_VOCABULARY), "--lr", "1e-4"]
     try:
-        flags = [flag for name in model.split("+") for flag in preset_flags(name)]
-    except subprocess.CalledProcessError as error:
+        flags = preset_flags(model.replace("+", " "))
+    except StartError as error:
         known = ", ".join([*SMALL_MODELS, *sorted(p.stem for p in (ROOT / "launch/presets").glob("*.flags"))])
         raise ValueError(f"--models {model}: expected some of {known}, presets with + between them") from error
     return [*flags, *common, "--vocab-size", str(_VOCABULARY)]
-
-
-def preset_flags(name: str) -> list[str]:
-    """The arguments of one preset, as the launchers read them.  Raises ``CalledProcessError`` for another name."""
-    script = f'root={shlex.quote(str(ROOT))}; . "$root/launch/flags.sh"; preset_flags "$1"'
-    done = subprocess.run(["sh", "-c", script, "sh", name], capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
 
 
 def settle(flags: Sequence[str]) -> Namespace:

@@ -12,30 +12,16 @@ Flags: Megatron's, ``--sla ...`` (``--help-sla`` lists these alone, at once) and
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import signal
 import sys
 import time
 
 # Nothing heavier is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
-from .common.errors import OFF, Refusal, one_line_errors, refuse
+from .common.errors import one_line_errors
 from .common.launchers import end_with_parent
 
 _PROGRAM_START = time.time()
-
-# What upstream's pretrain_gpt.py does beyond pretraining, and this one does not.
-_NOT_HERE: tuple[Refusal, ...] = (
-    ("sft", OFF, "no --sft: fine-tuning on conversations is not part of this entry point"),
-    ("fim_data", OFF, "no --fim-data: fill-in-the-middle is not part of this entry point"),
-    ("dataloader_inter_document_masking", OFF, "no --dataloader-inter-document-masking in this entry point"),
-    ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel in this entry point"),
-    ("mtp_num_layers", OFF, "no --mtp-num-layers in this entry point"),
-    ("logits_load_dir", OFF, "no --logits-load-dir: distillation is not part of this entry point"),
-    ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm in this entry point"),
-    ("inprocess_restart", OFF, "no --inprocess-restart in this entry point"),
-    ("per_dataset_sequences_path", OFF, "no --per-dataset-sequences-path in this entry point"),
-)
 
 
 def main() -> None:
@@ -64,6 +50,7 @@ def _pretrain() -> None:
 
     from .cpu.device import add_device_arg
     from .flags.arguments import megatron_refusals, parse_and_validate_args
+    from .flags.entry_point import require_pretraining
     from .model.builder import gpt_config_from_args
     from .model.report import report_model
     from .training.checkpoint_writer import shield_checkpoint_writer
@@ -82,11 +69,6 @@ def _pretrain() -> None:
     report_model(model_config)
     shield_checkpoint_writer(args)
     pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
-
-
-def require_pretraining(args: argparse.Namespace) -> None:
-    """Refuse what this entry point does not do, rather than ignore it."""
-    refuse(args, _NOT_HERE)
 
 
 if __name__ == "__main__":

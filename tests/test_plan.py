@@ -63,7 +63,8 @@ def error_line(done: subprocess.CompletedProcess) -> str:
     """The one line with which the command ended."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
-    (line,) = [line for line in done.stderr.splitlines() if "sla-megatron" in line]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("sla-")]
+    assert line.startswith("sla-plan: error: ")
     assert done.stderr.endswith(f"{line}\n")
     assert "Traceback" not in done.stderr
     return line
@@ -141,7 +142,7 @@ def test_without_sla(sla_plan: SlaPlan) -> None:
 def test_what_megatron_refuses(sla_plan: SlaPlan) -> None:
     line = error_line(sla_plan("--sla", "--pipeline-model-parallel-size", "5"))
     assert line == (
-        "sla-megatron: error: Megatron does not accept these flags: "
+        "sla-plan: error: Megatron does not accept these flags: "
         "Number of layers should be divisible by the pipeline-model-parallel size"
     )
 
@@ -164,7 +165,7 @@ def test_flags_refused_before_megatron_is_imported(
         cli.main()
     assert ended.value.code == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"sla-megatron: error: {message}")
+    assert printed.err.startswith(f"sla-plan: error: {message}")
     assert (printed.out, printed.err.count("\n")) == ("", 1)
 
 

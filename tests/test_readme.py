@@ -87,5 +87,6 @@ def test_every_path_in_the_tree_exists() -> None:
 def test_every_flag_is_in_the_table() -> None:
     """The flag table and the parser have the same flags, but for Megatron's."""
     documented = set(re.findall(r"^\| `(--[a-z-]+)", README, flags=re.MULTILINE))
-    sources = (ROOT / "sla_megatron" / "arguments.py").read_text() + (ROOT / "sla_megatron" / "device.py").read_text()
+    package = ROOT / "sla_megatron"
+    sources = (package / "flags" / "sla_flags.py").read_text() + (package / "cpu" / "device.py").read_text()
     assert documented == set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', sources))

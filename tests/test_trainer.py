@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -160,6 +161,18 @@ def test_report_at_start(runs: dict[str, dict[str, Any]]) -> None:
     assert pruned == f"sla-megatron: parameters {dense - left_out} (dense {dense})"
 
 
+def test_report_once_more_right_before_training(runs: dict[str, dict[str, Any]]) -> None:
+    """Megatron prints hundreds of lines around the report; its last lines come again where nobody has to look."""
+    for name in ("off", "sla", "pruned"):
+        lines = runs[name]["stdout"].splitlines()
+        ours = [number for number, line in enumerate(lines) if line.startswith("sla-megatron: ")]
+        said = [lines[number] for number in ours if "parameters" in lines[number] or "groups skip" in lines[number]]
+        assert said[: len(said) // 2] == said[len(said) // 2 :] and said
+        # Between them and the first iteration there is at most what Megatron says of the step that it has made.
+        first = next(number for number, line in enumerate(lines) if re.search(r"iteration +1/", line))
+        assert 0 < first - ours[-1] < 12, lines[ours[-1] : first + 1]
+
+
 def _line(run: dict[str, Any], start: str) -> str:
-    (line,) = [line for line in run["stdout"].splitlines() if line.startswith(start)]
+    (line,) = {line for line in run["stdout"].splitlines() if line.startswith(start)}
     return line

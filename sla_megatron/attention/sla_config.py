@@ -82,14 +82,10 @@ class SLAConfig:
         """Skip group -> its distance: the j-th skip group takes ``n_{j mod D}``."""
         return {g: self.skip_distances[j % len(self.skip_distances)] for j, g in enumerate(self.skip_groups)}
 
-    @cached_property
-    def _consumers(self) -> frozenset[int]:
-        return frozenset(range(1, self.num_layers + 1) if self.layers is None else self.layers)
-
     def source(self, layer: int, group: int) -> int:
         """The layer whose K/V ``group`` reads in ``layer``: ``layer - n`` for a skip head, else ``layer``."""
         distance = self.distance_of_group.get(group)
-        if distance is None or layer not in self._consumers or layer <= distance:
+        if distance is None or layer <= distance or (self.layers is not None and layer not in self.layers):
             return layer
         return layer - distance
 

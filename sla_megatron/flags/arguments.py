@@ -7,11 +7,12 @@ commands settle the flags of a run with the same function.
 from __future__ import annotations
 
 import math
+import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.yaml_arguments import validate_yaml
 
-from ..common.errors import StartError, one_line_errors
+from ..common.errors import StartError, flag_of, one_line_errors
 from ..common.flag_types import refusal
 from ..common.silence import silence
 from ..cpu.backend import cpu_backend_is_active
@@ -94,21 +95,9 @@ def settled_args(
     args_defaults = args_defaults or {}
     require_megatron()
     PARSING.require()
-
-    def provider(parser: ArgumentParser) -> ArgumentParser:
-        parser = add_sla_args(parser)
-        if extra_args_provider is not None:
-            parser = extra_args_provider(parser)
-        parser.error = partial(_refuse, parser)
-        return _with_working_help(parser)
-
-    with ExitStack() as stack:
-        if argv is not None:
-            stack.enter_context(_command_line(argv))
-        if silent:
-            stack.enter_context(silence())
+    with _command_line(argv), silence() if silent else nullcontext():
         with megatron_refusals():
-            args = upstream.parse_args(provider, ignore_unknown_args)
+            args = upstream.parse_args(partial(_with_sla, extra_args_provider), ignore_unknown_args)
         if will_run_here and cpu_backend_is_active():
             fit_to_cpu(args)
         if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
@@ -128,6 +117,26 @@ def settled_args(
         with megatron_refusals():
             require_same_settings(args)
     return args
+
+
+def _with_sla(extra_args_provider: ArgumentsProvider | None, parser: ArgumentParser) -> ArgumentParser:
+    """Megatron's ``parser`` with all flags, whose errors are one line, and whose help can be printed."""
+    parser = add_sla_args(parser)
+    if extra_args_provider is not None:
+        parser = extra_args_provider(parser)
+
+    def refuse(message: str) -> NoReturn:
+        raise refusal(parser, message)
+
+    # argparse's own prints Megatron's usage, of two thousand lines.
+    parser.error = refuse
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (KeyError, TypeError, ValueError):
+            # A lone % of upstream's, on which argparse ends --help in a traceback.
+            action.help = action.help.replace("%", "%%")
+    return parser
 
 
 class MegatronRefusal(StartError):
@@ -151,36 +160,31 @@ def megatron_refusals() -> Iterator[None]:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         # An assertion without a message says in its own code what it wants.
-        text = " ".join((str(error) or place.line or type(error).__name__).split())
+        text = str(error) or f"{place.line}{_values_in(place.line, error)}"
         if not isinstance(error, AssertionError | ValueError | NotImplementedError | ImportError):
             # Not meant for users, and hardly understood without its place.
             text = f"{type(error).__name__}: {text} ({place.filename}:{place.lineno})"
-        raise MegatronRefusal(text) from error
+        raise MegatronRefusal(" ".join(text.split())) from error
+
+
+def _values_in(code: str, error: Exception) -> str:
+    """The flags that ``code``, where ``error`` was raised, looks at, and their values: `` (--hidden-size 96, ...)``."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    given = vars(frame.f_locals["args"]) if isinstance(frame.f_locals.get("args"), Namespace) else {}
+    named = dict.fromkeys(name for name in re.findall(r"\bargs\.(\w+)", code) if name in given)
+    return f" ({', '.join(f'{flag_of(name)} {given[name]}' for name in named)})" if named else ""
 
 
 @contextmanager
-def _command_line(argv: Sequence[str]) -> Iterator[None]:
-    """Megatron reads ``sys.argv``."""
-    before, sys.argv = sys.argv, [sys.argv[0], *argv]
+def _command_line(argv: Sequence[str] | None) -> Iterator[None]:
+    """Within the block ``argv``, unless it is ``None``, is what Megatron reads."""
+    before = sys.argv
+    if argv is not None:
+        sys.argv = [before[0], *argv]
     try:
         yield
     finally:
         sys.argv = before
-
-
-def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
-    """Stands for ``ArgumentParser.error``, which prints Megatron's usage, of two thousand lines."""
-    raise refusal(parser, message)
-
-
-def _with_working_help(parser: ArgumentParser) -> ArgumentParser:
-    """Escape the lone ``%`` in a help text of upstream's, on which argparse ends ``--help`` in a traceback."""
-    for action in parser._actions:
-        try:
-            (action.help or "") % {**vars(action), "prog": parser.prog}
-        except (KeyError, TypeError, ValueError):
-            action.help = action.help.replace("%", "%%")
-    return parser
 
 
 def fewest_gpus(args: Namespace) -> int:

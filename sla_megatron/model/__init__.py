@@ -1,0 +1,4 @@
+"""A skip-layer model built by Megatron's own builder: layer specs, transformer block, recomputation, report.
+
+Imports ``flags``, ``pipeline``, ``attention``, ``cpu``, ``upstream`` and ``common``.
+"""

@@ -90,7 +90,8 @@ class _Fetch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        ctx.resident.deposit(gradients)
+        # They come as views of the gradient of all that the reader read, which would be kept alive with them.
+        ctx.resident.deposit([gradient.contiguous() for gradient in gradients])
         return None, None
 
 

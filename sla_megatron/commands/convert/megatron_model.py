@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...common.errors import FlagError
+from ...common.errors import StartError
 from ...cpu.device import megatron_device
 from .assemble import Assembler
 from .errors import ConvertError
@@ -54,10 +54,9 @@ def args_of(argv: Sequence[str], dtype: torch.dtype) -> Namespace:
 
     try:
         return settled_args(will_run_here=False, argv=[*argv, *_HERE, *_TYPE_FLAGS[dtype]], silent=True)
-    except MegatronRefusal as error:
-        raise ConvertError(f"Megatron does not accept the model: {error.complaint}") from error
-    except FlagError as error:
-        raise ConvertError(f"Megatron does not accept the model: {error.reason}") from error
+    except StartError as error:
+        complaint = error.complaint if isinstance(error, MegatronRefusal) else error.reason
+        raise ConvertError(f"Megatron does not accept the model: {complaint}") from error
 
 
 def build(args: Namespace) -> Any:

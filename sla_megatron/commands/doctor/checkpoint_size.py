@@ -33,7 +33,11 @@ def parameter_count(args: Namespace, vocabulary: int | None) -> int:
     if config.multi_latent_attention or getattr(config, "mtp_num_layers", None):
         raise Skipped("parameters are not estimated with multi-latent attention or multi-token prediction")
     hidden, norm = config.hidden_size, _norm_width(config)
-    count = _padded(model) * hidden * (1 if model.share_embeddings_and_output_weights else 2)
+    rows = model.vocab_size
+    if model.should_pad_vocab:
+        multiple = model.make_vocab_size_divisible_by * config.tensor_model_parallel_size
+        rows = -(-rows // multiple) * multiple
+    count = rows * hidden * (1 if model.share_embeddings_and_output_weights else 2)
     if model.position_embedding_type == "learned_absolute":
         count += model.seq_length * hidden
     for layer in range(config.num_layers):
@@ -89,10 +93,3 @@ def _attention(config: Any) -> int:
 
 def _norm_width(config: Any) -> int:
     return 2 if config.normalization == "LayerNorm" else 1
-
-
-def _padded(model: Any) -> int:
-    if not model.should_pad_vocab:
-        return model.vocab_size
-    multiple = model.make_vocab_size_divisible_by * model.transformer.tensor_model_parallel_size
-    return -(-model.vocab_size // multiple) * multiple

@@ -23,7 +23,7 @@ def job_args(place: Place, num_gpus: int | None, on_cpu: bool) -> Namespace:
         Fault: for the first thing that Megatron or this project does not accept.
     """
     from ...flags.arguments import fewest_gpus, settled_args
-    from ...pretrain_gpt import require_pretraining
+    from ...flags.entry_point import require_pretraining
 
     def check(args: Namespace) -> None:
         require_pretraining(args)

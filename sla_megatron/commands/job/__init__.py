@@ -1,6 +1,5 @@
 """``sla-job``: what a launcher asks before and after each attempt of a job.
 
-checkpoints.py   which checkpoints in a folder are complete, without torch
-chain.py         the attempts of a run so far, and what follows from them
-cli.py           the commands, for launch/slurm.sbatch
+chain.py   the attempts of a run so far, and what follows from them
+cli.py     the commands, for launch/slurm.sbatch
 """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...common.errors import StartError
+from ...common.presets import preset_flags
 from .errors import GridError, SweepError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,8 +48,12 @@ def words(key: str, value: Any) -> tuple[str, ...]:
         unknown = [name for name in value if name not in ("presets", "flags")]
         if unknown or not value:
             raise GridError(key, ", ".join(map(str, unknown)) or "{}", "presets, flags or both")
-        names = _strings(f"{key}.presets", value.get("presets", []))
-        found = (*preset_words(" ".join(names)), *words(f"{key}.flags", value.get("flags", [])))
+        names = " ".join(_strings(f"{key}.presets", value.get("presets", [])))
+        try:
+            presets = preset_flags(names)
+        except StartError as error:
+            raise SweepError(error.reason) from error
+        found = (*presets, *words(f"{key}.flags", value.get("flags", [])))
     else:
         found = ()
         for line in _strings(key, value):
@@ -65,21 +69,6 @@ def words(key: str, value: Any) -> tuple[str, ...]:
         if instead is not None:
             raise GridError(key, word, instead)
     return found
-
-
-@cache
-def preset_words(names: str) -> tuple[str, ...]:
-    """The arguments of presets, parted by spaces, as the launchers read them."""
-    if not names:
-        return ()
-    reader = ROOT / "launch" / "flags.sh"
-    if not reader.is_file():
-        raise SweepError(f"presets: {names}: expected launch/ beside sla_megatron, as in the repository")
-    script = 'root=$1; . "$root/launch/flags.sh"; preset_flags "$2"'
-    done = subprocess.run(["sh", "-c", script, "sh", str(ROOT), names], capture_output=True, text=True)
-    if done.returncode:
-        raise SweepError(done.stderr.strip().removeprefix("sla-megatron: error: ").replace("PRESETS", "presets"))
-    return tuple(done.stdout.splitlines())
 
 
 def _strings(key: str, value: Any) -> list[str]:

@@ -35,7 +35,7 @@ def check_runs(runs: Sequence[Run], processes: int | None = None) -> None:
 
 def _settled(run: Run, processes: int | None) -> Namespace:
     from ...flags.arguments import fewest_gpus, settled_args
-    from ...pretrain_gpt import require_pretraining
+    from ...flags.entry_point import require_pretraining
 
     def check(args: Namespace) -> None:
         require_pretraining(args)

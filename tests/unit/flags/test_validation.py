@@ -37,9 +37,8 @@ def settle(
     megatron: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> Callable[..., Run]:
     """A function from a command line to how it went; checks that nothing was started, set or written."""
-    from sla_megatron import pretrain_gpt
     from sla_megatron.cpu.device import add_device_arg
-    from sla_megatron.flags import arguments
+    from sla_megatron.flags import arguments, entry_point
 
     settled: list[Namespace] = []
     monkeypatch.setattr(arguments, "set_global_variables", settled.append)
@@ -55,7 +54,7 @@ def settle(
         capsys.readouterr()
         args, status = None, 0
         try:
-            args = arguments.parse_and_validate_args(add_device_arg, check=pretrain_gpt.require_pretraining)
+            args = arguments.parse_and_validate_args(add_device_arg, check=entry_point.require_pretraining)
         except SystemExit as exit:
             status = exit.code
         assert settled == ([] if args is None else [args])
@@ -118,13 +117,12 @@ def test_refusals_name_flags_that_megatron_has(megatron: None) -> None:
     """Every option that a refusal names is spelled as Megatron's parser spells it."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from sla_megatron import pretrain_gpt
-    from sla_megatron.flags import validation
+    from sla_megatron.flags import entry_point, validation
 
     parser = ArgumentParser()
     add_megatron_arguments(parser)
     flags = {flag: action.dest for action in parser._actions for flag in action.option_strings}
-    named = [row[0] for row in (*validation._REFUSED, *pretrain_gpt._NOT_HERE)]
+    named = [row[0] for row in (*validation._REFUSED, *entry_point._NOT_HERE)]
     assert len(named) > 25
     assert [name for name in named if flags.get(validation.flag_of(name)) != name] == []
 

@@ -15,7 +15,7 @@ from io import StringIO
 import pytest
 import torch
 
-from benchmarks.training_steps import preset_flags
+from sla_megatron.common.presets import preset_flags
 from tests.support.launch import ROOT
 
 # Of Megatron's own making.
@@ -71,7 +71,7 @@ def settle(megatron: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Nam
     """A function from flags and a number of GPUs to Megatron's settled arguments, as of a run on such GPUs."""
     from sla_megatron.cpu.device import add_device_arg
     from sla_megatron.flags.arguments import settled_args
-    from sla_megatron.pretrain_gpt import require_pretraining
+    from sla_megatron.flags.entry_point import require_pretraining
 
     def run(flags: list[str], gpus: int) -> Namespace:
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *flags])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sla_megatron.commands.sweep.errors import SweepError
-from sla_megatron.commands.sweep.flag_words import preset_words
 from sla_megatron.commands.sweep.grid import Run, Setting, read_grid
 from sla_megatron.commands.sweep.settle import check_runs
+from sla_megatron.common.presets import preset_flags
 from tests.support.launch import ROOT
 
 # Of Megatron's own making.
@@ -111,7 +111,7 @@ sla: [{}]
         "gpt2-124m-c4096-n9-k9-s7",
     ]
     flags = runs[0].flags
-    training, model = preset_words("training"), preset_words("gpt2-124m")
+    training, model = preset_flags("training"), preset_flags("gpt2-124m")
     assert flags[: len(training)] == training and "--bf16" in training
     assert flags[len(training) :][: 2 + len(model) + 2] == ("--lr-warmup-iters", "1", *model, "--lr", "1")
     assert runs[0].tokens - 4 * 1024 < 2_600_000_000 <= runs[0].tokens

@@ -1,0 +1,25 @@
+"""What the entry point, ``sla_megatron.pretrain_gpt``, does not do."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ..common.errors import OFF, Refusal, refuse
+
+# What upstream's pretrain_gpt.py does beyond pretraining, and ours does not.
+_NOT_HERE: tuple[Refusal, ...] = (
+    ("sft", OFF, "no --sft: fine-tuning on conversations is not part of this entry point"),
+    ("fim_data", OFF, "no --fim-data: fill-in-the-middle is not part of this entry point"),
+    ("dataloader_inter_document_masking", OFF, "no --dataloader-inter-document-masking in this entry point"),
+    ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel in this entry point"),
+    ("mtp_num_layers", OFF, "no --mtp-num-layers in this entry point"),
+    ("logits_load_dir", OFF, "no --logits-load-dir: distillation is not part of this entry point"),
+    ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm in this entry point"),
+    ("inprocess_restart", OFF, "no --inprocess-restart in this entry point"),
+    ("per_dataset_sequences_path", OFF, "no --per-dataset-sequences-path in this entry point"),
+)
+
+
+def require_pretraining(args: Namespace) -> None:
+    """Refuse what the entry point does not do, rather than ignore it.  Raises :class:`FlagError`."""
+    refuse(args, _NOT_HERE)
