@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "FlagError": "common.errors",
     "SLAConfig": "attention.sla_config",
-    "add_sla_args": "flags.arguments",
+    "add_sla_args": "flags.sla_flags",
     "cpu_backend": "cpu.backend",
     "enter_megatron_device": "cpu.device",
     "gpt_config_from_args": "model.builder",

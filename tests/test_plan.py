@@ -277,7 +277,7 @@ class Recorder:
 
 
 def restated(schedule: Schedule, rank: int, communication: Communication) -> list[Event]:
-    """The same of ``plan/program.py``."""
+    """The same of ``commands/plan/program.py``."""
     pipeline = Pipeline(schedule)
     events: list[Event] = []
     transfers: dict[int, Event] = {}

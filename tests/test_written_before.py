@@ -53,6 +53,10 @@ ROUNDING = 1e-6
 def copied(name: str, folder: Path) -> Path:
     """A copy of what was written, as if it had been written there: only its place changes."""
     copy = shutil.copytree(WRITTEN / name, folder / name)
+    if name.startswith("export/"):
+        # The code is the same in every export, and kept once.
+        for path in (WRITTEN / "export" / "full").glob("*_sla_gpt.py"):
+            shutil.copy(path, copy)
     for path in copy.rglob("*.json"):
         text = path.read_text()
         if "@HERE@" in text:

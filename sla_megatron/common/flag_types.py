@@ -56,11 +56,11 @@ def refusal(parser: argparse.ArgumentParser, message: str) -> StartError:
 
 def unknown_flag(words: Sequence[str], known: Iterable[str]) -> StartError:
     """The error for words of a command line that nothing takes: the first flag among them, and those most like it."""
-    at = next((number for number, word in enumerate(words) if word.startswith("-")), 0)
+    at = next((number for number, word in enumerate(words) if word.startswith("-")), None)
+    if at is None:
+        return StartError(f"{words[0] if words else 'an empty word'}: expected a flag before it")
     flag, _, value = words[at].partition("=")
     values = [value] if value else list(takewhile(lambda word: not word.startswith("-"), words[at + 1 :]))
-    if not flag.startswith("-"):
-        return StartError(f"{words[0]}: expected a flag before it")
     like = difflib.get_close_matches(flag, sorted(known), n=3, cutoff=0.7)
     such = f", such as {' or '.join(like)}" if like else ""
     return StartError(f"{' '.join([flag, *values])}: expected a known flag{such}")

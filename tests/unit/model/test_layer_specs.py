@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -64,6 +65,21 @@ def test_only_self_attention_is_swapped(options: dict[str, Any]) -> None:
 
     upstream = local_spec(**options)
     assert_only_attention_differs(sla_layer_spec(upstream, SLA), upstream)
+
+
+def test_twice_is_once() -> None:
+    """A script may make the spec a skip-layer one itself; the block leaves it so, and refuses one of other settings."""
+    from sla_megatron import sla_layer_spec
+
+    ours = sla_layer_spec(local_spec(), SLA)
+    assert sla_layer_spec(ours, SLAConfig(**vars_of(SLA))) is ours
+    with pytest.raises(ValueError, match="this layer spec has SLASelfAttention in its place"):
+        sla_layer_spec(ours, SLAConfig(**vars_of(SLA) | {"num_skip_groups": 1}))
+
+
+def vars_of(sla: SLAConfig) -> dict[str, Any]:
+    """Its fields, without what it has computed."""
+    return {field.name: getattr(sla, field.name) for field in fields(sla)}
 
 
 def test_an_encoder_s_layer() -> None:
