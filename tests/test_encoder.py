@@ -103,7 +103,7 @@ def test_sentences() -> None:
         (["--distance", "1", "2", "--skip-groups", "1"], "--distance 1 2: expected at most as many as skip groups, 1"),
         (["--device", "tpu"], "--device tpu: expected"),
         (["--out", "result.txt"], "--out result.txt: expected a name that ends in .json"),
-        (["--heads"], "argument --heads: expected one argument"),
+        (["--heads"], "--heads without a value: expected one value"),
     ],
 )
 def test_bad_flags(
