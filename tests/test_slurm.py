@@ -210,7 +210,9 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     watch.until("successfully saved checkpoint")
     nodes = ["--nodes=3", "--exclusive", "--partition=urgent", f"--output={slurm.folder}/urgent.log"]
     urgent = slurm.command("sbatch", "--parsable", *nodes, "--wrap=sleep 5").strip()
-    saved = int(watch.until(r"sla-job: attempt 4 ended by a signal: iteration (\d+) is saved")[1])
+    # The fourth attempt, unless Slurm's late word to the node that went down ended that one as it began.
+    preempted = watch.until(r"sla-job: attempt (\d+) ended by a signal: iteration (\d+) is saved")
+    attempt, saved = int(preempted[1]), int(preempted[2])
     part = run / "checkpoints" / f"iter_{saved:07d}" / "__1_0.distcp"
     part.write_bytes(part.read_bytes()[:-100])
     slurm.until(urgent, {"COMPLETED"})
@@ -221,7 +223,7 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
 
     known = slurm.until(job, {"COMPLETED", "FAILED", "CANCELLED"})
     assert known["JobState"] == "COMPLETED", log(run)[-5000:]
-    assert log(run).count("sla-job: attempt 5 of this run") == 1
+    assert log(run).count(f"sla-job: attempt {attempt + 1} of this run") == 1
     assert len(list((run / "checkpoints").glob(f"incomplete_iter_{saved:07d}_*"))) == 1
     same_result(run, undisturbed)
 
