@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from sla_megatron.commands.convert import cli as convert_cli
+from sla_megatron.commands.data import cli as data_cli
 from tests.support.launch import ROOT, rank_environment, start_ranks, wait_for_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
@@ -85,22 +86,32 @@ def steps(log: str) -> list[str]:
     return [re.sub(r" elapsed time per iteration \(ms\): \S+ \|", "", line) for line in lines]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each checkpoint's folder, after training went on there; both side by side."""
+    folders = {name: copied(f"checkpoint/{name}", tmp_path_factory.mktemp(name)) for name in SLA}
+    ranks = {}
+    with pytest.MonkeyPatch.context() as environment:
+        for variable, value in SAME_DIGITS.items():
+            environment.setenv(variable, value)
+        for name, folder in folders.items():
+            flags = [*TRAINING.split(), *SLA[name].split(), "--load", str(folder), "--save", str(folder)]
+            ranks[name] = start_ranks(["-m", "sla_megatron.pretrain_gpt", *flags], 1, folder.parent)
+    for name, folder in folders.items():
+        wait_for_ranks(ranks[name], folder.parent, timeout=300)
+    return folders
+
+
 @pytest.mark.parametrize("name", SLA)
-def test_training_goes_on_from_a_checkpoint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_from_a_checkpoint(name: str, trained: dict[str, Path]) -> None:
     """Iterations 4 to 6 from the checkpoint of iteration 3, dropout included: e565a8e's, to all printed digits.
 
     Expected: the lines that e565a8e printed when it went on itself.
     """
-    for variable, value in SAME_DIGITS.items():
-        monkeypatch.setenv(variable, value)
-    folder = copied(f"checkpoint/{name}", tmp_path)
-    flags = [*TRAINING.split(), *SLA[name].split(), "--load", str(folder), "--save", str(folder)]
-    ranks = start_ranks(["-m", "sla_megatron.pretrain_gpt", *flags], 1, tmp_path / "ranks")
-    wait_for_ranks(ranks, tmp_path / "ranks", timeout=300)
     expected = steps((EXPECTED / f"{name}.log").read_text())
     assert [re.search(r"\d+", line)[0] for line in expected] == ["4", "5", "6"]
-    assert steps((tmp_path / "ranks" / "rank0.log").read_text()) == expected
-    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "6"
+    assert steps((trained[name].parent / "rank0.log").read_text()) == expected
+    assert (trained[name] / "latest_checkpointed_iteration.txt").read_text() == "6"
 
 
 @pytest.fixture
@@ -176,38 +187,48 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def tokenize(folder: Path, prefix: str) -> str:
-    """The command that made both data sets: what it prints."""
-    flags = "--input corpus.jsonl --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
-    flags += f" --deduplicate --on-error skip --shard-mb 0.001 --output-prefix {prefix}"
-    return command("sla_megatron.commands.data.cli", "tokenize", *flags.split(), at=folder).stdout
+@pytest.fixture
+def sla_data(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[[str], str]:
+    """``sla-data`` with these flags, where the data lie: what it prints."""
+    monkeypatch.chdir(data)
+
+    def run(flags: str) -> str:
+        data_cli.main(flags.split())
+        return capsys.readouterr().out
+
+    return run
+
+
+def tokenize(prefix: str) -> str:
+    """The flags that made both data sets."""
+    flags = "tokenize --input corpus.jsonl --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
+    return f"{flags} --deduplicate --on-error skip --shard-mb 0.001 --output-prefix {prefix}"
 
 
 def contents(folder: Path, prefix: str) -> dict[str, bytes]:
     return {suffix: (folder / f"{prefix}.{suffix}").read_bytes() for suffix in ("bin", "idx", "faults")}
 
 
-def test_finished_data_is_sound(data: Path) -> None:
+def test_finished_data_is_sound(sla_data: Callable[[str], str]) -> None:
     """Expected: what e565a8e's ``sla-data inspect`` printed."""
-    inspected = command("sla_megatron.commands.data.cli", "inspect", "finished", at=data)
-    assert inspected.stdout == (EXPECTED / "inspect.txt").read_text()
+    assert sla_data("inspect finished") == (EXPECTED / "inspect.txt").read_text()
 
 
-def test_finished_data_is_not_made_again(data: Path) -> None:
+def test_finished_data_is_not_made_again(data: Path, sla_data: Callable[[str], str]) -> None:
     """The same command says so, and leaves all files as they are."""
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in data.glob("finished.*")}
     assert len(before) == 4
-    assert tokenize(data, "finished").startswith("finished.json: nothing to do\n")
+    assert sla_data(tokenize("finished")).startswith("finished.json: nothing to do\n")
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in data.glob("finished.*")} == before
 
 
-def test_interrupted_data_is_finished(data: Path) -> None:
+def test_interrupted_data_is_finished(data: Path, sla_data: Callable[[str], str]) -> None:
     """From the three shards of five that the kill left.
 
     Expected: what e565a8e printed when it went on itself; the bytes that it wrote undisturbed.
     """
     assert len(list(data.glob("interrupted.sla-data/shards/*.json"))) == 3
-    assert tokenize(data, "interrupted") == (EXPECTED / "goes-on.txt").read_text()
+    assert sla_data(tokenize("interrupted")) == (EXPECTED / "goes-on.txt").read_text()
     assert contents(data, "interrupted") == contents(data, "finished")
     made, finished = (json.loads((data / f"{prefix}.json").read_text()) for prefix in ("interrupted", "finished"))
     assert made.pop("outputs")["all"] == finished.pop("outputs")["all"] | {"prefix": "interrupted"}
