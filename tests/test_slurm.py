@@ -210,7 +210,7 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     watch.until("successfully saved checkpoint")
     nodes = ["--nodes=3", "--exclusive", "--partition=urgent", f"--output={slurm.folder}/urgent.log"]
     urgent = slurm.command("sbatch", "--parsable", *nodes, "--wrap=sleep 5").strip()
-    # The fourth attempt, unless Slurm's late word to the node that went down ended that one as it began.
+    # The fourth attempt as a rule: after the node went down, one was seen ended as it began, by a TERM of Slurm's own.
     preempted = watch.until(r"sla-job: attempt (\d+) ended by a signal: iteration (\d+) is saved")
     attempt, saved = int(preempted[1]), int(preempted[2])
     part = run / "checkpoints" / f"iter_{saved:07d}" / "__1_0.distcp"
