@@ -41,7 +41,7 @@ class StartError(Exception):
 class FlagError(StartError):
     """A flag whose value cannot be accepted: one line that names flag, value and what would be accepted.
 
-    Not a ``ValueError``: argparse turns those, in a flag's ``type``, into Megatron's usage text of two thousand lines.
+    Not a ``ValueError``: argparse turns those, in a flag's ``type``, into words that do not say what is accepted.
     """
 
     def __init__(self, flag: str, value: object, accepted: str) -> None:

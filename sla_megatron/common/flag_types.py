@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from .errors import FlagError, StartError
 
-#: A missing value reaches the type function, whose error is one line; argparse's own is Megatron's usage text.
+#: A missing value reaches the type function, whose error says what is accepted; argparse's own does not.
 WITH_VALUE = {"nargs": "?", "const": ""}
 
 _UNKNOWN = "unrecognized arguments: "

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from ..common.errors import FlagError, one_line_errors
+from ..common.flag_types import WITH_VALUE
 from ..upstream.compiled_helpers import missing_makefile_seams
 from ..upstream.megatron_version import require_megatron
 from ..upstream.seams import replaced
@@ -28,8 +29,7 @@ def add_device_arg(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--device",
         default="auto",
-        nargs="?",
-        const="",
+        **WITH_VALUE,
         metavar="{auto,cpu,cuda}",
         help="auto: a GPU where there is one, else the CPU backend (gloo). Default: auto.",
     )

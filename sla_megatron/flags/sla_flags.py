@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ..attention.sla_config import KV_PROJECTIONS
 from ..common.errors import FlagError
-from ..common.flag_types import known_flags, unknown_flag
+from ..common.flag_types import WITH_VALUE, known_flags, unknown_flag
 
 #: Values of ``--core-attention``.
 MEGATRON, SDPA = "megatron", "sdpa"
@@ -28,23 +28,20 @@ def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--sla-num-skip-groups",
         type=_integer("--sla-num-skip-groups", "an integer from 0 to the number of K/V groups"),
-        nargs="?",
-        const="",
+        **WITH_VALUE,
         metavar="K",
         help="How many K/V groups skip (query heads: K * heads / groups). Default: round(0.75 * groups).",
     )
     group.add_argument(
         "--sla-layers",
-        nargs="?",
-        const="",
+        **WITH_VALUE,
         metavar="RANGES",
         help="Consumer layers, 1-based, such as 10-12 or 4,6,8-12. Default: every layer beyond the distance.",
     )
     group.add_argument(
         "--sla-kv-projection",
         type=_choice("--sla-kv-projection", KV_PROJECTIONS),
-        nargs="?",
-        const="",
+        **WITH_VALUE,
         metavar="{full,pruned}",
         help="Keep K/V projections that nobody reads (full: the dense model's shapes) or leave them out (pruned: "
         "fewer parameters). Default: full.",

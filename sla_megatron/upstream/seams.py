@@ -89,7 +89,7 @@ class Wrapping(Reliance):
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = field(kw_only=True)
 
     def resolve(self) -> tuple[Any, str]:
-        owner, name = Reliance(self.target, self.reason).resolve()
+        owner, name = Reliance(self.target, self.reason, sources=self.sources).resolve()
         there = getattr(owner, name)
         kinds = {parameter.kind for parameter in inspect.signature(there).parameters.values()}
         if self.parameters is not None and kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:

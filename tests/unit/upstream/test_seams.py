@@ -6,14 +6,12 @@ import functools
 import hashlib
 import importlib.machinery
 import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from sla_megatron.cpu.device import megatron_device
-from sla_megatron.upstream.megatron_version import require_megatron
 from sla_megatron.upstream.seams import (
     Reliance,
     Seam,
@@ -346,109 +344,7 @@ def test_a_changed_function_is_not_wrapped(module: ModuleType, wrapping: Wrappin
         wrap_once([wrapping])
 
 
-# The version.
-
-
-@pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Stands for the ``package_info.py`` of the Megatron that would be imported; it is not written yet."""
-    spec = importlib.machinery.ModuleSpec("megatron.core", None, origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(
-        "sla_megatron.upstream.megatron_version.importlib.util.find_spec", lambda name: {"megatron.core": spec}[name]
-    )
-    return tmp_path / "package_info.py"
-
-
-def package_info(version: str) -> str:
-    """What Megatron's file says of ``version``, as its releases write it."""
-    *numbers, pre_release = (*version.split(".")[:2], version.split(".")[2][0], version.split(".")[2][1:])
-    fields = "".join(f"{name} = {number}\n" for name, number in zip(("MAJOR", "MINOR", "PATCH"), numbers, strict=True))
-    return f"{fields}PRE_RELEASE = '{pre_release}'\nVERSION = (MAJOR, MINOR, PATCH, PRE_RELEASE)\nimport os as _os\n"
-
-
-@pytest.mark.parametrize("found", ["0.19.0", "0.19.2", "0.19.0rc1", "0.20.0"])
-def test_a_supported_megatron(importable: Path, found: str) -> None:
-    """Any 0.19 will do, and 0.20 in development."""
-    importable.write_text(package_info(found))
-    assert require_megatron() == found
-
-
-@pytest.mark.parametrize("found", ["0.18.2", "0.21.0", "1.19.0", "0.190.0"])
-def test_another_megatron_is_refused(importable: Path, capsys: pytest.CaptureFixture, found: str) -> None:
-    """At start, with one line that names the file, its version and those that are supported."""
-    importable.write_text(package_info(found))
-    with pytest.raises(SystemExit) as ended, megatron_device(["--device", "cpu"]):
-        pass
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    where = importable.with_name("__init__.py")
-    assert err.startswith(f"sla-megatron: error: {where}: Megatron {found}, supported: 0.19.x (")
-
-
-@pytest.mark.parametrize("text", ["MAJOR = 0\nMINOR = 19\n", "MAJOR = 0; MINOR = 'x'; PATCH = 1\n", "def (", ""])
-def test_a_megatron_that_does_not_say_its_version_is_refused(importable: Path, text: str) -> None:
-    """It is not taken for a supported one."""
-    importable.write_text(text)
-    with pytest.raises(SeamError, match="Megatron of no known version, supported: 0.19.x"):
-        require_megatron()
-
-
-def test_a_megatron_without_the_file_is_refused(importable: Path) -> None:
-    """The error names the file."""
-    with pytest.raises(SeamError, match="package_info.py: cannot be read"):
-        require_megatron()
-
-
-def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says how to install it."""
-
-    def find_spec(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr("sla_megatron.upstream.megatron_version.importlib.util.find_spec", find_spec)
-    with pytest.raises(SeamError, match=r"pip install 'megatron-core\[training\]==0\.19"):
-        require_megatron()
-
-
-# The wheel without its Makefile.
-
-
-@pytest.fixture
-def datasets_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """Where ``compiled_helpers.py`` looks: an empty folder, with or without compiled helpers."""
-    folder = SimpleNamespace(path=tmp_path, has_helpers=True)
-
-    def find_spec(name: str) -> importlib.machinery.ModuleSpec | None:
-        if name.endswith("helpers_cpp"):
-            return importlib.machinery.ModuleSpec(name, None) if folder.has_helpers else None
-        found = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        found.submodule_search_locations.append(str(tmp_path))
-        return found
-
-    monkeypatch.setattr("sla_megatron.upstream.compiled_helpers.importlib.util.find_spec", find_spec)
-    return folder
-
-
-def targets() -> list[str]:
-    """What ``missing_makefile_seams`` would replace."""
-    from sla_megatron.upstream.compiled_helpers import missing_makefile_seams
-
-    return [seam.target for seam in missing_makefile_seams()]
-
-
-def test_the_wheel_s_build_step_is_skipped(datasets_folder: SimpleNamespace) -> None:
-    """Compiled helpers without a Makefile: nothing to make."""
-    assert targets() == ["megatron.core.datasets.utils:compile_helpers"]
-
-
-def test_a_checkout_s_build_step_is_left_alone(datasets_folder: SimpleNamespace) -> None:
-    """A Makefile is there: upstream's step works."""
-    (datasets_folder.path / "Makefile").touch()
-    assert targets() == []
-
-
-def test_a_missing_build_is_not_hidden(datasets_folder: SimpleNamespace) -> None:
-    """Neither helpers nor Makefile: upstream's own error is the right one."""
-    datasets_folder.has_helpers = False
-    assert targets() == []
+def test_a_restated_function_is_not_wrapped_with_another_source(module: ModuleType, wrapping: Wrapping) -> None:
+    """A wrapping may say which source it was read in, as any reliance."""
+    with pytest.raises(SeamError, match="is not as it was read in Megatron 0.0"):
+        wrap_once([replace(wrapping, sources={"0" * 16: "0.0"})])
