@@ -121,9 +121,11 @@ def test_what_is_no_refusal_says_where_it_comes_from(monkeypatch: pytest.MonkeyP
         raise StartError("ours")
 
 
-def test_the_model_s_own_complaints_come_before_anything_is_written(said: Said, request: pytest.FixtureRequest) -> None:
-    """What only Megatron's ``TransformerConfig`` refuses ends a training run as early as a flag does."""
-    if request.node.callspec.params["said"] not in ("training", "plan"):
-        pytest.skip("no model is configured where flags alone are settled")
+@pytest.mark.parametrize("said", ["training", "plan"], indirect=True)
+def test_the_model_s_own_complaints_come_before_anything_is_written(said: Said) -> None:
+    """What only Megatron's ``TransformerConfig`` refuses ends a training run as early as a flag does.
+
+    Where flags alone are settled no model is configured.
+    """
     line = said([*MODEL.split(), "--recompute-granularity", "full"])
     assert "Using recompute_granularity: full so recompute_method must be" in line
