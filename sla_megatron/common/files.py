@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .replacing import unused_name
+
 
 def fault_of_file(path: Path, overwrite: bool) -> str | None:
     """What would have to be so for a command to write ``path``; ``None`` if it may."""
@@ -20,7 +22,7 @@ def fault_of_file(path: Path, overwrite: bool) -> str | None:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Within the block, a name beside ``path`` to write to; at its end that is ``path``, after an error it is gone."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = unused_name(path, "unfinished")
     try:
         yield unfinished
         unfinished.replace(path)

@@ -37,6 +37,8 @@ DEFAULTS: dict[str, Any] = {
     "tokenizer_hf_no_include_special_tokens": False,
     "trust_remote_code": False,
 }
+#: Those that name files.
+TOKENIZER_PATHS = ("tokenizer_model", "vocab_file", "merge_file", "metadata_path")
 _HUB_TIMEOUT = 3.0
 
 

@@ -95,7 +95,7 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_output_options(parser: argparse.ArgumentParser, verify: bool = True) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the result; default: as stored")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder, if a conversion made all of it")
     if verify:
         parser.add_argument("--verify", action="store_true", help="compare logits afterwards, as the verify command")
         parser.add_argument("--threshold", type=float, help="largest relative error of --verify; default 1e-5")
@@ -138,7 +138,7 @@ def _megatron_to_hf(args: argparse.Namespace) -> int:
     from .commands import megatron_to_hf
     from .output import require_free
 
-    require_free(args.out, args.overwrite)
+    require_free(args.out, args.overwrite, [args.checkpoint])
     source = _checkpoint(args, args.checkpoint)
     carried = megatron_to_hf(source, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.tokenizer_model)
     print(f"{args.out}: written; tokenizer: {carried}")
@@ -150,7 +150,7 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
     from .hf_reader import HFSource
     from .output import require_free
 
-    require_free(args.out, args.overwrite)
+    require_free(args.out, args.overwrite, [args.hf])
     source = HFSource(args.hf)
     hf_to_megatron(source, args.out, _dtype(args), args.overwrite)
     print(f"{args.out}: written; --load starts from it at iteration 0, without optimizer state")
@@ -161,7 +161,7 @@ def _dense_to_sla(args: argparse.Namespace) -> int:
     from .commands import WithSLA, hf_to_megatron
     from .output import require_free
 
-    require_free(args.out, args.overwrite)
+    require_free(args.out, args.overwrite, [args.checkpoint])
     dense = _checkpoint(args, args.checkpoint)
     source = WithSLA(dense, args.sla_skip_distance, args.sla_num_skip_groups, args.sla_layers, args.sla_kv_projection)
     hf_to_megatron(source, args.out, _dtype(args), args.overwrite)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
 from ...common.errors import flag_of
-from ...common.tokenizers import TokenizerError
+from ...common.tokenizers import TOKENIZER_PATHS, TokenizerError
 from ...flags.validation import parse_layers
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
@@ -95,7 +95,8 @@ def megatron_to_hf(
         for entry in entries(source.config)
         if torch.Size(entry.shape).numel()
     ]
-    with finished_folder(out, overwrite) as folder, _progress(infos, "megatron-to-hf") as bar:
+    inputs = _read_by(source, tokenizer_model)
+    with finished_folder(out, overwrite, inputs) as folder, _progress(infos, "megatron-to-hf") as bar:
 
         def get(name: str) -> Tensor:
             tensor = source.get(name)
@@ -116,6 +117,12 @@ def megatron_to_hf(
     return carried
 
 
+def _read_by(source: Source, tokenizer_model: str | None = None) -> list[Path]:
+    """Files and folders that a conversion of ``source`` reads."""
+    named = [tokenizer_model, *(getattr(source.args, name, None) for name in TOKENIZER_PATHS)]
+    return [source.path, *(Path(name) for name in named if name)]
+
+
 def _special_ids(folder: Path) -> dict[str, Any]:
     """The token ids that ``generate`` needs, from the tokenizer that was carried along."""
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -132,7 +139,7 @@ def hf_to_megatron(
 ) -> None:
     """Write ``source`` as a checkpoint that Megatron's ``--load`` starts from, at iteration 0, without optimizer."""
     stored = dtype or source.dtype("model.embed_tokens.weight")
-    with finished_folder(out, overwrite) as folder:
+    with finished_folder(out, overwrite, _read_by(source)) as folder:
         write_megatron(source, folder, stored, [*_tokenizer_flags(source), *flags])
 
 

@@ -45,5 +45,13 @@ class Encoder:
         return [] if self.tokenizer.tokenize("a")[-1:] == [eod] else [eod]
 
     def __call__(self, text: str) -> numpy.ndarray:
-        """Token ids ``[n]`` of ``dtype``.  Raises whatever the tokenizer raises on a text that it cannot encode."""
-        return numpy.frombuffer(array(self._code, self.tokenizer.tokenize(text) + self._end), dtype=self.dtype)
+        """Token ids ``[n]`` of ``dtype``.
+
+        Raises whatever the tokenizer raises on a text that it cannot encode, and ``ValueError`` for an id that a model
+        with this vocabulary has no embedding for.
+        """
+        ids = self.tokenizer.tokenize(text) + self._end
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = max(ids) if max(ids) >= self.vocab_size else min(ids)
+            raise ValueError(f"id {wrong} is beyond the vocabulary of {self.vocab_size:,} tokens")
+        return numpy.frombuffer(array(self._code, ids), dtype=self.dtype)

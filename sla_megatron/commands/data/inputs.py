@@ -6,15 +6,18 @@ import argparse
 import glob
 import itertools
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...common.replacing import file_identity
 from .blocks import Block, Cut
 from .documents import Document, Fault, read_documents
 from .errors import DataError
+from .manifests import made_by_sla_data
 from .sources import COMPRESSIONS, Source, Table, TextFile, first_line
 
 FORMATS = ("jsonl", "text", "document", "parquet")
@@ -89,6 +92,14 @@ class Inputs:
         sources = [{**source.identity(), "kind": source.kind} for source in self.sources]
         return {"sources": sources, "field": self.field, "shard_bytes": self.block_bytes, "max_bytes": self.limit}
 
+    def files(self) -> list[Path]:
+        """All files that are read, as far as they are on this machine and known by name."""
+        files = []
+        for source in self.sources:
+            path = Path(source.identity().get("dataset") or source.name)
+            files += [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        return files
+
     def blocks(self, number: int = 0, source: int = 0, start: int = 0, done: float = 0) -> Iterator[Block]:
         """The blocks from ``number`` on, which begins at ``start`` of ``source``, of whose work ``done`` is done."""
         for index in range(source, len(self.sources)):
@@ -131,20 +142,44 @@ def _files(given: list[str]) -> list[Path]:
     for name in given:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+            found = sorted(_text_files(path))
         elif path.exists():
             found = [path]
         else:
-            found = sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
+            matches = (Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
+            found = sorted(match for match in matches if not made_by_sla_data(match.absolute()))
         if not found:
             raise DataError(f"--input {name}: expected files of text: {', '.join(_SUFFIXES)}")
         files += found
-    seen: set[Path] = set()
-    for path in files:
-        if path in seen:
-            raise DataError(f"--input {path}: expected each file once")
-        seen.add(path)
+    _require_each_once(files)
     return files
+
+
+def _text_files(folder: Path) -> Iterator[Path]:
+    """The files in ``folder`` whose names say that they hold text; hidden ones are copies and caches, as for a shell."""
+    hidden = []
+    for path in folder.rglob("*"):
+        if not (path.is_file() and _format(path)) or made_by_sla_data(path.absolute()):
+            continue
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            hidden.append(path)
+        else:
+            yield path
+    if hidden:
+        more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+        print(f"sla-data: --input {folder}: hidden, and left out: {min(hidden)}{more}", file=sys.stderr)
+
+
+def _require_each_once(files: list[Path]) -> None:
+    """Raise ``DataError`` for a file that is there twice, by two names, or compressed beside itself."""
+    seen: dict[Any, Path] = {}
+    for path in files:
+        name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
+        uncompressed = (file_identity(path.parent), name)
+        for what, key in (("the same file as", file_identity(path)), ("the same text as", uncompressed)):
+            before = seen.setdefault(key, path)
+            if before is not path:
+                raise DataError(f"--input {path}: expected each file once, it is {what} {before}")
 
 
 def _format(path: Path) -> str | None:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ...common.silence import without_announcements
-from ...common.tokenizers import DEFAULTS, TokenizerError, build, decode, tokenizer_name, tokenizer_settings
+from ...common.tokenizers import (
+    DEFAULTS,
+    TOKENIZER_PATHS,
+    TokenizerError,
+    build,
+    decode,
+    tokenizer_name,
+    tokenizer_settings,
+)
 from .contents import Documents
 from .errors import DataError
 from .inspection import Index
@@ -29,12 +37,23 @@ class Manifest:
         tokenizer: its settings; none if the file has none.
         append_eod: whether all documents were given the end-of-document token.
         counts: of this data set, ``documents`` and ``tokens``.
+        files: hashes of the tokenizer's files, by name.
     """
 
     path: Path
     tokenizer: dict[str, Any] | None
     append_eod: bool
     counts: dict[str, Any]
+    files: dict[str, str]
+
+    @property
+    def identity(self) -> tuple[Any, ...] | None:
+        """Equal for the same tokenizer, wherever its files are; None where it is not known."""
+        if not self.tokenizer:
+            return None
+        paths = TOKENIZER_PATHS if self.files else ()
+        rest = {name: value for name, value in self.tokenizer.items() if name not in paths and value}
+        return sorted(self.files.values()), sorted((name, str(value)) for name, value in rest.items())
 
     def faults(self, index: Index, documents: Documents) -> list[str]:
         """How the data are not what the manifest says: a line for each."""
@@ -65,9 +84,14 @@ def find_manifest(prefix: str) -> Manifest | None:
         )
         # A file of the very name belongs to the data even after both were renamed.
         if counts is not None or not suffix:
-            settings = content.get("tokenizer")
+            tokenizer, made_with = content.get("tokenizer"), content.get("settings")
+            files = made_with.get("tokenizer_files") if isinstance(made_with, dict) else None
             return Manifest(
-                path, settings if isinstance(settings, dict) else None, bool(content.get("append_eod")), counts or {}
+                path,
+                tokenizer if isinstance(tokenizer, dict) else None,
+                bool(content.get("append_eod")),
+                counts or {},
+                files if isinstance(files, dict) else {},
             )
     return None
 

@@ -4,43 +4,108 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from ...common.files import write_json
+from ...common.replacing import file_identity
 from ...common.silence import without_announcements
+from ...common.tokenizers import tokenizer_name
 from .errors import DataError, file_errors
+from .known_tokenizer import Manifest, find_manifest
 from .merging import IndexedWriter, Part
+from .workdir import Workdir
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Add ``merge`` to ``sla-data``."""
-    parser = commands.add_parser("merge", help="several data sets, in the order given, to one")
+    parser = commands.add_parser("merge", help="several data sets of one tokenizer, in the order given, to one")
     parser.add_argument("prefixes", nargs="+", type=Path, metavar="PREFIX")
     parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier data set of this name when the new one is whole"
+    )
     parser.set_defaults(command=_merge)
 
 
 def _merge(args: Namespace) -> int:
     out = args.output_prefix
-    for prefix in args.prefixes:
-        for suffix in (".bin", ".idx"):
-            if not Path(f"{prefix}{suffix}").is_file():
-                raise DataError(f"{prefix}{suffix}: expected a file")
-        if prefix.absolute() == out.absolute():
-            raise DataError(f"--output-prefix {out}: expected another than those to merge")
-    if not args.overwrite and (there := [s for s in (".bin", ".idx") if Path(f"{out}{s}").exists()]):
-        raise DataError(f"{out}{there[0]} exists: expected another --output-prefix, or --overwrite")
-    with without_announcements():
-        from megatron.core.datasets.indexed_dataset import _IndexReader
+    if not out.name:
+        raise DataError(f"--output-prefix {out}: expected a name, such as data/corpus")
+    files = _files(args.prefixes)
+    workdir = Workdir(out, (out,))
+    workdir.require_no_input(files)
+    found = [find_manifest(str(prefix)) for prefix in args.prefixes]
+    known = _require_one_tokenizer(args.prefixes, found)
+    settings = _settings(files, known)
+    with workdir.held():
+        workdir.begin(settings, args.overwrite)
+        with without_announcements():
+            from megatron.core.datasets.indexed_dataset import _IndexReader
 
-        dtype = _IndexReader(f"{args.prefixes[0]}.idx", multimodal=False).dtype
-    with file_errors(f"--output-prefix {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with IndexedWriter(out, dtype) as writer:
-            for prefix in tqdm(args.prefixes, desc="merging", unit="data set", disable=len(args.prefixes) < 3):
-                writer.add(Part(prefix))
-            writer.finish()
+            dtype = _IndexReader(f"{args.prefixes[0]}.idx", multimodal=False).dtype
+        try:
+            with file_errors(f"--output-prefix {out}"), IndexedWriter(out, dtype, workdir.merged) as writer:
+                for prefix in tqdm(args.prefixes, desc="merging", unit="data set", disable=len(args.prefixes) < 3):
+                    writer.add(Part(prefix))
+                writer.finish()
+                workdir.make_room()
+                writer.put()
+            counts = {"documents": writer.documents, "tokens": writer.tokens}
+            made = {"tokenizer": settings["tokenizer"], "append_eod": all(one and one.append_eod for one in found)}
+            outputs = {"outputs": {"all": {"prefix": out.name, **counts}}}
+            write_json(workdir.manifest, {"settings": settings, **made, **counts, **outputs})
+        finally:
+            workdir.remove_work()
     print(f"{out}: {writer.documents:,} documents, {writer.tokens:,} tokens")
+    for note in _notes(args.prefixes, found):
+        print(note)
     return 0
+
+
+def _files(prefixes: Sequence[Path]) -> list[Path]:
+    """The files of the data sets.  Raises ``DataError`` for one that is not there."""
+    files = [Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx")]
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path}: expected a file")
+    return files
+
+
+def _notes(prefixes: Sequence[Path], found: Sequence[Manifest | None]) -> Iterator[str]:
+    """What is allowed, and may not have been meant."""
+    seen: dict[Any, Path] = {}
+    for prefix in prefixes:
+        if (before := seen.setdefault(file_identity(Path(f"{prefix}.bin")), prefix)) is not prefix:
+            yield f"{prefix} is the same data set as {before}: its documents are there twice"
+    if unknown := [str(prefix) for prefix, one in zip(prefixes, found, strict=True) if not (one and one.identity)]:
+        yield f"no manifest says which tokenizer made {', '.join(unknown)}"
+
+
+def _require_one_tokenizer(prefixes: Sequence[Path], found: Sequence[Manifest | None]) -> Manifest | None:
+    """The first manifest that names a tokenizer; ``DataError`` if another names another."""
+    known = [(prefix, one) for prefix, one in zip(prefixes, found, strict=True) if one and one.identity]
+    for prefix, one in known[1:]:
+        if one.identity != known[0][1].identity:
+            names = [tokenizer_name(Namespace(**manifest.tokenizer)) for manifest in (known[0][1], one)]
+            raise DataError(
+                f"{prefix} was made with {names[1]}, {known[0][0]} with {names[0]}"
+                f"{', whose files are others' if names[0] == names[1] else ''}: expected data sets of one tokenizer"
+            )
+    return known[0][1] if known else None
+
+
+def _settings(files: Sequence[Path], known: Manifest | None) -> dict[str, Any]:
+    """What the output depends on; JSON can hold it."""
+    described = [
+        {"file": str(path.absolute()), "bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
+        for path in files
+    ]
+    return {
+        "inputs": {"merged": described},
+        "tokenizer": known.tokenizer if known else None,
+        "tokenizer_files": known.files if known else {},
+    }

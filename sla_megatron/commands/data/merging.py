@@ -30,14 +30,14 @@ class IndexedWriter:
 
     Upstream's builder (``megatron/core/datasets/indexed_dataset.py``) keeps each document's length and end, and at last
     each pointer, in Python lists: over a hundred bytes a document.  Here they go to files as they come.  Until
-    :meth:`finish` the files have other names.
+    :meth:`put` they are in ``folder``, on the same file system.
     """
 
-    def __init__(self, prefix: Path, dtype: type[numpy.number]) -> None:
+    def __init__(self, prefix: Path, dtype: type[numpy.number], folder: Path) -> None:
         self.prefix, self.dtype = prefix, dtype
         self.documents = self.sequences = self.tokens = 0
         names = ("bin", "lengths", "pointers", "ends", "idx")
-        self._paths = {name: prefix.with_name(f".{prefix.name}.{name}.unfinished") for name in names}
+        self._paths = {name: folder / f"{prefix.name}.{name}" for name in names}
         self._files: dict[str, BinaryIO] = {}
 
     def __enter__(self) -> IndexedWriter:
@@ -72,7 +72,7 @@ class IndexedWriter:
                 self.tokens += size
 
     def finish(self) -> None:
-        """Put the index together and give both files their names, the index last."""
+        """Put the index together, and have both files on the disk."""
         from megatron.core.datasets.indexed_dataset import _IndexWriter
 
         for file in self._files.values():
@@ -85,6 +85,10 @@ class IndexedWriter:
                     shutil.copyfileobj(file, writer.idx_writer, _COPY)
         for name in ("bin", "idx"):
             flush(self._paths[name])
+
+    def put(self) -> None:
+        """Give both files their names, the index last."""
+        for name in ("bin", "idx"):
             self._paths[name].replace(f"{self.prefix}.{name}")
 
 

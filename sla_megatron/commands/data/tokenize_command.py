@@ -12,7 +12,8 @@ from ...common.tokenizers import TokenizerError, add_tokenizer_arguments, tokeni
 from .documents import FAULTS
 from .errors import DataError
 from .inputs import add_input_arguments, inputs_from_args
-from .tokenizing import SPLITS, Job, faults_path, tokenize
+from .tokenizing import SPLITS, Job, tokenize
+from .workdir import Workdir
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -37,7 +38,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--deduplicate", action="store_true", help="of documents with the same text, keep the first")
     group.add_argument("--on-error", choices=("fatal", "skip"), default="fatal", help="for faulty documents")
     group.add_argument("--workers", type=_count, default=1, metavar="N", help="processes; default 1")
-    group.add_argument("--overwrite", action="store_true", help="begin anew, and replace what is there")
+    group.add_argument("--overwrite", action="store_true", help="begin anew, and replace an earlier data set of this name when the new one is whole")
     parser.set_defaults(command=_tokenize)
 
 
@@ -87,4 +88,4 @@ def _report(job: Job, manifest: dict[str, Any]) -> None:
         if count:
             print(f"{count:,} {what}")
     for kind, count in manifest["faults"].items():
-        print(f"{count:,} left out: {FAULTS[kind]} ({kind} in {faults_path(job.prefix)})")
+        print(f"{count:,} left out: {FAULTS[kind]} ({kind} in {Workdir(job.prefix, ()).faults})")

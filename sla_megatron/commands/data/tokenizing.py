@@ -15,8 +15,9 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
-from ...common.files import flush, write_json
+from ...common.files import flush, write_json, written_whole
 from ...common.silence import without_announcements
+from ...common.tokenizers import TOKENIZER_PATHS
 from .blocks import Block
 from .documents import FAULTS, fault_message
 from .encoding import Encoder
@@ -95,7 +96,7 @@ def _installed(name: str) -> bool:
 
 def _files_of(tokenizer: dict[str, Any]) -> dict[str, str]:
     """Hashes of the tokenizer's files by name, where they are on this machine."""
-    named = [tokenizer.get(key) for key in ("tokenizer_model", "vocab_file", "merge_file", "metadata_path")]
+    named = [tokenizer.get(key) for key in TOKENIZER_PATHS]
     paths = [Path(name) for name in named if name]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*")))]
     hashes = {}
@@ -116,12 +117,11 @@ def tokenize(job: Job, workers: int, overwrite: bool, say: Callable[[str], None]
         DataError: with one line, for whatever ends the job; finished shards stay.
         TokenizerError: if the tokenizer cannot be built.
     """
-    workdir = Workdir(job.prefix)
+    workdir = Workdir(job.prefix, tuple(job.outputs().values()))
+    settings = job.settings()
+    workdir.require_no_input([*job.inputs.files(), *map(Path, settings["tokenizer_files"])])
     with workdir.held():
-        if overwrite:
-            workdir.clear(list(job.outputs().values()))
-        settings = job.settings()
-        manifest = workdir.finished(settings)
+        manifest = None if overwrite else workdir.finished(settings)
         if manifest is not None:
             workdir.remove_work()
             say(f"{workdir.manifest}: nothing to do")
@@ -130,12 +130,12 @@ def tokenize(job: Job, workers: int, overwrite: bool, say: Callable[[str], None]
             begin_preloading()  # While this process imports Megatron too.
         with without_announcements():
             encoder = Encoder(job.tokenizer, job.append_eod)
-        if workdir.begin(settings, list(job.outputs().values())):
+        if workdir.begin(settings, overwrite):
             say(f"going on in {workdir.folder}")
         with file_errors(f"{workdir.folder} (the same command goes on)"):
             records = _write_shards(job, workdir.shards, workers, encoder)
             manifest = {"settings": settings, **_summary(job, records, encoder)}
-            manifest |= _merge(job, workdir.shards, records, encoder.dtype)
+            manifest |= _merge(job, workdir, records, encoder.dtype)
             _write_faults(job, workdir, records)
             write_json(workdir.manifest, manifest)
         workdir.remove_work()
@@ -211,14 +211,14 @@ def _summary(job: Job, records: list[ShardRecord], encoder: Encoder) -> dict[str
     }
 
 
-def _merge(job: Job, folder: Path, records: list[ShardRecord], dtype: type[numpy.number]) -> dict[str, Any]:
+def _merge(job: Job, workdir: Workdir, records: list[ShardRecord], dtype: type[numpy.number]) -> dict[str, Any]:
     """The shards' documents, in order, in their splits; what became of them."""
-    fresh = None
+    fresh, folder = None, workdir.shards
     if job.deduplicate:
         fresh = first_occurrences(numpy.concatenate([read_digests(folder, record.number) for record in records]))
     outputs = job.outputs()
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(IndexedWriter(prefix, dtype)) for name, prefix in outputs.items()}
+        writers = {name: stack.enter_context(IndexedWriter(prefix, dtype, workdir.merged)) for name, prefix in outputs.items()}
         seen = 0
         for record in tqdm(records, desc="merging", unit="shard", disable=len(records) < 100):
             keep = None if fresh is None else fresh[seen : seen + record.documents]
@@ -228,6 +228,9 @@ def _merge(job: Job, folder: Path, records: list[ShardRecord], dtype: type[numpy
                 writers[name].add(Part(prefix, chosen))
         for writer in writers.values():
             writer.finish()
+        workdir.make_room()
+        for writer in writers.values():
+            writer.put()
     counts = {
         name: {"prefix": prefix.name, "documents": writers[name].documents, "tokens": writers[name].tokens}
         for name, prefix in outputs.items()
@@ -251,23 +254,16 @@ def _choices(
 
 
 def _write_faults(job: Job, workdir: Workdir, records: list[ShardRecord]) -> None:
-    """Every document that was left out, one JSON line each, in ``prefix.faults``; no file if there is none."""
-    path = faults_path(job.prefix)
-    path.unlink(missing_ok=True)
+    """Every document that was left out, one JSON line each; no file if there is none."""
     if not any(record.faults for record in records):
         return
-    unfinished = path.with_name(f".{path.name}.unfinished")
     before: Counter[int] = Counter()
-    with unfinished.open("w") as file:
-        for record in records:
-            name = job.inputs.sources[record.source].name
-            for fault in read_faults(workdir.shards, record.number) if record.faults else []:
-                place = {"file": name, "line": before[record.source] + fault.line}
-                file.write(json.dumps(place | {k: v for k, v in asdict(fault).items() if k != "line"}) + "\n")
-            before[record.source] += record.lines
-    flush(unfinished)
-    unfinished.replace(path)
-
-
-def faults_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".faults")
+    with written_whole(workdir.faults) as unfinished:
+        with unfinished.open("w") as file:
+            for record in records:
+                name = job.inputs.sources[record.source].name
+                for fault in read_faults(workdir.shards, record.number) if record.faults else []:
+                    place = {"file": name, "line": before[record.source] + fault.line}
+                    file.write(json.dumps(place | {k: v for k, v in asdict(fault).items() if k != "line"}) + "\n")
+                before[record.source] += record.lines
+        flush(unfinished)

@@ -24,6 +24,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from ...common.files import write_whole
+from ...common.replacing import replaced_input
 from .documents import Fault, count_lines, fault_message
 from .errors import DataError, file_errors
 from .inputs import Inputs
@@ -316,7 +317,7 @@ def _require_place(output: Path, overwrite: bool, inputs: Inputs) -> None:
     if output.is_dir() or not output.name:
         raise DataError(f"--output {output}: expected a file, such as tokenizer.model")
     if output.exists():
-        if any(output.samefile(source.name) for source in inputs.sources if os.path.exists(source.name)):
+        if replaced_input(output, inputs.files()) is not None:
             raise DataError(f"--output {output}: expected another file than the input")
         if not overwrite:
             raise DataError(f"--output {output} exists: expected another name, or --overwrite")

@@ -1,8 +1,12 @@
 """The folder of unfinished work: whose it is, what it was begun with, which shards are finished.
 
 PREFIX.sla-data/settings.json   what the shards were made with
+PREFIX.sla-data/replaces        there if --overwrite allowed what is made to replace what there is
 PREFIX.sla-data/shards/         a record, documents, hashes and faults for each finished shard
+PREFIX.sla-data/merged/         what becomes PREFIX.bin and PREFIX.idx
 PREFIX.json                     once all is done: settings, counts, files
+
+What lies at these names and was not made here stays: it is refused, with --overwrite too.
 """
 
 from __future__ import annotations
@@ -10,41 +14,73 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...common.files import read_json, write_json
+from ...common.files import write_json
+from ...common.replacing import file_identity
 from .errors import DataError, file_errors
+from .manifests import WORK_FOLDER, begun_with, read_manifest
+
+#: Names of what is made in each folder of unfinished work.
+_MADE_IN = {
+    "shards": re.compile(r"\.?\d{8}\.[\w.-]+"),
+    "merged": re.compile(r".+\.(bin|lengths|pointers|ends|idx)"),
+    ".": re.compile(r"\.?(settings\.json|replaces)[\w.-]*"),
+}
+#: What the index of a data set begins with (``megatron/core/datasets/indexed_dataset.py``).
+_INDEX_HEADER = b"MMIDIDX\x00\x00"
 
 
 @dataclass(frozen=True)
 class Workdir:
-    """Where a job with the output prefix ``prefix`` keeps what it has done."""
+    """Where a job with the output prefix ``prefix`` keeps what it has done, and puts ``outputs`` at last."""
 
     prefix: Path
+    outputs: tuple[Path, ...]
 
     @property
     def folder(self) -> Path:
-        return self.prefix.with_name(self.prefix.name + ".sla-data")
+        return self.prefix.with_name(self.prefix.name + WORK_FOLDER)
 
     @property
     def shards(self) -> Path:
         return self.folder / "shards"
 
     @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    @property
     def manifest(self) -> Path:
         return self.prefix.with_name(self.prefix.name + ".json")
+
+    @property
+    def faults(self) -> Path:
+        """The documents that were left out, one JSON line each; no file if there is none."""
+        return self.prefix.with_name(self.prefix.name + ".faults")
+
+    def require_no_input(self, inputs: Iterable[Path]) -> None:
+        """Raise ``DataError`` if one of ``inputs``, by whatever name, is at a name that this job writes to."""
+        read = {identity: path for path in inputs if (identity := file_identity(path)) is not None}
+        written = [path for output in self.outputs for path in self.files(output.name)]
+        written += [self.manifest, self.faults, self._lock]
+        for path in [*written, *(path for part in _MADE_IN for path in self._made_in(part))]:
+            if (found := read.get(file_identity(path))) is not None:
+                raise DataError(
+                    f"--output-prefix {self.prefix}: {found} is an input, and {path} would be written: "
+                    "expected another --output-prefix"
+                )
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Within the block, no other process works at this prefix."""
-        lock = self.prefix.with_name(f".{self.prefix.name}.sla-data.lock")
         with file_errors(f"--output-prefix {self.prefix}"):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("w")
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
+            file = self._lock.open("a")
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +89,12 @@ class Workdir:
             try:
                 yield
             finally:
-                lock.unlink(missing_ok=True)
+                if not self._lock.stat().st_size:
+                    self._lock.unlink(missing_ok=True)
+
+    @property
+    def _lock(self) -> Path:
+        return self.prefix.with_name(f".{self.prefix.name}.sla-data.lock")
 
     def finished(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The manifest, if the job with these settings is finished.
@@ -61,71 +102,137 @@ class Workdir:
         Raises:
             DataError: if files are in the way that another job, or somebody else, made.
         """
-        manifest = _read(self.manifest)
-        if manifest is not None:
-            _require_same(self.manifest, manifest.get("settings"), settings)
-            missing = [path for name in manifest["outputs"].values() for path in self.files(name["prefix"])]
-            if gone := next((path for path in missing if not path.exists()), None):
-                raise DataError(f"{self.manifest} lists {gone}, which is not there: expected it, or --overwrite")
-            return manifest
-        return None
+        manifest = self._own_manifest()
+        if manifest is None:
+            return None
+        if (self.folder / "replaces").exists() and self._begun() is not None:
+            # Of what is being replaced, unless that was all but done.
+            if _difference(manifest["settings"], settings) is not None:
+                return None
+        else:
+            _require_same(self.manifest, manifest["settings"], settings)
+        missing = [path for name in manifest["outputs"].values() for path in self.files(name["prefix"])]
+        if gone := next((path for path in missing if not path.exists()), None):
+            raise DataError(f"{self.manifest} lists {gone}, which is not there: expected it, or --overwrite")
+        return manifest
 
-    def begin(self, settings: dict[str, Any], outputs: list[Path]) -> bool:
+    def begin(self, settings: dict[str, Any], overwrite: bool = False) -> bool:
         """Make the folder, or find it as this job left it: whether there was something to go on from.
 
+        With ``overwrite`` the job begins anew, and an earlier one's result may be replaced when this one's is whole.
+
         Raises:
-            DataError: if it belongs to a job with other settings, or ``outputs`` exist that nobody here made.
+            DataError: if it belongs to a job with other settings, or something is there that nobody here made.
         """
-        begun = _read(self.folder / "settings.json")
-        if begun is not None:
+        begun = self._begun()
+        if begun is not None and not overwrite:
             _require_same(self.folder, begun, settings)
+            self.merged.mkdir(exist_ok=True)
             return True
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise DataError(f"{self.folder} is not sla-data's: expected it to be moved away")
-        for path in [file for output in outputs for file in self.files(output.name)]:
-            if path.exists():
-                raise DataError(f"{path} exists: expected another --output-prefix, or --overwrite")
+        self._require_place(overwrite, begun is not None)
         with file_errors(str(self.folder)):
-            self.shards.mkdir(parents=True, exist_ok=True)
+            self.remove_work()
+            for folder in (self.shards, self.merged):
+                folder.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                (self.folder / "replaces").touch()
             write_json(self.folder / "settings.json", settings)
         return False
 
-    def clear(self, outputs: list[Path]) -> None:
-        """Remove unfinished work, the manifest and ``outputs``."""
-        self.remove_work()
+    def _require_place(self, overwrite: bool, begun: bool) -> None:
+        """Raise ``DataError`` for a file at one of this job's names that it may not replace.
+
+        Files of data are an earlier job's output by its manifest, or by an unfinished job's being there; others are a
+        data set that the flag names as the output.
+        """
+        manifest = self._own_manifest()
+        if manifest is not None and not overwrite:
+            raise DataError(f"{self.manifest} exists: expected another --output-prefix, or --overwrite")
+        listed = {one["prefix"] for one in manifest["outputs"].values()} if manifest else set()
+        for output in self.outputs:
+            files = [path for path in self.files(output.name) if path.exists()]
+            if not files:
+                continue
+            known = output.name in listed or begun or _is_data_set(output)
+            if not (known and all(path.is_file() for path in files)):
+                raise DataError(f"{files[0]} exists: expected another --output-prefix, this is no data set")
+            if not overwrite:
+                raise DataError(f"{files[0]} exists: expected another --output-prefix, or --overwrite")
+        left_out = bool(manifest and manifest.get("faults")) or begun
+        if self.faults.exists() and not (overwrite and left_out):
+            raise DataError(f"{self.faults} exists, and is not this job's: expected another --output-prefix")
+
+    def _own_manifest(self) -> dict[str, Any] | None:
+        """The manifest of an earlier job; None without one.  Raises ``DataError`` where another file has its name."""
+        if not self.manifest.exists():
+            return None
+        content = read_manifest(self.manifest)
+        if content is None:
+            raise DataError(
+                f"{self.manifest} is not sla-data's, whose manifest has that name: expected another --output-prefix"
+            )
+        return content
+
+    def _begun(self) -> dict[str, Any] | None:
+        try:
+            begun = begun_with(self.folder)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.folder / 'settings.json'} cannot be read: {error}") from error
+        if begun is None and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise DataError(f"{self.folder} is not sla-data's: expected it to be moved away")
+        return begun
+
+    def make_room(self) -> None:
+        """When the new data are whole: remove the manifest, and the list of faults, that they replace."""
         self.manifest.unlink(missing_ok=True)
-        for output in outputs:
-            for path in self.files(output.name):
-                path.unlink(missing_ok=True)
+        self.faults.unlink(missing_ok=True)
 
     def remove_work(self) -> None:
-        """Remove the folder; its settings last, so that a rest of it is still known as ours."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.shards)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove unfinished work, its settings last, so that a rest of it is still known as ours; nothing else."""
+        for part in _MADE_IN:
+            for path in self._made_in(part):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.folder / part).rmdir()
+
+    def _made_in(self, part: str) -> list[Path]:
+        folder = self.folder / part
+        there = sorted(folder.iterdir()) if folder.is_dir() else []
+        return [path for path in there if _MADE_IN[part].fullmatch(path.name) and not path.is_dir()]
 
     def files(self, name: str) -> list[Path]:
         """The two files of the data set ``name`` beside the prefix."""
         return [self.prefix.with_name(name + suffix) for suffix in (".bin", ".idx")]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _is_data_set(prefix: Path) -> bool:
+    """Whether both files are there, the index with Megatron's header."""
     try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        with Path(f"{prefix}.idx").open("rb") as file:
+            return file.read(len(_INDEX_HEADER)) == _INDEX_HEADER and Path(f"{prefix}.bin").is_file()
+    except OSError:
+        return False
 
 
 def _require_same(where: Path, made_with: dict[str, Any] | None, settings: dict[str, Any]) -> None:
     """Raise ``DataError`` that names the first setting that differs."""
+    found = _difference(made_with, settings)
+    if found is not None:
+        name, before, now = found
+        raise DataError(
+            f"{where} was made with {name} = {before}, not {now}: "
+            "expected the same, another --output-prefix, or --overwrite"
+        )
+
+
+def _difference(made_with: dict[str, Any] | None, settings: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, as it was and as it is."""
     # As JSON gives it back: tuples are lists.
     before, now = _flat(made_with or {}), _flat(json.loads(json.dumps(settings)))
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
-            raise DataError(
-                f"{where} was made with {name} = {before.get(name)}, not {now.get(name)}: "
-                "expected the same, another --output-prefix, or --overwrite"
-            )
+            return name, before.get(name), now.get(name)
+    return None
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
