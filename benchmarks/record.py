@@ -14,7 +14,7 @@ from typing import Any
 
 from sla_megatron.common import figures
 from sla_megatron.common.environment import commit, machine
-from sla_megatron.common.files import write_json
+from sla_megatron.common.files import read_json, write_json
 from sla_megatron.common.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,12 +56,23 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     """End with one line, before anything is measured, where ``--out`` cannot be written."""
     if args.out.suffix != ".json":
         parser.error(f"--out {args.out}: expected a name that ends in .json")
-    if args.out.exists() and not args.overwrite:
+    if os.path.lexists(args.out) and not args.overwrite:
         parser.error(f"--out {args.out} is there: expected another name, or --overwrite")
+    # Pictures of a result that is replaced are replaced with it.
+    for picture in (args.out.with_suffix(".svg"), args.out.with_name(f"{args.out.stem}-heads.svg")):
+        if os.path.lexists(picture) and not _is_result(args.out):
+            parser.error(f"--out {args.out}: {picture} is there, and of no benchmark: expected another name")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}: expected a folder that can be written")
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        return "benchmark" in read_json(path)
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 def write_result(

@@ -6,6 +6,7 @@ python -m benchmarks.sweep runs/cpu-sweep --out benchmarks/results/sweep-cpu.jso
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Loss against distance in ``path``, loss against heads beside it."""
-    against_distance, against_heads = sweep_plot.plot(groups(result["rows"]), path.parent)
-    against_distance.replace(path)
-    against_heads.replace(path.with_name(f"{path.stem}-heads.svg"))
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        against_distance, against_heads = sweep_plot.plot(groups(result["rows"]), Path(folder))
+        against_distance.replace(path)
+        against_heads.replace(path.with_name(f"{path.stem}-heads.svg"))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sla_megatron.commands.data.cli import main as sla_data
+from sla_megatron.common.files import fault_of_file, write_json
 
 ROUNDS = 4
 
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=8192, help="of both tokenizers (default: 8192)")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
+    if args.json is not None and (expected := fault_of_file(args.json, overwrite=False)) is not None:
+        parser.error(f"--json {args.json}: expected {expected.removesuffix(', or --overwrite beside it')}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -193,9 +196,7 @@ def report(rows: list[dict[str, Any]], path: Path | None) -> None:
             f"  {memory['tenth'] / 1e6:8.0f} MB {memory['all'] / 1e6:4.0f} MB"
         )
     if path:
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-        unfinished.replace(path)
+        write_json(path, {"rows": rows})
 
 
 if __name__ == "__main__":

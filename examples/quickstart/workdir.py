@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 from examples.quickstart.training_log import Result
 from sla_megatron.common import files
 from sla_megatron.common.errors import flag_of
+from sla_megatron.common.replacing import foreign_content
+from sla_megatron.flags.validation import SLA_SETTINGS
 
 MODELS = ("dense", "sla")
 SETTINGS = "settings.json"
@@ -37,6 +40,17 @@ MADE_HERE = (
 )
 
 
+# What is made in those folders, by name within OUT.
+_MADE_INSIDE = re.compile(
+    r"(dense|sla)/(result\.json|checkpoints/(iter_\d+/.*|latest_checkpointed_iteration\.txt|progress\.txt)|"
+    r"tensorboard/.*|hf/.*)"
+    r"|(data|\.data\.partial)/(corpus\.\w+|corpus\.sla-data/.*|tokenizer\.model|[\w-]+\.json)"
+    r"|cache/.*"
+)
+# A file of this name may be anybody's.
+_SETTINGS_KEYS = {"tp", "device", "eval_iters", "corpus_mb", "vocab_size", "megatron", *SLA_SETTINGS}
+
+
 class WorkdirError(RuntimeError):
     """The output directory cannot be used as asked; the message is one line for the user."""
 
@@ -52,9 +66,11 @@ def read_settings(out: Path) -> dict | None:
     path = out / SETTINGS
     if path.is_file():
         try:
-            return json.loads(path.read_text())
+            settings = json.loads(path.read_text())
         except ValueError:
             raise WorkdirError(f"--out {out}: expected a directory whose {SETTINGS} can be read") from None
+        if isinstance(settings, dict) and settings.keys() <= _SETTINGS_KEYS:
+            return settings
     if out.is_dir() and any(entry.name != LOCK for entry in out.iterdir()):
         raise WorkdirError(f"--out {out}: expected an empty or new directory, or one made by the quickstart")
     if out.exists() and not out.is_dir():
@@ -79,9 +95,19 @@ def load_result(out: Path, model: str) -> Result | None:
 
 
 def clear(out: Path) -> None:
-    """Removes what the quickstart made in `out`, and nothing else."""
+    """Removes what the quickstart made in `out`, and nothing else.
+
+    Raises WorkdirError, with nothing removed, where one of its directories holds somebody else's file.
+    """
     if read_settings(out) is None:
         return
+    for name in MADE_HERE:
+        for path in sorted((out / name).rglob("*")):
+            if not path.is_dir() and not _MADE_INSIDE.fullmatch(str(path.relative_to(out))):
+                raise WorkdirError(f"--out {out}: {path} is not the quickstart's: expected it to be moved away")
+    hf = out / "sla" / "hf"
+    if hf.is_dir() and (foreign := foreign_content(hf)) is not None:
+        raise WorkdirError(f"--out {out}: {foreign}: expected it to be moved away")
     for name in MADE_HERE:
         path = out / name
         if path.is_dir() and not path.is_symlink():

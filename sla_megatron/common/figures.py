@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def fault_of_plot(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> str | None:
-    """What would have to be so for a picture to be written to ``path``; ``None`` if one can."""
+def fault_of_plot(path: Path, suffixes: tuple[str, ...], overwrite: bool, inputs: Iterable[Path] = ()) -> str | None:
+    """What would have to be so for a command that reads ``inputs`` to draw to ``path``; ``None`` if it can."""
     if path.suffix.lower() not in suffixes:
         return f"a file name that ends in {' or '.join(suffixes)}"
-    if (expected := fault_of_file(path, overwrite)) is not None:
+    if (expected := fault_of_file(path, overwrite, inputs)) is not None:
         return expected
     return None if find_spec("matplotlib") else "matplotlib to be installed: pip install matplotlib"
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .replacing import unused_name
+from .replacing import replaced_input, unused_name
 
 
-def fault_of_file(path: Path, overwrite: bool) -> str | None:
-    """What would have to be so for a command to write ``path``; ``None`` if it may."""
+def fault_of_file(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> str | None:
+    """What would have to be so for a command that reads ``inputs`` to write ``path``; ``None`` if it may."""
     if path.is_dir() or not path.parent.is_dir():
         return "a file in a directory that exists"
-    return "a new file, or --overwrite beside it" if path.exists() and not overwrite else None
+    if (read := replaced_input(path, inputs)) is not None:
+        return f"another file, {read} is read"
+    return "a new file, or --overwrite beside it" if os.path.lexists(path) and not overwrite else None
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a command may replace: never what it reads, and nothing that somebody else made.
 
-A file that a flag names as the output is replaced with ``--overwrite``; what is written beside it, or a whole folder, is
-replaced only where this project is known to have made it.  Only the standard library is imported.
+A file that a flag names as the output is replaced with ``--overwrite``; what is written beside it, or a whole folder,
+is replaced only where this project is known to have made it.  Only the standard library is imported.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,9 +63,9 @@ def _bar(documents: int, most: int) -> str:
     return "#" * -(-_BAR * documents // most)
 
 
-def check_plot(path: Path, overwrite: bool) -> None:
-    """Raise :class:`DataError` if a picture cannot be written to ``path``; before anything is read."""
-    expected = fault_of_plot(path, (".png",), overwrite)
+def check_plot(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raise :class:`DataError` if a picture of ``inputs`` cannot be written to ``path``; before anything is read."""
+    expected = fault_of_plot(path, (".png",), overwrite, inputs)
     if expected is not None:
         raise DataError(f"--plot {path}: expected {expected}")
 

@@ -156,7 +156,7 @@ def _files(given: list[str]) -> list[Path]:
 
 
 def _text_files(folder: Path) -> Iterator[Path]:
-    """The files in ``folder`` whose names say that they hold text; hidden ones are copies and caches, as for a shell."""
+    """The files in ``folder`` whose names say that they hold text; hidden ones are copies and caches."""
     hidden = []
     for path in folder.rglob("*"):
         if not (path.is_file() and _format(path)) or made_by_sla_data(path.absolute()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy
@@ -31,7 +32,8 @@ def inspect(args: argparse.Namespace) -> int:
         TokenizerError: if flags name a tokenizer that cannot be built.
     """
     if args.plot is not None:
-        check_plot(args.plot, args.overwrite)
+        data = [Path(f"{prefix}{suffix}") for prefix in args.prefix for suffix in (".bin", ".idx", ".json")]
+        check_plot(args.plot, args.overwrite, data)
     tokenizers = Tokenizers(args)
     status = 0
     histograms: dict[str, list[Bin]] = {}

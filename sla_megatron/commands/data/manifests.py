@@ -7,19 +7,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...common.files import read_json
-
 #: How a manifest begins: a corpus of JSON need not be read to be told.
 _BEGINNING = re.compile(rb'\s*\{\s*"settings"\s*:\s*\{')
+#: How the settings begin that unfinished work was begun with.
+_WORK_BEGINNING = re.compile(rb'\s*\{\s*"inputs"\s*:\s*\{')
+#: How the name of a folder of unfinished work ends.
+WORK_FOLDER = ".sla-data"
 _KEYS = {"settings", "outputs", "documents", "tokens"}
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest in ``path``; None where there is none: no file, or one that is anything else."""
     try:
-        with path.open("rb") as file:
-            if not _BEGINNING.match(file.read(64)):
-                return None
+        if not _begins(path, _BEGINNING):
+            return None
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
@@ -31,29 +32,21 @@ def _is_output(one: Any) -> bool:
     return isinstance(one, dict) and isinstance(one.get("prefix"), str) and Path(one["prefix"]).name == one["prefix"]
 
 
+def _begins(path: Path, beginning: re.Pattern[bytes]) -> bool:
+    with path.open("rb") as file:
+        return beginning.match(file.read(64)) is not None
+
+
 def made_by_sla_data(path: Path) -> bool:
-    """Whether ``path`` is no text but a manifest, or part of unfinished work: a folder may hold these beside a corpus."""
-    if any(folder.name.endswith(WORK_FOLDER) and is_begun(folder) for folder in path.parents):
+    """Whether ``path`` is no text but a manifest, or part of unfinished work, which may lie beside a corpus."""
+    if any(folder.name.endswith(WORK_FOLDER) and is_work_folder(folder) for folder in path.parents):
         return True
     return path.suffix == ".json" and read_manifest(path) is not None
 
 
-#: How the name of a folder of unfinished work ends.
-WORK_FOLDER = ".sla-data"
-
-
-def begun_with(folder: Path) -> Any | None:
-    """What the job whose unfinished work is in ``folder`` was begun with; None if there is none.
-
-    Raises ``OSError`` or ``ValueError`` where that cannot be read.
-    """
-    content = read_json(folder / "settings.json")
-    return content if isinstance(content, dict) and {"inputs", "tokenizer"} <= content.keys() else None
-
-
-def is_begun(folder: Path) -> bool:
-    """Whether ``folder`` holds unfinished work."""
+def is_work_folder(folder: Path) -> bool:
+    """Whether ``folder`` holds a job's unfinished work."""
     try:
-        return begun_with(folder) is not None
-    except (OSError, ValueError):
+        return _begins(folder / "settings.json", _WORK_BEGINNING)
+    except OSError:
         return False

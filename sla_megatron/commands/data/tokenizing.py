@@ -218,7 +218,9 @@ def _merge(job: Job, workdir: Workdir, records: list[ShardRecord], dtype: type[n
         fresh = first_occurrences(numpy.concatenate([read_digests(folder, record.number) for record in records]))
     outputs = job.outputs()
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(IndexedWriter(prefix, dtype, workdir.merged)) for name, prefix in outputs.items()}
+        writers = {
+            name: stack.enter_context(IndexedWriter(prefix, dtype, workdir.merged)) for name, prefix in outputs.items()
+        }
         seen = 0
         for record in tqdm(records, desc="merging", unit="shard", disable=len(records) < 100):
             keep = None if fresh is None else fresh[seen : seen + record.documents]

@@ -316,7 +316,7 @@ def _require_place(output: Path, overwrite: bool, inputs: Inputs) -> None:
     """Raise ``DataError`` if the model could not be written, or would replace something that it must not."""
     if output.is_dir() or not output.name:
         raise DataError(f"--output {output}: expected a file, such as tokenizer.model")
-    if output.exists():
+    if os.path.lexists(output):
         if replaced_input(output, inputs.files()) is not None:
             raise DataError(f"--output {output}: expected another file than the input")
         if not overwrite:

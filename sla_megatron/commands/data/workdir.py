@@ -2,6 +2,7 @@
 
 PREFIX.sla-data/settings.json   what the shards were made with
 PREFIX.sla-data/replaces        there if --overwrite allowed what is made to replace what there is
+PREFIX.sla-data/putting         there while the files below are given their names
 PREFIX.sla-data/shards/         a record, documents, hashes and faults for each finished shard
 PREFIX.sla-data/merged/         what becomes PREFIX.bin and PREFIX.idx
 PREFIX.json                     once all is done: settings, counts, files
@@ -14,22 +15,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...common.files import write_json
+from ...common.files import read_json, write_json
 from ...common.replacing import file_identity
 from .errors import DataError, file_errors
-from .manifests import WORK_FOLDER, begun_with, read_manifest
+from .manifests import WORK_FOLDER, is_work_folder, read_manifest
 
 #: Names of what is made in each folder of unfinished work.
 _MADE_IN = {
     "shards": re.compile(r"\.?\d{8}\.[\w.-]+"),
     "merged": re.compile(r".+\.(bin|lengths|pointers|ends|idx)"),
-    ".": re.compile(r"\.?(settings\.json|replaces)[\w.-]*"),
+    ".": re.compile(r"\.?(settings\.json|replaces|putting)[\w.-]*"),
 }
 #: What the index of a data set begins with (``megatron/core/datasets/indexed_dataset.py``).
 _INDEX_HEADER = b"MMIDIDX\x00\x00"
@@ -53,6 +55,14 @@ class Workdir:
     @property
     def merged(self) -> Path:
         return self.folder / "merged"
+
+    @property
+    def _replaces(self) -> Path:
+        return self.folder / "replaces"
+
+    @property
+    def _putting(self) -> Path:
+        return self.folder / "putting"
 
     @property
     def manifest(self) -> Path:
@@ -105,7 +115,7 @@ class Workdir:
         manifest = self._own_manifest()
         if manifest is None:
             return None
-        if (self.folder / "replaces").exists() and self._begun() is not None:
+        if self._replaces.exists() and self._begun() is not None:
             # Of what is being replaced, unless that was all but done.
             if _difference(manifest["settings"], settings) is not None:
                 return None
@@ -125,46 +135,50 @@ class Workdir:
             DataError: if it belongs to a job with other settings, or something is there that nobody here made.
         """
         begun = self._begun()
-        if begun is not None and not overwrite:
+        goes_on = begun is not None and not overwrite
+        if goes_on:
             _require_same(self.folder, begun, settings)
+        self._require_place(overwrite or (goes_on and self._replaces.exists()))
+        if goes_on:
             self.merged.mkdir(exist_ok=True)
             return True
-        self._require_place(overwrite, begun is not None)
         with file_errors(str(self.folder)):
             self.remove_work()
             for folder in (self.shards, self.merged):
                 folder.mkdir(parents=True, exist_ok=True)
             if overwrite:
-                (self.folder / "replaces").touch()
+                self._replaces.touch()
             write_json(self.folder / "settings.json", settings)
         return False
 
-    def _require_place(self, overwrite: bool, begun: bool) -> None:
+    def _require_place(self, overwrite: bool) -> None:
         """Raise ``DataError`` for a file at one of this job's names that it may not replace.
 
-        Files of data are an earlier job's output by its manifest, or by an unfinished job's being there; others are a
-        data set that the flag names as the output.
+        Files of data are an earlier job's output by its manifest, or an unfinished job's that was putting them there;
+        others are a data set that the flag names as the output.
         """
+        if self._putting.exists():
+            return
         manifest = self._own_manifest()
         if manifest is not None and not overwrite:
             raise DataError(f"{self.manifest} exists: expected another --output-prefix, or --overwrite")
         listed = {one["prefix"] for one in manifest["outputs"].values()} if manifest else set()
         for output in self.outputs:
-            files = [path for path in self.files(output.name) if path.exists()]
+            files = [path for path in self.files(output.name) if os.path.lexists(path)]
             if not files:
                 continue
-            known = output.name in listed or begun or _is_data_set(output)
+            known = output.name in listed or _is_data_set(output)
             if not (known and all(path.is_file() for path in files)):
                 raise DataError(f"{files[0]} exists: expected another --output-prefix, this is no data set")
             if not overwrite:
                 raise DataError(f"{files[0]} exists: expected another --output-prefix, or --overwrite")
-        left_out = bool(manifest and manifest.get("faults")) or begun
-        if self.faults.exists() and not (overwrite and left_out):
+        left_out = manifest is not None and bool(manifest.get("faults"))
+        if os.path.lexists(self.faults) and not (overwrite and left_out):
             raise DataError(f"{self.faults} exists, and is not this job's: expected another --output-prefix")
 
     def _own_manifest(self) -> dict[str, Any] | None:
         """The manifest of an earlier job; None without one.  Raises ``DataError`` where another file has its name."""
-        if not self.manifest.exists():
+        if not os.path.lexists(self.manifest):
             return None
         content = read_manifest(self.manifest)
         if content is None:
@@ -174,16 +188,19 @@ class Workdir:
         return content
 
     def _begun(self) -> dict[str, Any] | None:
-        try:
-            begun = begun_with(self.folder)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder / 'settings.json'} cannot be read: {error}") from error
-        if begun is None and self.folder.is_dir() and any(self.folder.iterdir()):
+        """What unfinished work was begun with; None without any.  Raises ``DataError`` for somebody else's folder."""
+        if is_work_folder(self.folder):
+            try:
+                return read_json(self.folder / "settings.json")
+            except (OSError, ValueError) as error:
+                raise DataError(f"{self.folder / 'settings.json'} cannot be read: {error}") from error
+        if os.path.lexists(self.folder) and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             raise DataError(f"{self.folder} is not sla-data's: expected it to be moved away")
-        return begun
+        return None
 
     def make_room(self) -> None:
         """When the new data are whole: remove the manifest, and the list of faults, that they replace."""
+        self._putting.touch()
         self.manifest.unlink(missing_ok=True)
         self.faults.unlink(missing_ok=True)
 

@@ -28,6 +28,7 @@ from .errors import RunBusy, SweepError
 from .grid import Run
 
 _MARK = "sweep.json"
+_MARKED = {"sla-sweep": 1}
 
 #: How long to wait for an earlier process of a run, which may be on its way out.
 _PATIENCE = 60.0
@@ -102,7 +103,7 @@ class SweepFolder:
 
     def require(self) -> None:
         """Raise :class:`SweepError` where this is no sweep's folder."""
-        if not (self.path / _MARK).is_file():
+        if not self._is_marked():
             raise SweepError(f"--out {self.path}: expected a sweep's folder, as sla-sweep run or submit makes it")
 
     def accept(self, runs: Sequence[Run]) -> None:
@@ -111,7 +112,7 @@ class SweepFolder:
         A folder is a sweep's own, new or empty.  All of its runs of one size, context and seed have the same flags, but
         for ``--sla``: those that were begun, and these.
         """
-        if self.path.exists() and not (self.path / _MARK).is_file():
+        if self.path.exists() and not self._is_marked():
             if not self.path.is_dir() or any(self.path.iterdir()):
                 raise SweepError(f"--out {self.path}: expected a new folder, or a sweep's")
         begun = [_read(path) for path in sorted(self.path.glob("runs/*/run.json"))]
@@ -124,12 +125,18 @@ class SweepFolder:
                     f"({difference(before['flags'], run.dense_flags)}): expected the same grid, or another --out"
                 )
 
+    def _is_marked(self) -> bool:
+        try:
+            return read_json(self.path / _MARK) == _MARKED
+        except (OSError, ValueError):
+            return False
+
     def create(self) -> None:
         """Make and mark the folder."""
         try:
             (self.path / "runs").mkdir(parents=True, exist_ok=True)
             if not (self.path / _MARK).exists():
-                write_json(self.path / _MARK, {"sla-sweep": 1})
+                write_json(self.path / _MARK, _MARKED)
         except OSError as error:
             raise SweepError(f"--out {self.path}: {error.strerror}: expected a folder that can be written") from error
 
