@@ -11,9 +11,6 @@ import numpy
 
 from ...common.tokenizers import TokenizerError, build, tokenizer_name
 
-#: What Megatron's index calls its types, and the codes of ``array`` that convert lists of ids fastest.
-_CODES = {"uint16": "H", "int32": "i"}
-
 
 class Encoder:
     """Text to the ids of one document, its end included.
@@ -34,7 +31,6 @@ class Encoder:
         self.tokenizer = build(Namespace(**settings))
         self.vocab_size: int = self.tokenizer.vocab_size
         self.dtype: type[numpy.number] = DType.optimal_dtype(self.vocab_size)
-        self._code = _CODES[self.dtype.__name__]
         self._end = self._end_of_document(Namespace(**settings)) if append_eod else []
 
     def _end_of_document(self, settings: Namespace) -> list[int]:
@@ -51,7 +47,9 @@ class Encoder:
         with this vocabulary has no embedding for.
         """
         ids = self.tokenizer.tokenize(text) + self._end
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            wrong = max(ids) if max(ids) >= self.vocab_size else min(ids)
+        # Of 64 bits: what does not fit the type is to be named, too.
+        wide = numpy.frombuffer(array("q", ids), dtype=numpy.int64)
+        if len(wide) and not 0 <= wide.min() <= wide.max() < self.vocab_size:
+            wrong = wide.max() if wide.max() >= self.vocab_size else wide.min()
             raise ValueError(f"id {wrong} is beyond the vocabulary of {self.vocab_size:,} tokens")
-        return numpy.frombuffer(array(self._code, ids), dtype=self.dtype)
+        return wide.astype(self.dtype)
