@@ -20,6 +20,7 @@ from benchmarks import record
 from examples.quickstart import workdir
 from sla_megatron.commands.convert import cli as convert
 from sla_megatron.commands.data import cli as data
+from sla_megatron.commands.doctor import cli as doctor
 from sla_megatron.commands.plan import cli as plan
 from sla_megatron.commands.sweep import cli as sweep
 from tests.support.convert_models import save_random_checkpoint
@@ -29,7 +30,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 LINES = "".join(json.dumps({"text": f"line {number} of a corpus"}) + "\n" for number in range(40))
 TOKENIZER = "--tokenizer-type SentencePieceTokenizer --tokenizer-model t.model"
-COMMANDS = {"sla-data": data.main, "sla-convert": convert.main, "sla-plan": plan.main, "sla-sweep": sweep.main}
+COMMANDS = {
+    "sla-convert": convert.main,
+    "sla-data": data.main,
+    "sla-doctor": doctor.main,
+    "sla-plan": plan.main,
+    "sla-sweep": sweep.main,
+}
 
 
 def run(line: str) -> tuple[int, str]:
@@ -172,6 +179,8 @@ REFUSED: list[tuple[dict[str, str], str, str]] = [
     # A plan of a run, in place of what the run reads.
     ({}, "sla-plan --tokenizer-model t.model --json t.model", "--json t.model: expected another file, t.model is read"),
     ({}, "sla-plan --load ck --json linked/notes.txt", "expected another file, ck is read"),
+    ({"nodes": "my own notes"}, "sla-doctor --bad-nodes nodes", "expected a new file, or an earlier list of nodes"),
+    ({}, "sla-doctor --bad-nodes t.model --tokenizer-model t.model", "expected another file, t.model is read"),
     ({}, "sla-plan --data-path d/set --json link/set.idx", "expected another file, d/set.idx is read"),
 ]
 

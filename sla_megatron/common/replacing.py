@@ -18,6 +18,7 @@ from typing import Any
 #: In a folder that a command made: what it put there.
 MANIFEST = "sla_convert.json"
 _ENDS = 1 << 16
+_OUTPUTS = ("--plot", "--json", "--bad-nodes", "--save", "--tensorboard-dir")
 
 
 def replaced_input(path: Path, inputs: Iterable[Path]) -> Path | None:
@@ -43,6 +44,16 @@ def replaced_input(path: Path, inputs: Iterable[Path]) -> Path | None:
         elif read in real.parents:
             return given
     return None
+
+
+def named_by_flags(argv: Iterable[str]) -> Iterator[Path]:
+    """What the flags of a run name, and may be read: all words but those of flags that name outputs alone."""
+    flag = ""
+    for word in argv:
+        name, _, value = word.partition("=")
+        flag, value = (name, value) if word.startswith("--") else (flag, word)
+        if value and flag not in _OUTPUTS:
+            yield from (Path(f"{value}{suffix}") for suffix in ("", ".bin", ".idx"))
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:

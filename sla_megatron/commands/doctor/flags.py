@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ...common.errors import FlagError
 from ...common.flag_types import WITH_VALUE, file_name, number
+from ...common.replacing import named_by_flags, replaced_input
 
 DEFAULT_TIMEOUT = 300.0
 
@@ -50,3 +53,12 @@ def check_doctor_args(args: Namespace) -> None:
         path = Path(args.bad_nodes)
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise FlagError("--bad-nodes", args.bad_nodes, "a file in a directory that exists")
+        if (read := replaced_input(path, named_by_flags(sys.argv[1:]))) is not None:
+            raise FlagError("--bad-nodes", args.bad_nodes, f"another file, {read} is read")
+        if path.exists() and not _is_list_of_nodes(path):
+            raise FlagError("--bad-nodes", args.bad_nodes, "a new file, or an earlier list of nodes")
+
+
+def _is_list_of_nodes(path: Path) -> bool:
+    with path.open("rb") as file:
+        return re.fullmatch(rb"([\w.-]+\n)*", file.read(1 << 16)) is not None

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 from ...common.errors import FlagError
 from ...common.figures import fault_of_plot
 from ...common.files import fault_of_file
 from ...common.flag_types import WITH_VALUE, file_name, number
+from ...common.replacing import named_by_flags
 from .predict import Rates
 
 PLOT_SUFFIXES = (".png", ".svg")
-
-_OUTPUTS = ("--plot", "--json", "--save", "--tensorboard-dir")
 
 #: ``--json``'s value for the standard output.
 STDOUT = "-"
@@ -85,21 +83,11 @@ def check_plan_args(args: Namespace) -> None:
     if args.plot is not None:
         _check_plot(args)
     if args.json not in (None, STDOUT):
-        expected = fault_of_file(Path(args.json), args.overwrite, _read())
+        expected = fault_of_file(Path(args.json), args.overwrite, named_by_flags(sys.argv[1:]))
         if args.plot is not None and Path(args.plot).absolute() == Path(args.json).absolute():
             expected = "another file than --plot"
         if expected is not None:
             raise FlagError("--json", args.json, expected)
-
-
-def _read() -> Iterator[Path]:
-    """What the run's flags name, and may be read: all words but those of flags that name outputs."""
-    flag = ""
-    for word in sys.argv[1:]:
-        name, _, value = word.partition("=")
-        flag, value = (name, value) if word.startswith("--") else (flag, word)
-        if value and flag not in _OUTPUTS:
-            yield from (Path(f"{value}{suffix}") for suffix in ("", ".bin", ".idx"))
 
 
 def rates(args: Namespace) -> Rates | None:
@@ -110,7 +98,7 @@ def rates(args: Namespace) -> Rates | None:
 
 
 def _check_plot(args: Namespace) -> None:
-    expected = fault_of_plot(Path(args.plot), PLOT_SUFFIXES, args.overwrite, _read())
+    expected = fault_of_plot(Path(args.plot), PLOT_SUFFIXES, args.overwrite, named_by_flags(sys.argv[1:]))
     if expected is not None:
         raise FlagError("--plot", args.plot, expected)
     if args.link_gb_per_s is None:
