@@ -294,3 +294,21 @@ def test_nothing_of_others_is_overwritten(
         assert "out.idx exists: expected another --output-prefix" in capsys.readouterr().err
     assert (tmp_path / "out.idx").read_text() == "mine"
     assert not list(tmp_path.glob("out.sla-data"))
+
+
+def test_parquet_with_nulls_and_dictionaries(
+    sentencepiece: Namespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A row without text is a fault with its number; a column that stores each text once is a column of texts."""
+    texts = ["one", "two", None, "one", None, "three"]
+    for name, column in (("plain", pyarrow.array(texts)), ("coded", pyarrow.array(texts).dictionary_encode())):
+        file, prefix = tmp_path / f"{name}.parquet", tmp_path / name
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
+        given = ["tokenize", "--input", str(file), *flags_of(sentencepiece), "--output-prefix", str(prefix)]
+        with pytest.raises(SystemExit):
+            main(given)
+        assert f"{file}:3: " in capsys.readouterr().err.splitlines()[-1]
+        main([*given, "--on-error", "skip"])
+        assert documents(prefix) == ids_of(sentencepiece, [text for text in texts if text])
+        faults = [json.loads(line) for line in Path(f"{prefix}.faults").read_text().splitlines()]
+        assert [fault["line"] for fault in faults] == [3, 5]
