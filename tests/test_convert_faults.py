@@ -163,19 +163,6 @@ def test_a_sliding_window(convert: Callable[..., str], tmp_path: Path) -> None:
     assert "sliding_window 8: expected none" in convert("hf-to-megatron", "copy/hf", "out")
 
 
-def test_overwriting_on_request(good: Path, tmp_path: Path) -> None:
-    """The new folder takes the place of the old one, whole."""
-    from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
-
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    megatron_to_hf(open_megatron(good / "megatron"), out, overwrite=True)
-    assert not (out / "old").exists()
-    assert (out / "config.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_a_full_disk(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

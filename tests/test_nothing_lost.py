@@ -243,6 +243,26 @@ def test_replaced_when_the_new_one_is_whole(here: Path) -> None:
     assert sorted(path.name for path in Path("d").glob("*set*")) == ["set.bin", "set.faults", "set.idx", "set.json"]
 
 
+def test_going_on_in_the_folder_that_is_read(here: Path) -> None:
+    """What a job left there when it was interrupted, finished or not, is no input of it."""
+    Path("d/last.txt").write_bytes(b"good\n\xff\n")
+    job = f"{TOKENIZE} --input d --output-prefix d/corpus --shard-mb 0.001"
+    status, said = run(job)
+    assert status == 2 and "d/last.txt:2: not UTF-8" in said
+    assert len(list(Path("d/corpus.sla-data/shards").glob("*.json"))) > 1
+    assert run(f"{job} --on-error skip")[0] == 0
+    made = json.loads(Path("d/corpus.json").read_text())
+    assert [Path(one["file"]).name for one in made["settings"]["inputs"]["sources"]] == [
+        "corpus.jsonl",
+        "last.txt",
+        "more.json",
+    ]
+    assert made["documents"] == 81
+    finished = tree(here)
+    assert run(f"{job} --on-error skip")[0] == 0
+    assert tree(here) == finished
+
+
 def test_what_came_while_a_job_was_interrupted(here: Path) -> None:
     """A data set that somebody else made at the job's name meanwhile is not replaced when the job goes on."""
     Path("d/bad.jsonl").write_text(LINES + "no JSON\n")
