@@ -11,17 +11,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from sla_megatron.commands.job import cli
-from sla_megatron.commands.job.chain import (
-    FINISHED,
-    REQUEUE,
-    STOP,
-    Chain,
-    JobError,
-    TrainingFlags,
-    begin,
-    end,
-    training_flags,
-)
+from sla_megatron.commands.job.chain import FINISHED, REQUEUE, STOP, Chain, begin, end
+from sla_megatron.commands.job.flags import JobError, TrainingFlags, training_flags
 from sla_megatron.common.checkpoint_folders import TRACKER, newest_complete, problem, tracked
 
 # torch says that it saves from one process, which is meant.
