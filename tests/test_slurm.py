@@ -73,9 +73,9 @@ def losses(text: str) -> dict[int, str]:
     return found
 
 
-def weights(checkpoints: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint, optimizer state included."""
-    folder = checkpoints / f"iter_{ITERATIONS:07d}"
+def weights(checkpoints: Path, iteration: int = ITERATIONS) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, optimizer state included."""
+    folder = checkpoints / f"iter_{iteration:07d}"
     metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -155,7 +155,12 @@ class Watch:
 
 def processes_on(node: str, run: Path, command: bytes) -> list[int]:
     """Those that run the command on the node, by what Slurm and :func:`submit` put into their environment."""
-    names = [f"SLURMD_NODENAME={node}\0".encode(), f"RUN_DIR={run}\0".encode()]
+    return processes_with(command, SLURMD_NODENAME=node, RUN_DIR=str(run))
+
+
+def processes_with(command: bytes, **variables: str) -> list[int]:
+    """Those that run the command and have the variables in their environment."""
+    names = [f"{name}={value}\0".encode() for name, value in variables.items()]
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -164,7 +169,7 @@ def processes_on(node: str, run: Path, command: bytes) -> list[int]:
                 running = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if all(name in environment for name in names) and command in running:
+            if all(b"\0" + name in b"\0" + environment for name in names) and command in running:
                 found.append(int(folder.name))
     return found
 
@@ -226,6 +231,76 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     assert log(run).count(f"sla-job: attempt {attempt + 1} of this run") == 1
     assert len(list((run / "checkpoints").glob(f"incomplete_iter_{saved:07d}_*"))) == 1
     same_result(run, undisturbed)
+
+
+#: Enough iterations for what is done to the tasks meanwhile; nothing is saved but when a signal comes, and at the end.
+TASK_ITERATIONS = 400
+TASK_FLAGS = [
+    *argv(train_iters=TASK_ITERATIONS, save_interval=1000, lr_decay_iters=1000, tensor_model_parallel_size=1),
+    *("--device", "cpu"),
+]
+
+
+def test_each_task_of_an_array_is_told_crashes_and_goes_on_by_itself(slurm: Cluster) -> None:
+    """With ``--export=NONE``: ranks have what the script sets, each task its folder, and Slurm's records are its own.
+
+    The last task has the array's own number: by it Slurm's commands mean all three.
+    """
+    options = ["--parsable", "--array=0-2", "--export=NONE", "--job-name=gpt", f"--output={slurm.folder}/%A_%a.log"]
+    # Folders are left to the script, which Slurm has a copy of: it asks where it was submitted from.
+    words = [f"PYTHON={sys.executable}", "NPROC=1", "SAVE_SECONDS=77", "HEALTH_CHECK=true"]
+    script = ROOT / "launch" / "slurm.sbatch"
+    job = slurm.command("sbatch", *options, script, *words, *TASK_FLAGS, MAX_FAILURES="1").strip()
+    tasks = [f"{job}_{number}" for number in range(3)]
+    runs = {task: slurm.folder / "runs" / f"gpt-{task[-1]}" for task in tasks}
+    watches = {task: Watch(slurm, task, slurm.folder / task) for task in tasks}
+    for watch in watches.values():
+        watch.training()
+    known = {task: slurm.job(task) for task in tasks}
+    assert {known[task]["JobId"] == job for task in tasks} == {True, False} and known[tasks[2]]["JobId"] == job
+    endpoints = set()
+    for task in tasks:
+        own = {"SLURM_JOB_ID": known[task]["JobId"], "SLURM_ARRAY_TASK_ID": task[-1]}
+        exported = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77", "OMP_NUM_THREADS": "1"}
+        assert processes_with(b"sla_megatron.pretrain_gpt", RANK="0", **own, **exported), task
+        launcher = processes_with(b"--rdzv-endpoint", **own)[0]
+        endpoints.add(re.search(r"--rdzv-endpoint\0(.+?)\0", Path(f"/proc/{launcher}/cmdline").read_text())[1])
+        text = log(slurm.folder / task)
+        assert re.search(r"--export=NONE: .* was lost:.* RUN_DIR .*MAX_FAILURES .*: launch/slurm.sbatch PRESETS=", text)
+        assert "NPROC" not in re.search("was lost:.*", text)[0]
+    assert len(endpoints) == 3
+
+    # The array's own number first: the other two are not told.
+    saved = {}
+    for task in reversed(tasks):
+        slurm.command("scancel", "--batch", "--signal=USR1", task)
+        watches[task].until(rf"slurm.sbatch: USR1 came: the ranks save and exit \(step {task}\.\d+\)")
+        saved[task] = int(watches[task].until(r"sla-job: attempt 1 ended by a signal: iteration (\d+) is saved")[1])
+        watches[task].until(f"slurm.sbatch: requeueing job {task}")
+        if task == tasks[2]:
+            assert [slurm.job(other)["Restarts"] for other in tasks[:2]] == ["0", "0"]
+            assert all("USR1" not in log(slurm.folder / other) for other in tasks[:2])
+    for task in tasks:
+        watches[task].until(f"resuming from iteration {saved[task]}")
+        assert slurm.job(task)["Restarts"] == "1"
+        assert (runs[task] / "checkpoints" / f"iter_{saved[task]:07d}").is_dir()
+
+    # Each loses its rank in mid-step.
+    for task in tasks:
+        watches[task].training()
+        for pid in processes_with(b"sla_megatron.pretrain_gpt", SLURM_JOB_ID=known[task]["JobId"], RANK="0"):
+            os.kill(pid, signal.SIGKILL)
+        watches[task].until(r"sla-job: attempt 2 failed with status \d+: iteration \d+ is saved, no more than")
+    for task in tasks:
+        ended = slurm.until(task, {"COMPLETED", "FAILED", "CANCELLED"})
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), log(slurm.folder / task)[-5000:]
+        chain = json.loads((runs[task] / "chain.json").read_text())["attempts"]
+        assert {attempt["job"] for attempt in chain} == {task}
+        assert [attempt["how"].partition(" ")[0] for attempt in chain] == ["preempted", "status", "finished"]
+        assert [attempt["began_at"] for attempt in chain] == [0, saved[task], saved[task]]
+    # The same flags, told to leave at iterations of their own: the same weights.
+    first, *others = (weights(runs[task] / "checkpoints", TASK_ITERATIONS) for task in tasks)
+    assert all(torch.equal(tensor, other[name]) for other in others for name, tensor in first.items())
 
 
 def test_lost_checkpoints_are_not_replaced_by_random_weights(slurm: Cluster, undisturbed: Path) -> None:

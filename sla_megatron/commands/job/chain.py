@@ -58,7 +58,10 @@ class Chain:
         """Raises JobError if there is a file that cannot be read."""
         path = folder / "chain.json"
         try:
-            return cls(folder, [Attempt.read(attempt) for attempt in json.loads(path.read_text())["attempts"]])
+            attempts = json.loads(path.read_text())["attempts"]
+            if not isinstance(attempts, list):
+                raise ValueError(f"attempts: {type(attempts).__name__}")
+            return cls(folder, [Attempt.read(attempt) for attempt in attempts])
         except FileNotFoundError:
             return cls(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
