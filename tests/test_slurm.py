@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from sla_megatron.common.checkpoint_folders import newest_complete
 from tests.support.launch import ROOT, free_ports, rank_environment
 from tests.support.runs import argv
 from tests.support.slurm import Cluster, cluster, missing
@@ -73,9 +74,9 @@ def losses(text: str) -> dict[int, str]:
     return found
 
 
-def weights(checkpoints: Path, iteration: int = ITERATIONS) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, optimizer state included."""
-    folder = checkpoints / f"iter_{iteration:07d}"
+def weights(checkpoints: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint, optimizer state included."""
+    folder = checkpoints / f"iter_{ITERATIONS:07d}"
     metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -234,10 +235,10 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
 
 
 #: Enough iterations for what is done to the tasks meanwhile; nothing is saved but when a signal comes, and at the end.
-TASK_ITERATIONS = 400
+TASK_ITERATIONS = 200
 TASK_FLAGS = [
-    *argv(train_iters=TASK_ITERATIONS, save_interval=1000, lr_decay_iters=1000, tensor_model_parallel_size=1),
-    *("--device", "cpu"),
+    *argv(train_iters=TASK_ITERATIONS, save_interval=1000, lr_decay_iters=500, tensor_model_parallel_size=1),
+    *("--eval-iters", "0", "--device", "cpu"),
 ]
 
 
@@ -251,56 +252,61 @@ def test_each_task_of_an_array_is_told_crashes_and_goes_on_by_itself(slurm: Clus
     words = [f"PYTHON={sys.executable}", "NPROC=1", "SAVE_SECONDS=77", "HEALTH_CHECK=true"]
     script = ROOT / "launch" / "slurm.sbatch"
     job = slurm.command("sbatch", *options, script, *words, *TASK_FLAGS, MAX_FAILURES="1").strip()
-    tasks = [f"{job}_{number}" for number in range(3)]
+    tasks = [f"{job}_{number}" for number in (2, 1, 0)]
     runs = {task: slurm.folder / "runs" / f"gpt-{task[-1]}" for task in tasks}
     watches = {task: Watch(slurm, task, slurm.folder / task) for task in tasks}
-    for watch in watches.values():
-        watch.training()
-    known = {task: slurm.job(task) for task in tasks}
-    assert {known[task]["JobId"] == job for task in tasks} == {True, False} and known[tasks[2]]["JobId"] == job
-    endpoints = set()
-    for task in tasks:
-        own = {"SLURM_JOB_ID": known[task]["JobId"], "SLURM_ARRAY_TASK_ID": task[-1]}
-        exported = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77", "OMP_NUM_THREADS": "1"}
-        assert processes_with(b"sla_megatron.pretrain_gpt", RANK="0", **own, **exported), task
-        launcher = processes_with(b"--rdzv-endpoint", **own)[0]
-        endpoints.add(re.search(r"--rdzv-endpoint\0(.+?)\0", Path(f"/proc/{launcher}/cmdline").read_text())[1])
-        text = log(slurm.folder / task)
-        assert re.search(r"--export=NONE: .* was lost:.* RUN_DIR .*MAX_FAILURES .*: launch/slurm.sbatch PRESETS=", text)
-        assert "NPROC" not in re.search("was lost:.*", text)[0]
-    assert len(endpoints) == 3
 
-    # The array's own number first: the other two are not told.
-    saved = {}
-    for task in reversed(tasks):
-        slurm.command("scancel", "--batch", "--signal=USR1", task)
-        watches[task].until(rf"slurm.sbatch: USR1 came: the ranks save and exit \(step {task}\.\d+\)")
-        saved[task] = int(watches[task].until(r"sla-job: attempt 1 ended by a signal: iteration (\d+) is saved")[1])
-        watches[task].until(f"slurm.sbatch: requeueing job {task}")
-        if task == tasks[2]:
-            assert [slurm.job(other)["Restarts"] for other in tasks[:2]] == ["0", "0"]
-            assert all("USR1" not in log(slurm.folder / other) for other in tasks[:2])
-    for task in tasks:
-        watches[task].until(f"resuming from iteration {saved[task]}")
-        assert slurm.job(task)["Restarts"] == "1"
-        assert (runs[task] / "checkpoints" / f"iter_{saved[task]:07d}").is_dir()
-
-    # Each loses its rank in mid-step.
+    saved, numbers = {}, {}
     for task in tasks:
         watches[task].training()
-        for pid in processes_with(b"sla_megatron.pretrain_gpt", SLURM_JOB_ID=known[task]["JobId"], RANK="0"):
-            os.kill(pid, signal.SIGKILL)
-        watches[task].until(r"sla-job: attempt 2 failed with status \d+: iteration \d+ is saved, no more than")
+        slurm.command("scancel", "--batch", "--signal=USR1", task)
+        watches[task].until(rf"slurm.sbatch: USR1 came: the ranks save and exit \(step {task}\.\d+\)")
+        numbers[task] = slurm.job(task)["JobId"]
+        if task == tasks[0]:
+            assert numbers[task] == job
+            assert all("USR1" not in log(slurm.folder / other) for other in tasks[1:])
     for task in tasks:
-        ended = slurm.until(task, {"COMPLETED", "FAILED", "CANCELLED"})
-        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), log(slurm.folder / task)[-5000:]
+        saved[task] = int(watches[task].until(r"sla-job: attempt 1 ended by a signal: iteration (\d+) is saved")[1])
+        watches[task].until(f"slurm.sbatch: requeueing job {task}")
+
+    # Each goes on from what it saved, and loses its rank in mid-step.
+    endpoints = set()
+    for task in tasks:
+        watches[task].until(f"resuming from iteration {saved[task]}")
+        assert (runs[task] / "checkpoints" / f"iter_{saved[task]:07d}").is_dir()
+        assert slurm.job(task)["Restarts"] == "1"
+        watches[task].training()
+        own = {"SLURM_JOB_ID": numbers[task], "SLURM_ARRAY_TASK_ID": task[-1]}
+        exported = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77", "OMP_NUM_THREADS": "1"}
+        launcher = processes_with(b"--rdzv-endpoint", **own)[0]
+        endpoints.add(re.search("--rdzv-endpoint\0(.+?)\0", Path(f"/proc/{launcher}/cmdline").read_text())[1])
+        ranks = processes_with(b"sla_megatron.pretrain_gpt", RANK="0", **own, **exported)
+        assert ranks, task
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        watches[task].until(
+            rf"sla-job: attempt 2 failed with status \d+: iteration {saved[task]} is saved, no more than"
+        )
+    assert len(set(numbers.values())) == len(endpoints) == 3
+
+    for task in tasks:
+        watches[task].until(rf"sla-job: attempt 3 of this run, job {task} on ")
+        assert slurm.job(task)["Restarts"] == "2"
+        if task != tasks[0]:
+            slurm.command("scancel", task)
+    ended = {task: slurm.until(task, {"COMPLETED", "FAILED", "CANCELLED"}) for task in reversed(tasks)}
+    assert [ended[task]["JobState"] for task in tasks] == ["COMPLETED", "CANCELLED", "CANCELLED"]
+    for task in tasks:
+        text = log(slurm.folder / task)
+        (lost,) = set(re.findall("--export=NONE: .* was lost:(.*); expected as words before the flags", text))
+        assert {"PRESETS", "RUN_DIR", "MAX_FAILURES"} <= set(lost.split()) and "NPROC" not in lost
         chain = json.loads((runs[task] / "chain.json").read_text())["attempts"]
         assert {attempt["job"] for attempt in chain} == {task}
-        assert [attempt["how"].partition(" ")[0] for attempt in chain] == ["preempted", "status", "finished"]
         assert [attempt["began_at"] for attempt in chain] == [0, saved[task], saved[task]]
-    # The same flags, told to leave at iterations of their own: the same weights.
-    first, *others = (weights(runs[task] / "checkpoints", TASK_ITERATIONS) for task in tasks)
-    assert all(torch.equal(tensor, other[name]) for other in others for name, tensor in first.items())
+        how = [attempt["how"].partition(" ")[0] for attempt in chain if attempt["how"]]
+        assert how == ["preempted", "status", "finished"][: len(how)] and len(how) >= 2
+        assert (how[-1] == "finished") == (task == tasks[0])
+    assert newest_complete(runs[tasks[0]] / "checkpoints")[0] == TASK_ITERATIONS
 
 
 def test_lost_checkpoints_are_not_replaced_by_random_weights(slurm: Cluster, undisturbed: Path) -> None:
@@ -346,6 +352,18 @@ def test_an_unhealthy_node_is_excluded(slurm: Cluster, tmp_path: Path) -> None:
     slurm.until(job, {"FAILED"})
     assert "slurm.sbatch: excluding node1, and going on elsewhere" in log(run)
     assert set(re.findall(r"trained on (\w+)", log(run))) == {"node2", "node3"}
+    # Of an array, the task alone that was there; the last one has the array's own number.
+    check = '[ "$SLURM_ARRAY_TASK_ID" = 0 ] || [ "$SLURMD_NODENAME" = node3 ]'
+    words = [f"PYTHON={wrapper(tmp_path, 'sleep 30')}", "NPROC=2", f"HEALTH_CHECK={check}", f"SLA_ROOT={ROOT}"]
+    options = ["--parsable", "--array=0-1", "--exclusive", "--job-name=ill", f"--output={slurm.folder}/%A_%a.log"]
+    job = slurm.command("sbatch", *options, "--export=SOME", ROOT / "launch" / "slurm.sbatch", *words, *FLAGS).strip()
+    watch = Watch(slurm, f"{job}_1", slurm.folder / f"{job}_1")
+    watch.until(r"slurm.sbatch: excluding node\d, and going on elsewhere")
+    watch.until(rf"sla-job: attempt 1 of this run, job {job}_1 on node3")
+    other = slurm.job(f"{job}_0")
+    assert (other["JobState"], other["Restarts"], other["ExcNodeList"]) == ("RUNNING", "0", "(null)")
+    assert "node3" not in slurm.job(f"{job}_1")["ExcNodeList"].split(",") != ["(null)"]
+    slurm.command("scancel", job)
     # What fails everywhere is no node's fault.
     job = submit(slurm, run, *FLAGS, PYTHON=python, HEALTH_CHECK="false", MAX_EXCLUDED="1")
     assert slurm.until(job, {"FAILED"})["ExitCode"] == "1:0"
@@ -357,6 +375,14 @@ def test_a_cancelled_job_stays_cancelled(slurm: Cluster, tmp_path: Path) -> None
     python = wrapper(tmp_path, "trap 'exit 1' TERM; echo training; sleep 100 & wait")
     job = submit(slurm, run, *FLAGS, PYTHON=python)
     Watch(slurm, job, run).until("training")
+    # Another that would save to the same folder meanwhile.
+    run.with_name("second").mkdir()
+    checkpoints = {"CHECKPOINTS": str(run / "checkpoints")}
+    second = submit(slurm, run.with_name("second"), *FLAGS, nodes=1, PYTHON=python, **checkpoints)
+    assert slurm.until(second, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+    assert f"slurm.sbatch: error: {run}/checkpoints: job {job} is training there: expected another RUN_DIR" in log(
+        run.with_name("second")
+    )
     slurm.command("scancel", job)
     slurm.until(job, {"CANCELLED"})
     time.sleep(2)
@@ -371,3 +397,28 @@ def test_bad_flags_end_the_job_before_anything_is_trained(slurm: Cluster) -> Non
     job = submit(slurm, run, PRESETS="nothing")
     assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
     assert "sla-megatron: error: PRESETS: no preset nothing" in log(run)
+    # Two processes on each of two nodes, of which Slurm has no GPU to give.
+    for flags, more, says in (
+        (
+            ["--num-layers", "2"],
+            {"NPROC": ""},
+            "slurm.sbatch: error: --gpus-per-node: Slurm gave no GPU: expected GPUs",
+        ),
+        (
+            [*FLAGS, "--context-parallel-size", "3"],
+            {},
+            "error: 4 ranks (2 x 2 processes) cannot hold TP 2 x PP 2 x CP 3",
+        ),
+        (
+            [*FLAGS, "--ckpt-step", "5"],
+            {},
+            "sla-job: error: --ckpt-step 5 would go back to that iteration at each attempt",
+        ),
+    ):
+        job = submit(slurm, run, *flags, **more)
+        assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+        assert says in log(run)
+    parts = ["--parsable", "-N1", f"--output={run}.log", ":", "-N1", "launch/slurm.sbatch", *FLAGS]
+    job = slurm.command("sbatch", *parts, cwd=ROOT, PYTHON=sys.executable).strip()
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+    assert "slurm.sbatch: error: a heterogeneous job of 2 parts: expected one job of equal nodes" in log(run)
