@@ -93,7 +93,7 @@ def stored_args(folder: Path) -> dict[str, Any]:
             with (folder / place.relative_path).open("rb") as file:
                 file.seek(place.offset)
                 (common,) = _unzipped(file.read(place.length))
-        return {"iteration": common["iteration"], **vars(common["args"])}
+        return vars(common["args"]) | {"iteration": common["iteration"]}
     except Exception:  # As above; and a pickle of another version may hold anything.
         return {}
 
