@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from sla_megatron.common.checkpoint_folders import newest_complete
 from tests.support.launch import ROOT, free_ports, rank_environment
 from tests.support.runs import argv
-from tests.support.slurm import Cluster, cluster, missing
+from tests.support.slurm import Cluster, cluster, missing, processes_with
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")]
 
@@ -159,22 +161,6 @@ def processes_on(node: str, run: Path, command: bytes) -> list[int]:
     return processes_with(command, SLURMD_NODENAME=node, RUN_DIR=str(run))
 
 
-def processes_with(command: bytes, **variables: str) -> list[int]:
-    """Those that run the command and have the variables in their environment."""
-    names = [f"{name}={value}\0".encode() for name, value in variables.items()]
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                environment = (folder / "environ").read_bytes()
-                running = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if all(b"\0" + name in b"\0" + environment for name in names) and command in running:
-                found.append(int(folder.name))
-    return found
-
-
 def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Path) -> None:
     """One job is told to leave, loses a node's processes, a node, its newest checkpoint, is preempted, and finishes."""
     run = slurm.folder / "runs" / "disturbed"
@@ -252,59 +238,66 @@ def test_each_task_of_an_array_is_told_crashes_and_goes_on_by_itself(slurm: Clus
     words = [f"PYTHON={sys.executable}", "NPROC=1", "SAVE_SECONDS=77", "HEALTH_CHECK=true"]
     script = ROOT / "launch" / "slurm.sbatch"
     job = slurm.command("sbatch", *options, script, *words, *TASK_FLAGS, MAX_FAILURES="1").strip()
-    tasks = [f"{job}_{number}" for number in (2, 1, 0)]
-    runs = {task: slurm.folder / "runs" / f"gpt-{task[-1]}" for task in tasks}
-    watches = {task: Watch(slurm, task, slurm.folder / task) for task in tasks}
+    tasks = [f"{job}_{number}" for number in range(3)]
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        seen = dict(zip(tasks, pool.map(lambda task: disturb(slurm, task), tasks), strict=True))
+    assert seen[tasks[2]].number == job
+    assert len({one.number for one in seen.values()}) == len({one.endpoint for one in seen.values()}) == len(tasks)
 
-    saved, numbers = {}, {}
-    for task in tasks:
-        watches[task].training()
-        slurm.command("scancel", "--batch", "--signal=USR1", task)
-        watches[task].until(rf"slurm.sbatch: USR1 came: the ranks save and exit \(step {task}\.\d+\)")
-        numbers[task] = slurm.job(task)["JobId"]
-        if task == tasks[0]:
-            assert numbers[task] == job
-            assert all("USR1" not in log(slurm.folder / other) for other in tasks[1:])
-    for task in tasks:
-        saved[task] = int(watches[task].until(r"sla-job: attempt 1 ended by a signal: iteration (\d+) is saved")[1])
-        watches[task].until(f"slurm.sbatch: requeueing job {task}")
-
-    # Each goes on from what it saved, and loses its rank in mid-step.
-    endpoints = set()
-    for task in tasks:
-        watches[task].until(f"resuming from iteration {saved[task]}")
-        assert (runs[task] / "checkpoints" / f"iter_{saved[task]:07d}").is_dir()
-        assert slurm.job(task)["Restarts"] == "1"
-        watches[task].training()
-        own = {"SLURM_JOB_ID": numbers[task], "SLURM_ARRAY_TASK_ID": task[-1]}
-        exported = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77", "OMP_NUM_THREADS": "1"}
-        launcher = processes_with(b"--rdzv-endpoint", **own)[0]
-        endpoints.add(re.search("--rdzv-endpoint\0(.+?)\0", Path(f"/proc/{launcher}/cmdline").read_text())[1])
-        ranks = processes_with(b"sla_megatron.pretrain_gpt", RANK="0", **own, **exported)
-        assert ranks, task
-        for pid in ranks:
-            os.kill(pid, signal.SIGKILL)
-    assert len(set(numbers.values())) == len(endpoints) == 3
-
-    for task in tasks:
-        watches[task].until(rf"sla-job: attempt 2 failed with status \d+: iteration {saved[task]} is saved, no more")
-        watches[task].until(rf"sla-job: attempt 3 of this run, job {task} on ")
-        assert slurm.job(task)["Restarts"] == "2"
-        if task != tasks[0]:
-            slurm.command("scancel", task)
-    ended = {task: slurm.until(task, {"COMPLETED", "FAILED", "CANCELLED"}) for task in reversed(tasks)}
-    assert [ended[task]["JobState"] for task in tasks] == ["COMPLETED", "CANCELLED", "CANCELLED"]
-    for task in tasks:
-        text = log(slurm.folder / task)
+    # Two are cancelled, and stay so; the one with the array's number comes to its end.
+    ended = {task: slurm.until(task, {"COMPLETED", "FAILED", "CANCELLED"}) for task in tasks}
+    assert [ended[task]["JobState"] for task in tasks] == ["CANCELLED", "CANCELLED", "COMPLETED"]
+    for task, known in ended.items():
+        text, run = log(slurm.folder / task), task_run(slurm, task)
+        assert (known["Restarts"], known["ExcNodeList"]) == ("2", "(null)")
+        assert (text.count("USR1 came"), text.count("requeueing job")) == (1, 2)
         (lost,) = set(re.findall("--export=NONE: .* was lost:(.*); expected as words before the flags", text))
         assert {"PRESETS", "RUN_DIR", "MAX_FAILURES"} <= set(lost.split()) and "NPROC" not in lost
-        chain = json.loads((runs[task] / "chain.json").read_text())["attempts"]
+        chain = json.loads((run / "chain.json").read_text())["attempts"]
         assert {attempt["job"] for attempt in chain} == {task}
-        assert [attempt["began_at"] for attempt in chain] == [0, saved[task], saved[task]]
-        how = [attempt["how"].partition(" ")[0] for attempt in chain if attempt["how"]]
-        assert how == ["preempted", "status", "finished"][: len(how)] and len(how) >= 2
-        assert (how[-1] == "finished") == (task == tasks[0])
-    assert newest_complete(runs[tasks[0]] / "checkpoints")[0] == TASK_ITERATIONS
+        assert [attempt["began_at"] for attempt in chain] == [0, seen[task].saved, seen[task].saved]
+        assert [attempt["how"] for attempt in chain][0] == "preempted"
+        assert newest_complete(run / "checkpoints")[0] == (TASK_ITERATIONS if task == tasks[2] else seen[task].saved)
+
+
+class Seen(NamedTuple):
+    """Of a task of an array: Slurm's number of it, where its ranks meet, and the iteration that it saved when told."""
+
+    number: str
+    endpoint: str
+    saved: int
+
+
+def task_run(slurm: Cluster, task: str) -> Path:
+    """The run's folder that the script gives to a task of a job ``gpt``, where it is not told one."""
+    return slurm.folder / "runs" / f"gpt-{task.partition('_')[2]}"
+
+
+def disturb(slurm: Cluster, task: str) -> Seen:
+    """Have a task told to leave, then its rank killed; it goes on from the same iteration, or is cancelled there."""
+    watch, index = Watch(slurm, task, slurm.folder / task), task.partition("_")[2]
+    watch.training()
+    slurm.command("scancel", "--batch", "--signal=USR1", task)
+    watch.until(rf"slurm.sbatch: USR1 came: the ranks save and exit \(step {task}\.\d+\)")
+    saved = int(watch.until(r"sla-job: attempt 1 ended by a signal: iteration (\d+) is saved")[1])
+    watch.until(f"slurm.sbatch: requeueing job {task}")
+    watch.until(f"resuming from iteration {saved}")
+    assert slurm.job(task)["Restarts"] == "1"
+
+    watch.training()
+    own = {"SLURM_JOB_ID": slurm.job(task)["JobId"], "SLURM_ARRAY_TASK_ID": index}
+    launcher = processes_with(b"--rdzv-endpoint", **own)[0]
+    endpoint = re.search("--rdzv-endpoint\0(.+?)\0", Path(f"/proc/{launcher}/cmdline").read_text())[1]
+    exported = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77", "OMP_NUM_THREADS": "1"}
+    ranks = processes_with(b"sla_megatron.pretrain_gpt", RANK="0", **own, **exported)
+    assert ranks, task
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    watch.until(rf"sla-job: attempt 2 failed with status \d+: iteration {saved} is saved, no more than it began with")
+    watch.until(rf"sla-job: attempt 3 of this run, job {task} on ")
+    if index != "2":
+        slurm.command("scancel", task)
+    return Seen(own["SLURM_JOB_ID"], endpoint, saved)
 
 
 def test_lost_checkpoints_are_not_replaced_by_random_weights(slurm: Cluster, undisturbed: Path) -> None:

@@ -19,7 +19,7 @@ from sla_megatron.commands.sweep.cli import main
 from sla_megatron.commands.sweep.training_log import LAUNCH_MARK
 from tests.support.indexed_files import write_indexed
 from tests.support.launch import ROOT, rank_environment
-from tests.support.slurm import Cluster, cluster, missing
+from tests.support.slurm import Cluster, cluster, missing, processes_with
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -192,7 +192,17 @@ def test_a_job_array_finds_the_same(slurm: Cluster, finished: tuple[Path, str], 
     while not (task_log.exists() and printed_losses(task_log)):
         assert time.monotonic() < deadline, task_log
         time.sleep(0.02)
+    # It may not come to its end before the signal comes to it.
+    ranks = processes_with(b"sla_megatron.pretrain_gpt", SLURM_ARRAY_TASK_ID="1", RANK="0")
+    assert ranks
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
     slurm.command("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    while "slurm.sbatch: USR1 came: the ranks save and exit (step " not in task_log.read_text():
+        assert time.monotonic() < deadline, task_log.read_text()[-4000:]
+        time.sleep(0.02)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
     assert slurm.job(f"{job}_1")["JobId"] == job
     # A job's state is known for minutes after its end.
     for task in ("0", "1"):
@@ -205,7 +215,6 @@ def test_a_job_array_finds_the_same(slurm: Cluster, finished: tuple[Path, str], 
         same = ("validation_loss", "tokens", "parameters", "flags", "processes")
         assert {what: row[what] for what in same} == {what: local[name][what] for what in same}
         chain = json.loads((out / "runs" / name / "chain.json").read_text())["attempts"]
-        # The signal comes between the first and the last of a few hundred steps.
         assert [attempt["how"] for attempt in chain] == ["preempted", "finished"][name != SLA :]
         assert [attempt["job"] for attempt in chain] == [f"{job}_{int(name == SLA)}"] * len(chain)
         unprinted = {2, *(attempt["began_at"] + 2 for attempt in chain)}
