@@ -285,7 +285,7 @@ def disturb(slurm: Cluster, task: str) -> Seen:
     assert slurm.job(task)["Restarts"] == "1"
 
     watch.training()
-    own = {"SLURM_JOB_ID": slurm.job(task)["JobId"], "SLURM_ARRAY_TASK_ID": index}
+    own = {"SLURM_JOB_ID": slurm.job(task)["JobId"], "SLURM_CONF": slurm.environment["SLURM_CONF"]}
     launcher = processes_with(b"--rdzv-endpoint", **own)[0]
     endpoint = re.search("--rdzv-endpoint\0(.+?)\0", Path(f"/proc/{launcher}/cmdline").read_text())[1]
     exported = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77", "OMP_NUM_THREADS": "1"}

@@ -193,7 +193,8 @@ def test_a_job_array_finds_the_same(slurm: Cluster, finished: tuple[Path, str], 
         assert time.monotonic() < deadline, task_log
         time.sleep(0.02)
     # It may not come to its end before the signal comes to it.
-    ranks = processes_with(b"sla_megatron.pretrain_gpt", SLURM_ARRAY_TASK_ID="1", RANK="0")
+    own = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_CONF": slurm.environment["SLURM_CONF"]}
+    ranks = processes_with(b"sla_megatron.pretrain_gpt", RANK="0", **own)
     assert ranks
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
