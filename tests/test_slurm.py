@@ -409,6 +409,7 @@ def test_bad_flags_end_the_job_before_anything_is_trained(slurm: Cluster) -> Non
         job = submit(slurm, run, *flags, **more)
         assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
         assert says in log(run)
+    assert not run.exists()
     parts = ["--parsable", "-N1", f"--output={run}.log", ":", "-N1", "launch/slurm.sbatch", *FLAGS]
     job = slurm.command("sbatch", *parts, cwd=ROOT, PYTHON=sys.executable).strip()
     assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"

@@ -1,6 +1,7 @@
 """``sla-job``: what launch/slurm.sbatch asks before and after each attempt.
 
-sla-job begin --run runs/gpt -- MEGATRON FLAGS      0 go on, 10 nothing left to do, 2 refused, 3 crash loop
+sla-job check --run runs/gpt -- MEGATRON FLAGS      0 a chain can go on with them, 2 refused
+sla-job begin --run runs/gpt -- FLAGS               0 go on, 10 nothing left to do, 2 refused, 3 crash loop
 sla-job end --run runs/gpt --status 1 -- FLAGS      0 finished, 75 to be requeued, 3 crash loop
 sla-job show --run runs/gpt                         the attempts so far
 sla-job health --run runs/gpt --gpus 8              this node: GPUs, and the run's folder
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="sla-job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     helps = {
+        _check: "before a job: whether a chain of attempts can have these flags; writes nothing",
         _begin: "before an attempt: put the checkpoint folder in order, note the attempt",
         _end: "after an attempt: note how it ended, and say what comes next",
         _show: "print the attempts so far",
@@ -52,12 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         folder = "the run's folder, where chain.json is"
         command.add_argument("--run", type=_folder, required=True, metavar="FOLDER", help=folder, **WITH_VALUE)
+        if function in (_check, _begin, _end):
+            command.add_argument("flags", nargs="*", metavar="-- FLAGS", help="all of Megatron's flags of the run")
         if function in (_begin, _end):
             limit = "failures in a row without a new checkpoint that end the chain (default: 3)"
             command.add_argument(
                 "--max-failures", type=count("--max-failures"), default=3, metavar="N", help=limit, **WITH_VALUE
             )
-            command.add_argument("flags", nargs="*", metavar="-- FLAGS", help="all of Megatron's flags of the run")
         if function is _begin:
             command.add_argument("--job", metavar="NAME", help="what Slurm calls the job (default: SLURM_JOB_ID)")
         if function is _end:
@@ -77,6 +80,13 @@ def _folder(text: str) -> Path:
 
 def _say(line: str) -> None:
     print(f"sla-job: {line}", flush=True)
+
+
+def _check(args: Namespace) -> int:
+    if args.run.exists() and not args.run.is_dir():
+        raise FlagError("--run", args.run, "a folder, or none yet")
+    training_flags(args.flags)
+    return 0
 
 
 def _begin(args: Namespace) -> int:

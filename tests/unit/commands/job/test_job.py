@@ -292,6 +292,8 @@ ATTEMPT = {"job": "1", "nodes": "n", "began": "then", "began_at": 0}
         ("begin --run a -- {flags}", r"a/chain.json cannot be read \(.*\): expected it as it was"),
         ("begin --run new -- --save file --load file", "file/latest_checkpointed_iteration.txt: Not a directory"),
         ("begin --run new --max-failures 0 -- {flags}", "--max-failures 0: expected an integer of 1 or more"),
+        ("check --run file -- {flags}", "--run file: expected a folder, or none yet"),
+        ("check --run new -- --save s --load t", "--load t: expected the folder of --save, s"),
         ("health --run new --gpus -1", "--gpus -1: expected an integer of 0 or more"),
     ],
 )
@@ -317,7 +319,7 @@ def test_runs_that_are_none(
 
 
 def test_every_command_and_option_has_a_help(capsys: pytest.CaptureFixture) -> None:
-    for command in ("begin", "end", "show", "health"):
+    for command in ("check", "begin", "end", "show", "health"):
         with pytest.raises(SystemExit):
             cli.main(["--help"])
         assert re.search(rf"^ +{command} +\S+", capsys.readouterr().out, re.MULTILINE)
