@@ -215,7 +215,7 @@ def test_overrides_that_sbatch_dropped_are_named(export: str | None, lost: set[s
     given = {} if export is None else {"SLURM_EXPORT_ENV": export}
     done = sbatch("--num-layers", "2", "--device", "cpu", **given)
     assert done.returncode == 0
-    said = re.findall(r"^slurm.sbatch: --export=(\S+): .* was lost: (.*); expected as words before", done.stdout, re.M)
+    said = re.findall(r"^slurm.sbatch: --export=(\S+): .* was lost: (.*); expected as words before", done.stderr, re.M)
     assert bool(said) == bool(lost)
     if said:
         assert said[0][0] == export
