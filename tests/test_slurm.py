@@ -221,7 +221,7 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
 
 
 #: Enough iterations for what is done to the tasks meanwhile; nothing is saved but when a signal comes, and at the end.
-TASK_ITERATIONS = 300
+TASK_ITERATIONS = 250
 TASK_FLAGS = [
     *argv(train_iters=TASK_ITERATIONS, save_interval=1000, lr_decay_iters=900, tensor_model_parallel_size=1),
     *("--eval-iters", "0", "--device", "cpu"),
