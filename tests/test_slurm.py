@@ -345,9 +345,11 @@ def test_an_unhealthy_node_is_excluded(slurm: Cluster, tmp_path: Path) -> None:
     assert set(re.findall(r"trained on (\w+)", log(run))) == {"node2", "node3"}
     # Of an array, the task alone that was there; the last one has the array's own number.
     check = '[ "$SLURM_ARRAY_TASK_ID" = 0 ] || [ "$SLURMD_NODENAME" = node3 ]'
-    words = [f"PYTHON={wrapper(tmp_path, 'sleep 30')}", "NPROC=2", f"HEALTH_CHECK={check}", f"SLA_ROOT={ROOT}"]
+    words = [f"PYTHON={wrapper(tmp_path, 'sleep 30')}", "NPROC=1", f"HEALTH_CHECK={check}", f"SLA_ROOT={ROOT}"]
     options = ["--parsable", "--array=0-1", "--exclusive", "--job-name=ill", f"--output={slurm.folder}/%A_%a.log"]
-    job = slurm.command("sbatch", *options, "--export=SOME", ROOT / "launch" / "slurm.sbatch", *words, *FLAGS).strip()
+    job = slurm.command(
+        "sbatch", *options, "--export=SOME", ROOT / "launch" / "slurm.sbatch", *words, *TASK_FLAGS
+    ).strip()
     watch = Watch(slurm, f"{job}_1", slurm.folder / f"{job}_1")
     watch.until(r"slurm.sbatch: excluding node\d, and going on elsewhere")
     watch.until(rf"sla-job: attempt 1 of this run, job {job}_1 on node3")
