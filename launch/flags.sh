@@ -17,6 +17,47 @@ with_presets() {
     "$preset_command" "$@"
 }
 
+# flag_value FLAG DEFAULT [ARG]...: prints FLAG's value among the ARGs; of several the last counts.
+flag_value() (
+    flag=$1 found=$2
+    shift 2
+    while [ $# -gt 0 ]; do
+        case $1 in
+        "$flag") found=${2-} ;;
+        "$flag="*) found=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s\n' "$found"
+)
+
+# require_whole_replicas NODES PROCESSES FLAG...: status 2 and one line where the ranks cannot hold the flags' layout, as
+# Megatron finds on each of them.  What is no number, or comes from a checkpoint, is left to it.
+require_whole_replicas() (
+    nodes=$1 each=$2
+    shift 2
+    case " $* " in *" --use-checkpoint-args "* | *" --use-mp-args-from-checkpoint-args "*) return 0 ;; esac
+    tp=$(flag_value --tensor-model-parallel-size 1 "$@")
+    pp=$(flag_value --pipeline-model-parallel-size 1 "$@")
+    cp=$(flag_value --context-parallel-size 1 "$@")
+    ep=$(flag_value --expert-model-parallel-size 1 "$@")
+    etp=$(flag_value --expert-tensor-parallel-size "$tp" "$@")
+    for size in "$each" "$tp" "$pp" "$cp" "$ep" "$etp"; do
+        case $size in "" | 0* | *[!0-9]*) return 0 ;; esac
+    done
+    ranks=$((nodes * each))
+    if [ $((ranks % (tp * pp * cp))) -ne 0 ]; then
+        sizes="TP $tp x PP $pp x CP $cp" multiple=$((tp * pp * cp))
+    elif [ $((ranks % (etp * ep * pp))) -ne 0 ]; then
+        sizes="expert TP $etp x EP $ep x PP $pp" multiple=$((etp * ep * pp))
+    else
+        return 0
+    fi
+    echo "sla-megatron: error: $ranks ranks ($nodes x $each processes) cannot hold $sizes: expected a multiple of" \
+        "$multiple, by other nodes, GPUs or NPROC=" >&2
+    return 2
+)
+
 # print_command COMMAND [ARG]...: prints it so that a shell that reads it runs it, a line for each flag.
 print_command() (
     # Of the locale's letters some are no letters to the shell that reads it.

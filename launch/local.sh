@@ -18,7 +18,13 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 
 run() {
     python=${PYTHON:-$root/.venv/bin/python}
-    nproc=${NPROC:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
+    nproc=${NPROC:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
+    if [ -z "${NPROC:-}" ] && [ "$nproc" = 0 ]; then
+        nproc=2
+        [ "$(flag_value --device auto "$@")" = cpu ] ||
+            echo "local.sh: no GPU here: $nproc processes on the CPU; NPROC= starts another number" >&2
+    fi
+    require_whole_replicas 1 "$nproc" "$@"
     # Megatron insists on one connection for tensor parallelism on most GPUs.
     set -- env "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}" \
         "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}" \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def fake_python(tmp_path: Path) -> Path:
 
 def sh(*command: str | Path, **environment: str | Path) -> subprocess.CompletedProcess:
     """Run ``command`` with ``environment`` and none of the caller's overrides."""
-    overrides = ("PRESETS", "NPROC", "PYTHON", "DRY_RUN", "PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS")
+    overrides = ("PRESETS", "NPROC", "PYTHON", "DRY_RUN", "PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS", "RUN_DIR")
     inherited = {name: value for name, value in os.environ.items() if name not in overrides}
     return subprocess.run(
         [*map(str, command)],
@@ -146,6 +147,90 @@ def test_bad_presets_end_in_one_line(tmp_path: Path, presets: str, says: str) ->
         (line,) = done.stderr.splitlines()
         assert line.startswith("sla-megatron: error: PRESETS: ") and says in line, line
     assert local(PRESETS="nothing-like-it", PYTHON="false").returncode == 2
+
+
+def sbatch(*arguments: str, **environment: str | Path) -> subprocess.CompletedProcess:
+    """``launch/slurm.sbatch``, which without Slurm shows its command."""
+    return sh(ROOT / "launch" / "slurm.sbatch", *arguments, **{"DRY_RUN": "1", "PYTHON": sys.executable} | environment)
+
+
+@pytest.mark.parametrize(
+    ("presets", "flags", "processes", "whole"),
+    [
+        ("7b 4k", "", 2, False),
+        ("7b 4k", "", 8, True),
+        ("7b 4k", "", 6, False),
+        ("7b 4k", "--tensor-model-parallel-size 1 --pipeline-model-parallel-size=2", 2, True),
+        ("1b 4k", "--context-parallel-size 4", 6, False),
+        ("1b 4k", "--tensor-model-parallel-size 8 --tensor-model-parallel-size=2", 2, True),
+        ("1b 4k", "--tensor-model-parallel-size=2 --tensor-model-parallel-size 8", 2, False),
+        ("1b 4k", "--expert-model-parallel-size 4 --num-experts 4", 2, False),
+        ("1b 4k", "--expert-model-parallel-size 4 --expert-tensor-parallel-size 2 --num-experts 4", 4, False),
+        ("1b 4k", "--expert-model-parallel-size 4 --num-experts 4", 4, True),
+    ],
+)
+def test_layouts_that_ranks_cannot_hold(
+    presets: str, flags: str, processes: int, whole: bool, fake_python: Path
+) -> None:
+    """Of both launchers: one line with the numbers, status 2, and nothing is printed to be run."""
+    own = {"PRESETS": presets, "NPROC": str(processes), "DRY_RUN": "1"}
+    for done in (local(*flags.split(), PYTHON=fake_python, **own), sbatch(*flags.split(), **own)):
+        assert done.returncode == (0 if whole else 2), done.stderr
+        assert bool(done.stdout) == whole
+        if not whole:
+            (line,) = done.stderr.splitlines()
+            assert line.startswith(f"sla-megatron: error: {processes} ranks (1 x {processes} processes) cannot hold ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--device", "auto"], ["--device=cpu", "--device", "cuda"]])
+def test_a_node_without_gpus_is_no_secret(arguments: list[str], tmp_path: Path) -> None:
+    """Of a command that is shown a line says so; where the CPU is meant, none."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 0\n")
+    python.chmod(0o755)
+    for program in (local, sbatch):
+        done = program("--num-layers", "2", *arguments, PYTHON=python, DRY_RUN="1")
+        assert done.returncode == 0 and "--nproc-per-node 2" in done.stdout.replace("\\\n    ", "")
+        assert re.fullmatch(r"(local.sh|slurm.sbatch): no GPU here: 2 processes .*\n", done.stderr), done.stderr
+        meant = program("--num-layers", "2", "--device", "cpu", PYTHON=python, DRY_RUN="1")
+        assert (meant.returncode, meant.stderr) == (0, "")
+    refused = sbatch("--num-layers", "2", NPROC="two")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "slurm.sbatch: error: NPROC two: expected the number of processes a node\n"
+
+
+@pytest.mark.parametrize(
+    ("export", "lost", "kept"),
+    [
+        ("NONE", {"PRESETS", "RUN_DIR", "NPROC", "MAX_FAILURES"}, {"PYTHON"}),
+        ("NIL", {"PRESETS", "RUN_DIR", "NPROC", "MAX_FAILURES"}, {"PYTHON"}),
+        ("HOME,PRESETS,NPROC=2", {"RUN_DIR", "MAX_FAILURES"}, {"PYTHON", "PRESETS", "NPROC"}),
+        ("ALL", set(), None),
+        ("ALL,NPROC=2", set(), None),
+        (None, set(), None),
+    ],
+)
+def test_overrides_that_sbatch_dropped_are_named(export: str | None, lost: set[str], kept: set[str] | None) -> None:
+    """In one line, by what Slurm says of its --export in the job's environment."""
+    given = {} if export is None else {"SLURM_EXPORT_ENV": export}
+    done = sbatch("--num-layers", "2", "--device", "cpu", **given)
+    assert done.returncode == 0
+    said = re.findall(r"^slurm.sbatch: --export=(\S+): .* was lost: (.*); expected as words before", done.stderr, re.M)
+    assert bool(said) == bool(lost)
+    if said:
+        assert said[0][0] == export
+        named = set(said[0][1].split())
+        assert lost <= named and not kept & named
+
+
+def test_words_before_the_flags_are_overrides() -> None:
+    """Of any name, with any value; the first flag ends them."""
+    done = sbatch("PRESETS=4k sla", "NPROC=3", "NCCL_DEBUG=a b", "--lr", "X=1", "Y=2")
+    assert done.returncode == 0, done.stderr
+    assert "--nproc-per-node 3" in done.stdout
+    flags = done.stdout[done.stdout.index("--exit-signal-handler") :]
+    assert flags.split()[1:4] == ["\\", "--seq-length", "4096"]
+    assert "PRESETS" not in flags and flags.rstrip().endswith("--lr X=1 Y=2")
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

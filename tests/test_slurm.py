@@ -11,16 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from sla_megatron.common.checkpoint_folders import newest_complete
 from tests.support.launch import ROOT, free_ports, rank_environment
 from tests.support.runs import argv
-from tests.support.slurm import Cluster, cluster, missing
+from tests.support.slurm import Cluster, cluster, missing, processes_with
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")]
 
@@ -155,18 +158,7 @@ class Watch:
 
 def processes_on(node: str, run: Path, command: bytes) -> list[int]:
     """Those that run the command on the node, by what Slurm and :func:`submit` put into their environment."""
-    names = [f"SLURMD_NODENAME={node}\0".encode(), f"RUN_DIR={run}\0".encode()]
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                environment = (folder / "environ").read_bytes()
-                running = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if all(name in environment for name in names) and command in running:
-                found.append(int(folder.name))
-    return found
+    return processes_with(command, SLURMD_NODENAME=node, RUN_DIR=str(run))
 
 
 def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Path) -> None:
@@ -228,6 +220,86 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     same_result(run, undisturbed)
 
 
+#: Enough iterations for what is done to the tasks meanwhile; nothing is saved but when a signal comes, and at the end.
+TASK_ITERATIONS = 250
+TASK_FLAGS = [
+    *argv(train_iters=TASK_ITERATIONS, save_interval=1000, lr_decay_iters=900, tensor_model_parallel_size=1),
+    *("--eval-iters", "0", "--device", "cpu"),
+]
+
+
+def test_each_task_of_an_array_is_told_crashes_and_goes_on_by_itself(slurm: Cluster) -> None:
+    """With ``--export=NONE``: ranks have what the script sets, each task its folder, and Slurm's records are its own.
+
+    The last task has the array's own number: by it Slurm's commands mean all three.
+    """
+    options = ["--parsable", "--array=0-2", "--export=NONE", "--job-name=gpt", f"--output={slurm.folder}/%A_%a.log"]
+    # Folders are left to the script, which Slurm has a copy of: it asks where it was submitted from.
+    words = [f"PYTHON={sys.executable}", "NPROC=1", "SAVE_SECONDS=77", "HEALTH_CHECK=true"]
+    script = ROOT / "launch" / "slurm.sbatch"
+    job = slurm.command("sbatch", *options, script, *words, *TASK_FLAGS, MAX_FAILURES="1").strip()
+    tasks = [f"{job}_{number}" for number in range(3)]
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        seen = dict(zip(tasks, pool.map(lambda task: disturb(slurm, task), tasks), strict=True))
+    assert seen[tasks[2]].number == job
+    assert len({one.number for one in seen.values()}) == len({one.endpoint for one in seen.values()}) == len(tasks)
+
+    # Two are cancelled, and stay so; the one with the array's number comes to its end.
+    ended = {task: slurm.until(task, {"COMPLETED", "FAILED", "CANCELLED"}) for task in tasks}
+    assert [ended[task]["JobState"] for task in tasks] == ["CANCELLED", "CANCELLED", "COMPLETED"]
+    for task, known in ended.items():
+        text, run = log(slurm.folder / task), task_run(slurm, task)
+        assert (known["Restarts"], known["ExcNodeList"]) == ("2", "(null)")
+        assert (text.count("USR1 came"), text.count("requeueing job")) == (1, 2)
+        (lost,) = set(re.findall("--export=NONE: .* was lost:(.*); expected as words before the flags", text))
+        assert {"PRESETS", "RUN_DIR", "MAX_FAILURES"} <= set(lost.split()) and "NPROC" not in lost
+        chain = json.loads((run / "chain.json").read_text())["attempts"]
+        assert {attempt["job"] for attempt in chain} == {task}
+        assert [attempt["began_at"] for attempt in chain] == [0, seen[task].saved, seen[task].saved]
+        assert [attempt["how"] for attempt in chain][0] == "preempted"
+        assert newest_complete(run / "checkpoints")[0] == (TASK_ITERATIONS if task == tasks[2] else seen[task].saved)
+
+
+class Seen(NamedTuple):
+    """Of a task of an array: Slurm's number of it, where its ranks meet, and the iteration that it saved when told."""
+
+    number: str
+    endpoint: str
+    saved: int
+
+
+def task_run(slurm: Cluster, task: str) -> Path:
+    """The run's folder that the script gives to a task of a job ``gpt``, where it is not told one."""
+    return slurm.folder / "runs" / f"gpt-{task.partition('_')[2]}"
+
+
+def disturb(slurm: Cluster, task: str) -> Seen:
+    """Have a task told to leave, then its rank killed; it goes on from the same iteration, or is cancelled there."""
+    watch, index = Watch(slurm, task, slurm.folder / task), task.partition("_")[2]
+    watch.training()
+    slurm.command("scancel", "--batch", "--signal=USR1", task)
+    watch.until(rf"slurm.sbatch: USR1 came: the ranks save and exit \(step {task}\.\d+\)")
+    saved = int(watch.until(r"sla-job: attempt 1 ended by a signal: iteration (\d+) is saved")[1])
+    watch.until(f"slurm.sbatch: requeueing job {task}")
+    watch.until(f"resuming from iteration {saved}")
+    assert slurm.job(task)["Restarts"] == "1"
+
+    watch.training()
+    own = {"SLURM_JOB_ID": slurm.job(task)["JobId"], "SLURM_CONF": slurm.environment["SLURM_CONF"]}
+    launcher = processes_with(b"--rdzv-endpoint", **own)[0]
+    endpoint = re.search("--rdzv-endpoint\0(.+?)\0", Path(f"/proc/{launcher}/cmdline").read_text())[1]
+    exported = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77", "OMP_NUM_THREADS": "1"}
+    ranks = processes_with(b"sla_megatron.pretrain_gpt", RANK="0", **own, **exported)
+    assert ranks, task
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    watch.until(rf"sla-job: attempt 2 failed with status \d+: iteration {saved} is saved, no more than it began with")
+    watch.until(rf"sla-job: attempt 3 of this run, job {task} on ")
+    if index != "2":
+        slurm.command("scancel", task)
+    return Seen(own["SLURM_JOB_ID"], endpoint, saved)
+
+
 def test_lost_checkpoints_are_not_replaced_by_random_weights(slurm: Cluster, undisturbed: Path) -> None:
     run = slurm.folder / "runs" / "lost"
     shutil.copytree(undisturbed, run)
@@ -271,6 +343,20 @@ def test_an_unhealthy_node_is_excluded(slurm: Cluster, tmp_path: Path) -> None:
     slurm.until(job, {"FAILED"})
     assert "slurm.sbatch: excluding node1, and going on elsewhere" in log(run)
     assert set(re.findall(r"trained on (\w+)", log(run))) == {"node2", "node3"}
+    # Of an array, the task alone that was there; the last one has the array's own number.
+    check = '[ "$SLURM_ARRAY_TASK_ID" = 0 ] || [ "$SLURMD_NODENAME" = node3 ]'
+    words = [f"PYTHON={wrapper(tmp_path, 'sleep 30')}", "NPROC=1", f"HEALTH_CHECK={check}", f"SLA_ROOT={ROOT}"]
+    options = ["--parsable", "--array=0-1", "--exclusive", "--job-name=ill", f"--output={slurm.folder}/%A_%a.log"]
+    job = slurm.command(
+        "sbatch", *options, "--export=SOME", ROOT / "launch" / "slurm.sbatch", *words, *TASK_FLAGS
+    ).strip()
+    watch = Watch(slurm, f"{job}_1", slurm.folder / f"{job}_1")
+    watch.until(r"slurm.sbatch: excluding node\d, and going on elsewhere")
+    watch.until(rf"sla-job: attempt 1 of this run, job {job}_1 on node3")
+    other = slurm.job(f"{job}_0")
+    assert (other["JobState"], other["Restarts"], other["ExcNodeList"]) == ("RUNNING", "0", "(null)")
+    assert "node3" not in slurm.job(f"{job}_1")["ExcNodeList"].split(",") != ["(null)"]
+    slurm.command("scancel", job)
     # What fails everywhere is no node's fault.
     job = submit(slurm, run, *FLAGS, PYTHON=python, HEALTH_CHECK="false", MAX_EXCLUDED="1")
     assert slurm.until(job, {"FAILED"})["ExitCode"] == "1:0"
@@ -282,6 +368,14 @@ def test_a_cancelled_job_stays_cancelled(slurm: Cluster, tmp_path: Path) -> None
     python = wrapper(tmp_path, "trap 'exit 1' TERM; echo training; sleep 100 & wait")
     job = submit(slurm, run, *FLAGS, PYTHON=python)
     Watch(slurm, job, run).until("training")
+    # Another that would save to the same folder meanwhile.
+    run.with_name("second").mkdir()
+    checkpoints = {"CHECKPOINTS": str(run / "checkpoints")}
+    second = submit(slurm, run.with_name("second"), *FLAGS, nodes=1, PYTHON=python, **checkpoints)
+    assert slurm.until(second, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+    assert f"slurm.sbatch: error: {run}/checkpoints: job {job} is training there: expected another RUN_DIR" in log(
+        run.with_name("second")
+    )
     slurm.command("scancel", job)
     slurm.until(job, {"CANCELLED"})
     time.sleep(2)
@@ -296,3 +390,29 @@ def test_bad_flags_end_the_job_before_anything_is_trained(slurm: Cluster) -> Non
     job = submit(slurm, run, PRESETS="nothing")
     assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
     assert "sla-megatron: error: PRESETS: no preset nothing" in log(run)
+    # Two processes on each of two nodes, of which Slurm has no GPU to give.
+    for flags, more, says in (
+        (
+            ["--num-layers", "2"],
+            {"NPROC": ""},
+            "slurm.sbatch: error: --gpus-per-node: Slurm gave no GPU: expected GPUs",
+        ),
+        (
+            [*FLAGS, "--context-parallel-size", "3"],
+            {},
+            "error: 4 ranks (2 x 2 processes) cannot hold TP 2 x PP 2 x CP 3",
+        ),
+        (
+            [*FLAGS, "--ckpt-step", "5"],
+            {},
+            "sla-job: error: --ckpt-step 5 would go back to that iteration at each attempt",
+        ),
+    ):
+        job = submit(slurm, run, *flags, **more)
+        assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+        assert says in log(run)
+    assert not run.exists()
+    parts = ["--parsable", "-N1", f"--output={run}.log", ":", "-N1", "launch/slurm.sbatch", *FLAGS]
+    job = slurm.command("sbatch", *parts, cwd=ROOT, PYTHON=sys.executable).strip()
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+    assert "slurm.sbatch: error: a heterogeneous job of 2 parts: expected one job of equal nodes" in log(run)

@@ -19,7 +19,7 @@ from sla_megatron.commands.sweep.cli import main
 from sla_megatron.commands.sweep.training_log import LAUNCH_MARK
 from tests.support.indexed_files import write_indexed
 from tests.support.launch import ROOT, rank_environment
-from tests.support.slurm import Cluster, cluster, missing
+from tests.support.slurm import Cluster, cluster, missing, processes_with
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -179,12 +179,32 @@ def in_cluster(slurm: Cluster, command: list[str]) -> str:
 
 @pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")
 def test_a_job_array_finds_the_same(slurm: Cluster, finished: tuple[Path, str], grid: Path, tmp_path: Path) -> None:
-    """Two tasks, on a node each, at the same time: the losses of the sweep on this machine."""
+    """Two tasks, on a node each, at the same time: the losses of the sweep on this machine.
+
+    One of them, whose number is the array's own, is told to leave, and goes on; sbatch drops the environment.
+    """
     out = tmp_path / "out"
-    options = ["--", "--cpus-per-task=2"]
+    options = ["--", "--cpus-per-task=2", "--export=NONE"]
     command = sweep("submit", grid, "--out", out, "--limit", 2, "--device", "cpu", *options)
     submitted = in_cluster(slurm, command)
     job = re.search(r"Submitted batch job (\d+)", submitted)[1]
+    task_log, deadline = out / "runs" / SLA / "train.log", time.monotonic() + 120
+    while not (task_log.exists() and printed_losses(task_log)):
+        assert time.monotonic() < deadline, task_log
+        time.sleep(0.02)
+    # It may not come to its end before the signal comes to it.
+    own = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_CONF": slurm.environment["SLURM_CONF"]}
+    ranks = processes_with(b"sla_megatron.pretrain_gpt", RANK="0", **own)
+    assert ranks
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    slurm.command("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    while "slurm.sbatch: USR1 came: the ranks save and exit (step " not in task_log.read_text():
+        assert time.monotonic() < deadline, task_log.read_text()[-4000:]
+        time.sleep(0.02)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    assert slurm.job(f"{job}_1")["JobId"] == job
     # A job's state is known for minutes after its end.
     for task in ("0", "1"):
         known = slurm.until(f"{job}_{task}", {"COMPLETED", "FAILED", "CANCELLED"}, seconds=400)
@@ -196,6 +216,8 @@ def test_a_job_array_finds_the_same(slurm: Cluster, finished: tuple[Path, str], 
         same = ("validation_loss", "tokens", "parameters", "flags", "processes")
         assert {what: row[what] for what in same} == {what: local[name][what] for what in same}
         chain = json.loads((out / "runs" / name / "chain.json").read_text())["attempts"]
-        assert [attempt["how"] for attempt in chain] == ["finished"]
-        assert printed_losses(out / "runs" / name / "train.log").keys() == set(range(1, ITERATIONS + 1)) - {2}
+        assert [attempt["how"] for attempt in chain] == ["preempted", "finished"][name != SLA :]
+        assert [attempt["job"] for attempt in chain] == [f"{job}_{int(name == SLA)}"] * len(chain)
+        unprinted = {2, *(attempt["began_at"] + 2 for attempt in chain)}
+        assert printed_losses(out / "runs" / name / "train.log").keys() == set(range(1, ITERATIONS + 1)) - unprinted
     assert "all 2 runs are finished" in in_cluster(slurm, command)

@@ -7,10 +7,12 @@ Only the standard library is imported, so that a launcher may ask on a machine w
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,10 @@ class _Unpickler(pickle.Unpickler):
         del module, name
         return _Stored
 
+    def persistent_load(self, pid: Any) -> Any:
+        """A tensor's storage."""
+        return pid
+
 
 def problem(folder: Path) -> str | None:
     """Why the checkpoint in ``folder`` (one ``iter_*``) is not complete; None if it is.
@@ -68,6 +74,35 @@ def problem(folder: Path) -> str | None:
         if file.stat().st_size < end:
             return f"{name} ends at byte {file.stat().st_size}, its tensors at {end}"
     return None
+
+
+def stored_args(folder: Path) -> dict[str, Any]:
+    """Megatron's arguments of the run that wrote the checkpoint in ``folder``, by name, and the ``iteration`` that one
+    goes on from; empty where they cannot be read.
+
+    Values of other than Python's own types are stand-ins.  Megatron keeps its "common state" as one object beside the
+    tensors, in earlier versions as a file (``megatron/core/dist_checkpointing/serialization.py``).
+    """
+    try:
+        if (folder / "common.pt").is_file():
+            common = _unzipped((folder / "common.pt").read_bytes())
+        else:
+            with (folder / ".metadata").open("rb") as file:
+                places = _Unpickler(file).load().storage_data.items()
+            place = next(place for index, place in places if index.fqn == "common_state/shard_0_1")
+            with (folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                (common,) = _unzipped(file.read(place.length))
+        return vars(common["args"]) | {"iteration": common["iteration"]}
+    except Exception:  # As above; and a pickle of another version may hold anything.
+        return {}
+
+
+def _unzipped(saved: bytes) -> Any:
+    """What ``torch.save`` made ``saved`` of."""
+    with zipfile.ZipFile(io.BytesIO(saved)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        return _Unpickler(io.BytesIO(archive.read(name))).load()
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

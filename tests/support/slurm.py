@@ -104,6 +104,22 @@ class Cluster:
         return "\n".join(texts)
 
 
+def processes_with(command: bytes, **variables: str) -> list[int]:
+    """Those that run the command and have the variables in their environment."""
+    names = [f"{name}={value}\0".encode() for name, value in variables.items()]
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                environment = (folder / "environ").read_bytes()
+                running = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if all(b"\0" + name in b"\0" + environment for name in names) and command in running:
+                found.append(int(folder.name))
+    return found
+
+
 @contextlib.contextmanager
 def cluster(folder: Path, size: int) -> Iterator[Cluster]:
     """A cluster of ``size`` nodes, node1 and so on, in ``folder``, for the length of the block."""

@@ -6,22 +6,18 @@ a crash loop are told apart.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ...common.checkpoint_folders import TRACKER, newest_complete, point_to, tracked
-from ...common.errors import StartError
+from ...common.checkpoint_folders import TRACKER, checkpoints, newest_complete, point_to, stored_args, tracked
 from ...common.files import write_json
+from .flags import JobError, TrainingFlags
 
 FINISHED, REQUEUE, STOP = "finished", "requeue", "stop"
-
-
-class JobError(StartError):
-    """Why a job must not start, as one line."""
 
 
 @dataclass
@@ -35,6 +31,14 @@ class Attempt:
     ended: str | None = None
     ended_at: int | None = None
     how: str | None = None
+
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> Attempt:
+        """Raises TypeError or ValueError for what is none."""
+        attempt = cls(**stored)
+        if not isinstance(attempt.began_at, int) or not isinstance(attempt.ended_at, int | None):
+            raise ValueError(f"iterations {attempt.began_at} to {attempt.ended_at}")
+        return attempt
 
     @property
     def failed(self) -> bool:
@@ -54,7 +58,10 @@ class Chain:
         """Raises JobError if there is a file that cannot be read."""
         path = folder / "chain.json"
         try:
-            return cls(folder, [Attempt(**attempt) for attempt in json.loads(path.read_text())["attempts"]])
+            attempts = json.loads(path.read_text())["attempts"]
+            if not isinstance(attempts, list):
+                raise ValueError(f"attempts: {type(attempts).__name__}")
+            return cls(folder, [Attempt.read(attempt) for attempt in attempts])
         except FileNotFoundError:
             return cls(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -77,44 +84,6 @@ class Chain:
                 break
             count += 1
         return count
-
-
-@dataclass(frozen=True)
-class TrainingFlags:
-    """The few of Megatron's flags that a chain depends on."""
-
-    save: Path
-    train_iters: int | None
-
-
-def training_flags(flags: Sequence[str]) -> TrainingFlags:
-    """Read from all flags of a run, the last of a name counts.
-
-    Raises:
-        JobError: where the chain could not go on from what it saves.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--save", type=Path)
-    parser.add_argument("--load", type=Path)
-    parser.add_argument("--train-iters", type=int)
-    parser.add_argument("--ckpt-format", default="torch_dist")
-    parser.add_argument("--finetune", action="store_true")
-    try:
-        found, _ = parser.parse_known_args(list(flags))
-    except argparse.ArgumentError as error:
-        raise JobError(str(error)) from error
-    if found.save is None:
-        raise JobError("--save: expected a folder, where an attempt goes on from")
-    if found.load is None or found.load.absolute() != found.save.absolute():
-        raise JobError(
-            f"--load {found.load}: expected the folder of --save, {found.save}, where an attempt goes on from; "
-            "weights to begin with are --pretrained-checkpoint"
-        )
-    if found.finetune:
-        raise JobError("--finetune would begin anew at each attempt: expected --pretrained-checkpoint for the weights")
-    if found.ckpt_format != "torch_dist":
-        raise JobError(f"--ckpt-format {found.ckpt_format}: expected torch_dist, whose checkpoints can be checked")
-    return TrainingFlags(found.save, found.train_iters)
 
 
 def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, say: Callable[[str], None]) -> str:
@@ -147,6 +116,11 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
             f"be restored; to begin anew, another --save, or remove {chain.folder / 'chain.json'} and {TRACKER}"
         )
     if newest is None:
+        if flags.must_find_checkpoint:
+            raise JobError(
+                f"--exit-on-missing-checkpoint: {flags.save} has no checkpoint, and the first attempt would save none: "
+                "expected one, or no such flag"
+            )
         if said is not None:
             raise JobError(f"{flags.save / TRACKER} says {said!r}: expected an iteration, or no file")
         say("no checkpoint yet: starting from the beginning" if chain.attempts else "first start: no checkpoint yet")
@@ -157,8 +131,9 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
             say(f"the checkpoint of iteration {known} is lost or damaged: falling back to iteration {newest}")
         point_to(flags.save, newest, broken, say)
         say(f"resuming from iteration {newest}")
-    if flags.train_iters is not None and (newest or 0) >= flags.train_iters:
-        say(f"finished: iteration {newest} of {flags.train_iters}")
+    stored = _stored(flags, newest)
+    if flags.finished(newest, stored):
+        say(f"finished: iteration {newest} of {flags.last_iteration(stored)}")
         chain.write()
         return FINISHED
     if chain.failures(job) >= limit:
@@ -185,8 +160,10 @@ def end(
     saved = f"iteration {newest} is saved" if newest else "nothing is saved"
     gained = (newest or 0) - attempt.began_at
     gain = f"{gained} iterations more than it began with" if gained else "no more than it began with"
-    done = newest is not None and flags.train_iters is not None and newest >= flags.train_iters
-    if done or (flags.train_iters is None and status == 0 and not signalled):
+    done = newest is not None and flags.finished(newest, _stored(flags, newest))
+    # What trains nothing, or does not say for how long, is at its end when it ends well.
+    endless = flags.skip_train or (flags.train_iters is None and flags.train_samples is None)
+    if done or (endless and status == 0 and not signalled):
         how, verdict, line = "finished", FINISHED, f"finished: {saved}"
     elif signalled:
         how, verdict, line = "preempted", REQUEUE, f"ended by a signal: {saved}, {gain}"
@@ -200,6 +177,10 @@ def end(
     if verdict == REQUEUE and chain.failures(attempt.job) >= limit:
         return _stopped(chain, attempt.job, say)
     return verdict
+
+
+def _stored(flags: TrainingFlags, newest: int | None) -> dict[str, Any]:
+    return {} if newest is None else stored_args(checkpoints(flags.save)[newest])
 
 
 def _stopped(chain: Chain, job: str, say: Callable[[str], None]) -> str:

@@ -19,6 +19,10 @@ from .results_folder import SweepFolder
 
 SCRIPT = ROOT / "launch" / "sweep.sbatch"
 
+#: Named overrides of launch/slurm.sbatch that hold for a sweep.  They travel as words: sbatch's --export, which a site
+#: may set for all, keeps what is in the environment from the job.
+_OVERRIDES = "NPROC MAX_FAILURES SAVE_SECONDS HEALTH_CHECK MAX_EXCLUDED DOCTOR MASTER_ADDR MASTER_PORT".split()
+
 
 def command(
     grid: Path, sweep: SweepFolder, runs: Sequence[Run], limit: int | None, options: Sequence[str], more: Sequence[str]
@@ -39,7 +43,10 @@ def command(
     array = compact_ranges(left) + (f"%{limit}" if limit else "")
     out = sweep.path.absolute()
     found = ["sbatch", f"--array={array}", f"--job-name={out.name}", f"--output={out}/slurm/%A_%a.log", *options]
-    return [*found, str(SCRIPT), str(copy_of(grid, sweep)), "--out", str(out), *more]
+    passed = {"SLA_ROOT": str(ROOT), "PYTHON": os.environ.get("PYTHON") or sys.executable}
+    passed |= {name: os.environ[name] for name in _OVERRIDES if os.environ.get(name)}
+    words = [f"{name}={value}" for name, value in passed.items()]
+    return [*found, str(SCRIPT), *words, str(copy_of(grid, sweep)), "--out", str(out), *more]
 
 
 def copy_of(grid: Path, sweep: SweepFolder) -> Path:
@@ -58,9 +65,8 @@ def submit(grid: Path, sweep: SweepFolder, words: Sequence[str]) -> str:
     copy = copy_of(grid, sweep)
     if not copy.exists():
         write_whole(copy, grid.read_bytes(), durable=True)
-    environment = os.environ | {"SLA_ROOT": str(ROOT), "PYTHON": os.environ.get("PYTHON", sys.executable)}
     try:
-        done = subprocess.run(list(words), env=environment, capture_output=True, text=True)
+        done = subprocess.run(list(words), capture_output=True, text=True)
     except OSError as error:
         raise SweepError(f"sbatch: {error.strerror}: expected Slurm's commands on this machine") from error
     if done.returncode:

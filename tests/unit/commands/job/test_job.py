@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from sla_megatron.commands.job import cli
-from sla_megatron.commands.job.chain import (
-    FINISHED,
-    REQUEUE,
-    STOP,
-    Chain,
-    JobError,
-    TrainingFlags,
-    begin,
-    end,
-    training_flags,
-)
+from sla_megatron.commands.job.chain import FINISHED, REQUEUE, STOP, Chain, begin, end
+from sla_megatron.commands.job.flags import JobError, TrainingFlags, training_flags
 from sla_megatron.common.checkpoint_folders import TRACKER, newest_complete, problem, tracked
 
 # torch says that it saves from one process, which is meant.
@@ -64,6 +56,10 @@ def test_metadata_runs_no_code(tmp_path: Path) -> None:
     proof = tmp_path / "proof"
     (path / ".metadata").write_bytes(b"cposix\nsystem\n(S'touch " + str(proof).encode() + b"'\ntR.")
     assert problem(path) is not None and not proof.exists()
+
+
+#: What every chain has.
+BOTH = ["--save", "a", "--load", "a"]
 
 
 class Run:
@@ -200,12 +196,41 @@ def test_the_first_save_was_cut_off(run: Run) -> None:
         (["--save", "a", "--load", "a", "--finetune"], "--finetune would begin anew at each attempt"),
         (["--save", "a", "--load", "a", "--ckpt-format", "torch"], "--ckpt-format torch: expected torch_dist"),
         (["--save", "a", "--load", "a", "--train-iters", "x"], "argument --train-iters: invalid int value: 'x'"),
+        ([*BOTH, "--ckpt-step", "500"], "--ckpt-step 500 would go back to that iteration at each attempt"),
+        ([*BOTH, "--ckpt-step=500"], "--ckpt-step 500 would go back to that iteration at each attempt"),
+        (
+            [*BOTH, "--override-ckpt-iteration", "0"],
+            "--override-ckpt-iteration 0 would count from that iteration again",
+        ),
+        ([*BOTH, "--no-load-optim"], "--no-load-optim would begin with a new optimizer at each attempt"),
+        ([*BOTH, "--no-save-optim"], "--no-save-optim leaves each attempt to begin with a new optimizer"),
+        ([*BOTH, "--no-load-rng"], "--no-load-rng would draw the same random numbers again"),
+        ([*BOTH, "--no-save-rng"], "--no-save-rng leaves each attempt to draw the same random numbers again"),
+        ([*BOTH, "--ckpt-convert-format", "torch"], "--ckpt-convert-format torch converts and ends"),
+        ([*BOTH, "--moe-use-upcycling"], "--moe-use-upcycling makes a model anew of a dense one at each attempt"),
+        ([*BOTH, "--exit-signal", "SIGINT"], "--exit-signal SIGINT: expected SIGTERM"),
     ],
 )
 def test_flags_that_a_chain_cannot_go_on_with(flags: list[str], message: str) -> None:
     with pytest.raises(JobError) as error:
         training_flags(flags)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("more", ["--ckpt-ste 5", "--exit-signal SIGTERM", "--ckpt-step 5 --skip-train", "--lr -1"])
+def test_flags_that_a_chain_goes_on_with(more: str) -> None:
+    """Megatron takes no abbreviations, and will say so; an evaluation may be of any checkpoint, time and again."""
+    training_flags([*BOTH, *more.split()])
+
+
+def test_a_first_start_without_the_checkpoint_that_must_be_there(run: Run) -> None:
+    """Megatron would end with status 0, before it has trained."""
+    flags = [*("--save", str(run.checkpoints), "--load", str(run.checkpoints)), "--exit-on-missing-checkpoint"]
+    begun = (Chain(run.folder), "1", "node1", 2, run.said.append)
+    with pytest.raises(JobError, match="--exit-on-missing-checkpoint: .* has no checkpoint, and the first attempt"):
+        begin(begun[0], training_flags(flags), *begun[1:])
+    assert not (run.folder / "chain.json").exists()
+    assert begin(begun[0], training_flags([*flags, "--pretrained-checkpoint", "weights"]), *begun[1:]) == REQUEUE
 
 
 def test_the_last_flag_of_a_name_counts() -> None:
@@ -240,6 +265,70 @@ def test_statuses_of_the_commands(
     (tmp_path / "chain.json").write_text("{")
     assert status("begin", *flags) == 2
     assert "chain.json cannot be read" in capsys.readouterr().err
+
+
+ATTEMPT = {"job": "1", "nodes": "n", "began": "then", "began_at": 0}
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (
+            "show --run nosuch",
+            "--run nosuch: expected a run's folder, with the chain.json that its first attempt makes",
+        ),
+        ("show --run empty", "--run empty: expected a run's folder, with the chain.json"),
+        ("show --run file", "--run file: expected a run's folder, with the chain.json"),
+        ("show --run", "--run without a value: expected the run's folder"),
+        ("show --run=", "--run without a value: expected the run's folder"),
+        *[
+            (f"show --run {name}", rf"{name}/chain.json cannot be read \(.*\): expected it as it was")
+            for name in "abcdefg"
+        ],
+        ("end --run nosuch --status 1 -- {flags}", "nosuch: expected an attempt that has begun"),
+        ("end --run file --status 1 -- {flags}", r"file/chain.json cannot be read \(.*\): expected it as it was"),
+        ("end --run a --status 1 -- {flags}", r"a/chain.json cannot be read \(.*\): expected it as it was"),
+        ("begin --run file -- {flags}", r"file/chain.json cannot be read \(.*\): expected it as it was"),
+        ("begin --run a -- {flags}", r"a/chain.json cannot be read \(.*\): expected it as it was"),
+        ("begin --run new -- --save file --load file", "file/latest_checkpointed_iteration.txt: Not a directory"),
+        ("begin --run new --max-failures 0 -- {flags}", "--max-failures 0: expected an integer of 1 or more"),
+        ("check --run file -- {flags}", "--run file: expected a folder, or none yet"),
+        ("check --run new -- --save s --load t", "--load t: expected the folder of --save, s"),
+        ("health --run new --gpus -1", "--gpus -1: expected an integer of 0 or more"),
+    ],
+)
+def test_runs_that_are_none(
+    command: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, status 2, and all files as they were."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("empty").mkdir()
+    wrong = [ATTEMPT | {"began_at": "x"}], [ATTEMPT | {"more": 1}], [{}], None, {}
+    broken = ["{", "[]", *(json.dumps({"attempts": attempts}) for attempts in wrong)]
+    for name, text in zip("abcdefg", broken, strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chain.json").write_text(text)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command.format(flags="--save s --load s").split())
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert re.fullmatch(f"sla-job: error: {says}.*\n", said.err), said.err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_every_command_and_option_has_a_help(capsys: pytest.CaptureFixture) -> None:
+    for command in ("check", "begin", "end", "show", "health"):
+        with pytest.raises(SystemExit):
+            cli.main(["--help"])
+        assert re.search(rf"^ +{command} +\S+", capsys.readouterr().out, re.MULTILINE)
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = capsys.readouterr().out.split("options:")[-1] + "\n"
+        # argparse begins the next line where the option is a long one.
+        options = re.findall(r"^  (?:-h, )?(--\w\S*)(?: \[?[A-Z]+\]?)?(?:  +|\n +)(\S.*)$", text, re.MULTILINE)
+        assert "--run" in dict(options) and len(options) == len(re.findall(r"^  -", text, re.MULTILINE)), text
 
 
 def test_health_of_a_node(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,8 @@ def test_commands_that_train_nothing(
     command = capsys.readouterr().out
     assert command.startswith("sbatch --array=0-5%2 '--job-name=a sweep' ")
     assert re.search(
-        r" --time=1:00:00 -pgpu \S+/launch/sweep.sbatch '\S+ sweep/grids/\w{12}.yaml' --out '.* sweep' --device cpu$",
+        r" --time=1:00:00 -pgpu \S+/launch/sweep.sbatch "
+        r"SLA_ROOT=\S+ PYTHON=\S+ '\S+ sweep/grids/\w{12}.yaml' --out '.* sweep' --device cpu$",
         command.strip(),
     )
     refused(["task", str(grid), "--out", str(out), "--index", "6"], "--index 6: expected 0 to 5", capsys)
