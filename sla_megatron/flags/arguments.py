@@ -28,7 +28,7 @@ from ..cpu.backend import cpu_backend_is_active
 from ..cpu.flags import fit_to_cpu
 from ..upstream.megatron_version import require_megatron
 from ..upstream.seams import Reliance
-from .checkpoint_settings import adopt_checkpoint_args, require_same_settings
+from .checkpoint_settings import adopt_checkpoint_args, check_settings_on_loading, require_same_settings
 from .core_attention import resolve_core_attention
 from .sla_flags import add_sla_args
 from .validation import refuse_unsupported, resolve_sla_args
@@ -61,6 +61,7 @@ def parse_and_validate_args(
             # The model is built much later; what Megatron has against it is wanted before anything is written.
             with megatron_refusals():
                 core_transformer_config_from_args(args)
+    check_settings_on_loading(args)
     set_global_variables(args)
     return args
 

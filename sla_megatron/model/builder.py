@@ -11,6 +11,7 @@ from megatron.training.argument_utils import gpt_config_from_args as upstream_gp
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from ..attention.sla_config import SLAConfig
+from ..flags import rope_scaling
 from ..flags.sla_flags import MEGATRON, SDPA
 from ..flags.validation import sla_config_from_args
 from ..upstream.seams import Reliance
@@ -32,8 +33,8 @@ OVERRIDDEN = (
 def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
     """Stands where a script calls Megatron's ``gpt_config_from_args``: the same, and with ``--sla`` a skip-layer model.
 
-    Without ``--sla`` and ``--core-attention sdpa`` it returns upstream's own result.  ``kwargs`` go to upstream's
-    function.
+    Without ``--sla`` and ``--core-attention sdpa`` it returns upstream's own result, in which ``--rope-scaling-factor``
+    counts.  ``kwargs`` go to upstream's function.
 
     Raises:
         ValueError: with ``--sla`` and a ``model_config_cls``, as for ModelOpt: SLA needs a class of its own.
@@ -41,7 +42,7 @@ def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
     sla = sla_config_from_args(args)
     core_attention = getattr(args, "core_attention", MEGATRON)
     if sla is None and core_attention == MEGATRON:
-        return upstream_gpt_config_from_args(args, **kwargs)
+        return _with_rope_scaling(upstream_gpt_config_from_args(args, **kwargs), args)
     if "model_config_cls" in kwargs:
         made = "--sla builds an SLA model" if sla is not None else "--core-attention builds a model of its own"
         raise ValueError(f"{made}, not one of {kwargs['model_config_cls'].__name__}")
@@ -50,6 +51,15 @@ def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
     if sla is not None and sla.kv_projection == "pruned":
         # Layers differ in shape, so that a checkpoint cannot hold them as one tensor stacked over the layers.
         model_config.transformer.hetereogenous_dist_checkpoint = True
+    return _with_rope_scaling(model_config, args)
+
+
+def _with_rope_scaling(model_config: GPTModelConfig, args: Namespace) -> GPTModelConfig:
+    """``model_config`` with the factor of ``args``, where upstream has a constant; ``args``, which checkpoints hold, say
+    so from here on."""
+    if args.use_rope_scaling:
+        model_config.rope_scaling_factor = args.rope_scaling_factor
+        setattr(args, rope_scaling.HONOURED, True)
     return model_config
 
 
