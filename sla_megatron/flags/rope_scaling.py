@@ -1,7 +1,7 @@
 """``--rope-scaling-factor``: Megatron 0.19 parses and stores it, and builds every model with 8.
 
-Here it reaches the model, and the arguments that are stored with a checkpoint say so: without that mark its model had 8,
-whatever the stored flag says.
+Here it reaches the model, and the arguments that a checkpoint holds say so: without that mark its model had 8, whatever
+the stored flag says.
 """
 
 from __future__ import annotations

@@ -55,8 +55,10 @@ def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
 
 
 def _with_rope_scaling(model_config: GPTModelConfig, args: Namespace) -> GPTModelConfig:
-    """``model_config`` with the factor of ``args``, where upstream has a constant; ``args``, which checkpoints hold, say
-    so from here on."""
+    """``model_config`` with the factor of ``args``, where upstream has a constant.
+
+    ``args``, which checkpoints hold, say so from here on.
+    """
     if args.use_rope_scaling:
         model_config.rope_scaling_factor = args.rope_scaling_factor
         setattr(args, rope_scaling.HONOURED, True)
