@@ -84,7 +84,8 @@ def _newer_requests(folder: Path, full: dict[str, Any]) -> dict[str, dict[str, A
     newer = {"non_persistent_ckpt_type": "global"}
     saves = newer | {"save": folder / "newer", "save_interval": SAVED_AT}
     # A run ends with a persistent checkpoint: that one goes elsewhere.
-    elsewhere = {"save": folder / "elsewhere", "non_persistent_global_ckpt_dir": folder / "newer" / "non_persistent"}
+    elsewhere = {"save": folder / "elsewhere", "save_interval": 2 * LAST}
+    elsewhere |= {"non_persistent_global_ckpt_dir": folder / "newer" / "non_persistent"}
     load = {"load": folder / "newer"}
     longer = {"train_iters": LAST + 1}
     return {

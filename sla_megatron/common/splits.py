@@ -1,6 +1,6 @@
 """How Megatron divides a data set into training, validation and test, as ``--split`` says.
 
-A part that gets nothing is not an empty one: the builder of the data set looks for enough of it without end.
+A part that gets nothing is not just empty: Megatron looks for tokens in it without end.
 Needs no Megatron, whose import takes seconds.
 """
 
@@ -25,7 +25,7 @@ def split_ranges(split: str, sequences: int) -> dict[str, range]:
     """
     shares = [float(share) for share in re.findall(r"[.0-9]+", split)]
     if len(shares) > len(PARTS) or not any(shares):
-        raise ValueError(f"{split} is not up to three shares, such as {DEFAULT_SPLIT}")
+        raise ValueError(f"{split}: expected up to three shares, such as {DEFAULT_SPLIT}")
     shares += [0.0] * (len(PARTS) - len(shares))
     # One after the other: Python's sum() of floats rounds less often than numpy's.
     whole = shares[0] + shares[1] + shares[2]

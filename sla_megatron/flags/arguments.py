@@ -19,9 +19,8 @@ from typing import Any, NoReturn
 from megatron.training import arguments as upstream
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.global_vars import set_global_variables
-from megatron.training.yaml_arguments import validate_yaml
 
-from ..common.errors import StartError, flag_of, one_line_errors
+from ..common.errors import FlagError, StartError, flag_of, one_line_errors
 from ..common.flag_types import refusal
 from ..common.silence import silence
 from ..cpu.backend import cpu_backend_is_active
@@ -31,6 +30,7 @@ from ..upstream.seams import Reliance
 from .checkpoint_settings import adopt_checkpoint_args, check_settings_on_loading, require_same_settings
 from .core_attention import resolve_core_attention
 from .sla_flags import add_sla_args
+from .unhonoured import refuse_unhonoured
 from .validation import refuse_unsupported, resolve_sla_args
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -48,22 +48,30 @@ def parse_and_validate_args(
     ignore_unknown_args: bool = False,
     args_defaults: dict[str, Any] | None = None,
     check: Callable[[Namespace], None] | None = None,
+    check_validated: Callable[[Namespace], None] | None = None,
 ) -> Namespace:
     """Megatron's ``parse_and_validate_args`` with the ``--sla`` flags.
 
     A flag that cannot be accepted ends the run before anything is written, whoever refuses it: one line on stderr, exit
-    status 2.  ``check`` may raise :class:`FlagError` for more.
+    status 2.  ``check`` may raise :class:`FlagError` for more, as may ``check_validated``, with what Megatron filled in.
+    Without ``check`` this is a script of the user's own, in which only what ``--sla`` builds is looked at.
     """
 
     with one_line_errors():
-        args = settled_args(extra_args_provider, ignore_unknown_args, args_defaults, check)
-        if args.yaml_cfg is None:
-            # The model is built much later; what Megatron has against it is wanted before anything is written.
-            with megatron_refusals():
-                core_transformer_config_from_args(args)
+        args = settled_args(extra_args_provider, ignore_unknown_args, args_defaults, check or _check_own_script)
+        # The model is built much later; what Megatron has against it is wanted before anything is written.
+        with megatron_refusals():
+            core_transformer_config_from_args(args)
+            if check_validated is not None:
+                check_validated(args)
     check_settings_on_loading(args)
     set_global_variables(args)
     return args
+
+
+def _check_own_script(args: Namespace) -> None:
+    if args.sla:
+        refuse_unhonoured(args)
 
 
 def settled_args(
@@ -99,6 +107,9 @@ def settled_args(
     with _command_line(argv), silence() if silent else nullcontext():
         with megatron_refusals():
             args = upstream.parse_args(partial(_with_sla, extra_args_provider), ignore_unknown_args)
+        if args.yaml_cfg is not None:
+            # What upstream reads there replaces all flags, --sla among them, and lacks what its trainer looks for.
+            raise FlagError("--yaml-cfg", args.yaml_cfg, "flags in its place")
         if will_run_here and cpu_backend_is_active():
             fit_to_cpu(args)
         if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
@@ -109,10 +120,7 @@ def settled_args(
         if check is not None:
             check(args)
         with megatron_refusals():
-            if args.yaml_cfg is not None:
-                args = validate_yaml(args, args_defaults)
-            else:
-                upstream.validate_args(args, args_defaults)
+            upstream.validate_args(args, args_defaults)
         resolve_sla_args(args)
         resolve_core_attention(args)
         with megatron_refusals():

@@ -1,29 +1,29 @@
 """Whether each part of the data that a run will build, training, validation and test, has anything in it.
 
-Upstream builds every part with a share in ``--split``, used or not, and never ends where one is empty.
+Upstream builds every part that has a share in ``--split``, used or not, and looks for tokens without end where one is
+empty; a part that it needs and that nothing says the data of ends the run in a traceback, or at once and in silence.
 """
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Sequence
 
-import numpy
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from ..common.errors import FlagError, StartError
-from ..common.splits import PARTS, split_ranges, without_empty_parts
+from ..common.splits import DEFAULT_SPLIT, PARTS, split_ranges, without_empty_parts
 
 #: How many lengths of sequences are looked at once.
 _LENGTHS = 1 << 16
 
-_PART_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path")
-_NONE_OF_THEM = f"--data-path, {', '.join(_PART_FLAGS)} or --mock-data"
+_OF_PARTS = ("--train-data-path", "--valid-data-path", "--test-data-path")
 
 
 def require_data_of_each_part(args: Namespace) -> None:
-    """Refuse validated arguments whose data leave a part that is built, or needed, without a token.
+    """Refuse validated arguments by which a part that is built, or needed, has no token.
 
     Reads the index of each data set, but for those in object storage.
 
@@ -32,60 +32,91 @@ def require_data_of_each_part(args: Namespace) -> None:
         StartError: if no flag names data.
     """
     if args.mock_data:
-        _require_evaluation(args, PARTS)
+        # Upstream then splits evenly, whatever --split says.
+        _require_parts(args, PARTS)
         return
     blend, per_split = get_blend_and_blend_per_split(args)
     if blend is not None:
-        _require_evaluation(args, _parts_of(args))
+        _require_parts(args, _parts(args))
+        flag = "--data-path" if args.data_args_path is None else "--data-args-path"
         for prefix in dict.fromkeys(blend[0]):
-            _require_split(args, "--data-path" if args.data_path else "--data-args-path", prefix)
+            _require_split(args, flag, prefix)
     elif per_split is not None:
-        _require_evaluation(args, [part for part, each in zip(PARTS, per_split, strict=True) if each is not None])
-        for flag, each in zip(_PART_FLAGS, per_split, strict=True):
+        _require_parts(args, [part for part, each in zip(PARTS, per_split, strict=True) if each is not None])
+        for flag, each in zip(_OF_PARTS, per_split, strict=True):
+            flag = flag if args.per_split_data_args_path is None else "--per-split-data-args-path"
             for prefix in dict.fromkeys(each[0] if each is not None else ()):
-                named = "--per-split-data-args-path" if args.per_split_data_args_path else flag
-                _require_tokens(named, prefix)
+                _require_tokens(flag, prefix)
     else:
-        raise StartError(f"no data: expected {_NONE_OF_THEM}")
+        raise StartError(f"no data: expected --data-path, {', '.join(_OF_PARTS)} or --mock-data")
 
 
-def _parts_of(args: Namespace) -> list[str]:
+def _parts(args: Namespace) -> list[str]:
+    """The parts that ``--split`` gives a share."""
     try:
-        # A number of sequences of which every share gets some.
+        # Of so many sequences that each share is some.
         return list(split_ranges(args.split, 1 << 50))
-    except ValueError as error:
-        raise FlagError("--split", args.split, f"three shares, such as 969,30,1 ({error})") from error
+    except ValueError:
+        raise FlagError("--split", args.split, f"up to three shares, such as {DEFAULT_SPLIT}") from None
 
 
-def _require_evaluation(args: Namespace, parts: Iterator[str] | list[str] | tuple[str, ...]) -> None:
-    """What is needed is built: upstream finds out after a while, when it first evaluates, in a traceback."""
+def _require_parts(args: Namespace, parts: Sequence[str]) -> None:
+    """That what is needed is built, and nothing that Megatron cannot evaluate beside it."""
     if "train" not in parts and not args.skip_train:
-        raise FlagError("--split", args.split, "a share for training") if args.split else StartError(
-            "no data to train on: expected --train-data-path beside the others, or --skip-train"
-        )
+        if args.split is None:
+            raise StartError("no data to train on: expected --train-data-path, or --skip-train")
+        raise FlagError("--split", args.split, "a share of the data for training, the first one")
     if "valid" not in parts and (args.full_validation or args.eval_iters):
-        raise FlagError("--eval-iters", args.eval_iters, "0 without data to validate on")
+        flag, value = ("--full-validation", True) if args.full_validation else ("--eval-iters", args.eval_iters)
+        raise FlagError(flag, value, "data to validate on, or --eval-iters 0")
     if "test" in parts and args.full_validation:
         raise FlagError(
-            "--full-validation", True, "no test set beside it (--split 99,1,0): Megatron cannot evaluate both"
+            "--full-validation", True, "no test data beside it (as with --split 99,1,0): Megatron takes one"
         )
 
 
 def _require_split(args: Namespace, flag: str, prefix: str) -> None:
-    """Each part that ``--split`` makes of one data set has a token."""
     index = _index(flag, prefix)
     if index is None:
         return
-    count = len(index.sequence_lengths)
-    for part, sequences in split_ranges(args.split, count).items():
-        if not _has_tokens(index, sequences):
-            shares = f" (with {without_empty_parts(count)} each has one; a part with 0 is not built)" if count else ""
+    lengths = index.sequence_lengths
+    for part, sequences in split_ranges(args.split, len(lengths)).items():
+        if not _has_tokens(lengths, sequences):
+            whole = _has_tokens(lengths, range(len(lengths)))
+            other = (
+                f" (--split {without_empty_parts(len(lengths))} would do; a share of 0 is not built)" if whole else ""
+            )
             raise FlagError(
-                "--split", args.split, f"a document for each part: {part} gets none of {_documents(index)}, {prefix}{shares}"
+                "--split",
+                args.split,
+                f"tokens in each part: {part} gets none of the {_documents(index)} of {prefix}{other}",
             )
 
 
 def _require_tokens(flag: str, prefix: str) -> None:
     index = _index(flag, prefix)
-    if index is not None and not _has_tokens(index, range(len(index.sequence_lengths))):
-        raise FlagError(flag, prefix, f"data with tokens: there are {_documents(index)} with none")
+    if index is not None and not _has_tokens(index.sequence_lengths, range(len(index.sequence_lengths))):
+        raise FlagError(flag, prefix, f"data with tokens: its {_documents(index)} have none")
+
+
+def _index(flag: str, prefix: str) -> IndexedDataset | None:
+    """The index of a data set; ``None`` in object storage."""
+    if "://" in prefix:
+        return None
+    if not IndexedDataset.exists(prefix):
+        raise FlagError(flag, prefix, "PREFIX.bin and PREFIX.idx of the data")
+    if not os.path.getsize(get_bin_path(prefix)):
+        raise FlagError(flag, prefix, "data with tokens: its .bin is empty")
+    return IndexedDataset(prefix)
+
+
+def _documents(index: IndexedDataset) -> str:
+    """``40 documents``; upstream splits sequences, of which a document may have several."""
+    sequences, documents = len(index.sequence_lengths), len(index.document_indices) - 1
+    return f"{documents} documents" if sequences == documents else f"{sequences} sequences ({documents} documents)"
+
+
+def _has_tokens(lengths: Sequence[int], sequences: range) -> bool:
+    """Whether one of ``sequences`` has a token; of terabytes, the first lengths say so."""
+    starts = range(sequences.start, sequences.stop, _LENGTHS)
+    return any(lengths[start : min(start + _LENGTHS, sequences.stop)].any() for start in starts)

@@ -211,5 +211,5 @@ GOOD: dict[str, tuple[int, SLAConfig]] = {
         2,
         SLAConfig(12, 12, (9,), 9),
     ),
-    "--sla --num-experts 4 --bf16 --use-distributed-optimizer": (1, SLAConfig(12, 12, (9,), 9)),
+    "--sla --num-experts 4 --bf16 --use-distributed-optimizer --disable-bias-linear": (1, SLAConfig(12, 12, (9,), 9)),
 }
