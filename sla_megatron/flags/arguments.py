@@ -53,7 +53,7 @@ def parse_and_validate_args(
     """Megatron's ``parse_and_validate_args`` with the ``--sla`` flags.
 
     A flag that cannot be accepted ends the run before anything is written, whoever refuses it: one line on stderr, exit
-    status 2.  ``check`` may raise :class:`FlagError` for more, as may ``check_validated``, with what Megatron filled in.
+    status 2.  ``check`` may raise :class:`FlagError` for more, and ``check_validated`` with what Megatron filled in.
     Without ``check`` this is a script of the user's own, in which only what ``--sla`` builds is looked at.
     """
 
@@ -107,9 +107,6 @@ def settled_args(
     with _command_line(argv), silence() if silent else nullcontext():
         with megatron_refusals():
             args = upstream.parse_args(partial(_with_sla, extra_args_provider), ignore_unknown_args)
-        if args.yaml_cfg is not None:
-            # What upstream reads there replaces all flags, --sla among them, and lacks what its trainer looks for.
-            raise FlagError("--yaml-cfg", args.yaml_cfg, "flags in its place")
         if will_run_here and cpu_backend_is_active():
             fit_to_cpu(args)
         if args.use_checkpoint_args or args_defaults.get("use_checkpoint_args", False):
@@ -140,12 +137,19 @@ def _with_sla(extra_args_provider: ArgumentsProvider | None, parser: ArgumentPar
     # argparse's own prints Megatron's usage, of two thousand lines.
     parser.error = refuse
     for action in parser._actions:
+        if action.dest == "yaml_cfg":
+            action.type = _refuse_yaml
         try:
             (action.help or "") % {**vars(action), "prog": parser.prog}
         except (KeyError, TypeError, ValueError):
             # A lone % of upstream's, on which argparse ends --help in a traceback.
             action.help = action.help.replace("%", "%%")
     return parser
+
+
+def _refuse_yaml(path: str) -> NoReturn:
+    # What upstream reads there replaces all flags, --sla among them, and lacks what its own trainer looks for.
+    raise FlagError("--yaml-cfg", path, "flags in its place")
 
 
 class MegatronRefusal(StartError):

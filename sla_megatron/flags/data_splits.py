@@ -55,7 +55,7 @@ def _parts(args: Namespace) -> list[str]:
     """The parts that ``--split`` gives a share."""
     try:
         # Of so many sequences that each share is some.
-        return list(split_ranges(args.split, 1 << 50))
+        return list(split_ranges(args.split or "", 1 << 50))
     except ValueError:
         raise FlagError("--split", args.split, f"up to three shares, such as {DEFAULT_SPLIT}") from None
 
@@ -88,7 +88,7 @@ def _require_split(args: Namespace, flag: str, prefix: str) -> None:
             )
             raise FlagError(
                 "--split",
-                args.split,
+                args.split.replace(" ", ""),
                 f"tokens in each part: {part} gets none of the {_documents(index)} of {prefix}{other}",
             )
 

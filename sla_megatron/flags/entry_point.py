@@ -5,7 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..common.errors import OFF, Refusal, refuse
-from .unhonoured import refuse_unhonoured
+from .data_splits import require_data_of_each_part
+from .unhonoured import AT_START, refuse_unhonoured
 
 # What upstream's pretrain_gpt.py does beyond pretraining, and ours does not.
 _NOT_HERE: tuple[Refusal, ...] = (
@@ -32,3 +33,9 @@ def require_pretraining(args: Namespace) -> None:
     """Refuse what the entry point, or Megatron, does not do, rather than ignore it.  Raises :class:`FlagError`."""
     refuse(args, _NOT_HERE)
     refuse_unhonoured(args)
+
+
+def require_data_and_folders(args: Namespace) -> None:
+    """Refuse validated arguments whose data or folders would end a run later.  Raises :class:`StartError`."""
+    refuse_unhonoured(args, AT_START)
+    require_data_of_each_part(args)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -77,6 +79,15 @@ def _unknown_spec(args: Namespace) -> bool:
         # Of whatever kind: the module is the user's, and may do anything when it is imported.
         return True
     return False
+
+
+def _can_be_made(folder: str) -> bool:
+    """Whether the folder is there, or what is there of its path is a folder, and may be written to."""
+    if "://" in folder:
+        return True
+    path = Path(folder).absolute()
+    nearest = next(each for each in (path, *path.parents) if each.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def _empty_middle(args: Namespace) -> bool:
@@ -172,6 +183,10 @@ _POSITIONS = (
 )
 
 _FAILS_LATE = (
+    *(
+        Row(name, OFF, f"no {flag_of(name)} without a GPU", lambda args: cpu_backend_is_active())
+        for name in ("log_straggler", "gpu_sniff_test_interval", "record_memory_history", "async_save")
+    ),
     Row("moe_use_upcycling", OFF, "no --moe-use-upcycling: Megatron cannot load a model built in this way for it"),
     Row("moe_paged_stash", OFF, "no --moe-paged-stash: it needs kernels and a dispatcher of its own"),
     Row(
@@ -195,6 +210,20 @@ _FAILS_LATE = (
         "--disable-bias-linear or --no-bias-gelu-fusion beside it: Megatron's experts have no fused gelu",
         _fused_gelu,
     ),
+    Row(
+        "quick_geglu",
+        OFF,
+        "--disable-bias-linear or --no-bias-gelu-fusion beside it: a dense layer has no fused kernel for it",
+        lambda args: args.bias_gelu_fusion and args.add_bias_linear,
+    ),
+    Row("init_method_xavier_uniform", OFF, "no --init-method-xavier-uniform: Megatron cannot build a model with it"),
+    Row(
+        "lr_decay_style",
+        ("constant", "linear", "cosine", "inverse-square-root"),
+        "--lr-wsd-decay-iters or --lr-wsd-decay-samples beside it",
+        lambda args: args.lr_wsd_decay_iters is None and args.lr_wsd_decay_samples is None,
+    ),
+    Row("eval_interval", (None,), "an integer >= 1", lambda args: args.eval_interval < 1),
     Row(
         "logits_save_dir",
         OFF,
@@ -234,10 +263,6 @@ _FAILS_LATE = (
         OFF,
         "--use-persistent-ckpt-worker beside it: without, Megatron saves as without --async-save",
         lambda args: not args.use_persistent_ckpt_worker,
-    ),
-    *(
-        Row(name, OFF, f"no {flag_of(name)} without a GPU", lambda args: cpu_backend_is_active())
-        for name in ("log_straggler", "gpu_sniff_test_interval", "record_memory_history")
     ),
 )
 
@@ -281,7 +306,24 @@ _NOT_INSTALLED = (
     ),
 )
 
-#: All of them, in the order in which they are asked.
+#: What a run needs to start; where it is not to start, as in a sweep that is planned, the rest may come later.
+AT_START = (
+    Row(
+        "eval_interval",
+        (),
+        "an integer >= 1",
+        lambda args: not args.eval_interval and not (args.full_validation or args.skip_train),
+    ),
+    Row("save", (None,), "a folder that can be made there", lambda args: not _can_be_made(args.save)),
+    Row(
+        "tensorboard_dir",
+        (None,),
+        "a folder that can be made there",
+        lambda args: not _can_be_made(args.tensorboard_dir),
+    ),
+)
+
+#: All others, in the order in which they are asked.
 ROWS: tuple[Row, ...] = (*_NO_EFFECT, *_POSITIONS, *_FAILS_LATE, *_NOT_INSTALLED)
 
 

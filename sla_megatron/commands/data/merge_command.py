@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ...common.silence import without_announcements
+from ...common.splits import split_hint
 from .errors import DataError, file_errors
 from .merging import IndexedWriter, Part
 
@@ -43,4 +44,6 @@ def _merge(args: Namespace) -> int:
                 writer.add(Part(prefix))
             writer.finish()
     print(f"{out}: {writer.documents:,} documents, {writer.tokens:,} tokens")
+    if hint := split_hint(writer.documents):
+        print(hint)
     return 0
