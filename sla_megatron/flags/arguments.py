@@ -29,8 +29,8 @@ from ..upstream.megatron_version import require_megatron
 from ..upstream.seams import Reliance
 from .checkpoint_settings import adopt_checkpoint_args, check_settings_on_loading, require_same_settings
 from .core_attention import resolve_core_attention
+from .entry_point import refuse_unhonoured
 from .sla_flags import add_sla_args
-from .unhonoured import refuse_unhonoured
 from .validation import refuse_unsupported, resolve_sla_args
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]

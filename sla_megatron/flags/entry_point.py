@@ -6,7 +6,9 @@ from argparse import Namespace
 
 from ..common.errors import OFF, Refusal, refuse
 from .data_splits import require_data_of_each_part
-from .unhonoured import AT_START, refuse_unhonoured
+from .needed import AT_START, NOT_INSTALLED
+from .rows import refuse_rows
+from .unhonoured import ROWS
 
 # What upstream's pretrain_gpt.py does beyond pretraining, and ours does not.
 _NOT_HERE: tuple[Refusal, ...] = (
@@ -35,7 +37,12 @@ def require_pretraining(args: Namespace) -> None:
     refuse_unhonoured(args)
 
 
+def refuse_unhonoured(args: Namespace) -> None:
+    """Raise :class:`FlagError` for a flag that would not do what it says, here or in a script of the user's own."""
+    refuse_rows(args, (*ROWS, *NOT_INSTALLED))
+
+
 def require_data_and_folders(args: Namespace) -> None:
     """Refuse validated arguments whose data or folders would end a run later.  Raises :class:`StartError`."""
-    refuse_unhonoured(args, AT_START)
+    refuse_rows(args, AT_START)
     require_data_of_each_part(args)

@@ -7,35 +7,20 @@ script of one's own with ``--sla``.  The rows say what was seen with Megatron 0.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from ..common.errors import OFF, FlagError, flag_of
+from ..common.errors import OFF, flag_of
 from ..cpu.backend import cpu_backend_is_active
 from . import rope_scaling
+from .rows import Row
 from .sla_flags import MEGATRON
 
 _NEEDS_ROPE = "--position-embedding-type rope beside it"
 _NEEDS_TE = "--transformer-impl transformer_engine beside it: local layers do not heed it"
 _HEEDED_BY_NOTHING = "no such flag: nothing in Megatron heeds it"
 _GPTS_ONLY = "no such flag: it is not for GPTs"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A flag whose value must be one of ``fine`` ``when`` the other flags, as they were parsed, are so."""
-
-    name: str
-    fine: tuple[Any, ...]
-    accepted: str
-    when: Callable[[Namespace], Any] = lambda args: True
 
 
 def _local(args: Namespace) -> bool:
@@ -48,6 +33,10 @@ def _positions(args: Namespace) -> str:
 
 def _not_rotary(args: Namespace) -> bool:
     return _positions(args) not in ("rope", "yarn", "mrope") and not args.multi_latent_attention
+
+
+def _not_yarn(args: Namespace) -> bool:
+    return _positions(args) != "yarn" and not args.multi_latent_attention
 
 
 def _attention_of_te(args: Namespace) -> bool:
@@ -81,15 +70,6 @@ def _unknown_spec(args: Namespace) -> bool:
     return False
 
 
-def _can_be_made(folder: str) -> bool:
-    """Whether the folder is there, or what is there of its path is a folder, and may be written to."""
-    if "://" in folder:
-        return True
-    path = Path(folder).absolute()
-    nearest = next(each for each in (path, *path.parents) if each.exists())
-    return nearest.is_dir() and os.access(nearest, os.W_OK)
-
-
 def _empty_middle(args: Namespace) -> bool:
     """Whether a stage of ``--pipeline-model-parallel-layout``, neither the first nor the last, has no layer."""
     stages = PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout)
@@ -115,6 +95,8 @@ _NO_EFFECT = (
     ),
     Row("use_flash_attn", OFF, "no --use-flash-attn with --transformer-impl local, or --core-attention sdpa", _local),
     Row("tp_comm_overlap_cfg", OFF, "--tp-comm-overlap beside it", lambda args: not args.tp_comm_overlap),
+    Row("window_attn_skip_freq", OFF, "--window-size beside it", lambda args: args.window_size is None),
+    Row("moe_layer_freq", (1,), "--num-experts beside it", lambda args: not args.num_experts),
     Row(
         "test_mode",
         OFF,
@@ -139,6 +121,17 @@ _NO_EFFECT = (
 )
 
 _POSITIONS = (
+    *(
+        Row(name, fine, "--position-embedding-type yarn beside it, or --rope-scaling-factor", _not_yarn)
+        for name, fine in (
+            ("rotary_scaling_factor", (1.0,)),
+            ("mscale", (1.0,)),
+            ("mscale_all_dim", (0.0,)),
+            ("yarn_original_max_position_embeddings", (None,)),
+            ("yarn_beta_fast", (None,)),
+            ("yarn_beta_slow", (None,)),
+        )
+    ),
     Row("rotary_base", (10000,), _NEEDS_ROPE, _not_rotary),
     Row("rotary_percent", (1.0,), _NEEDS_ROPE, _not_rotary),
     Row("rotary_interleaved", OFF, _NEEDS_ROPE, _not_rotary),
@@ -207,6 +200,12 @@ _FAILS_LATE = (
     Row(
         "num_experts",
         OFF,
+        "--disable-bias-linear beside it: what Megatron's local experts do with a bias, torch refuses",
+        lambda args: _local(args) and args.add_bias_linear and not (args.moe_grouped_gemm or args.sequence_parallel),
+    ),
+    Row(
+        "num_experts",
+        OFF,
         "--disable-bias-linear or --no-bias-gelu-fusion beside it: Megatron's experts have no fused gelu",
         _fused_gelu,
     ),
@@ -266,72 +265,5 @@ _FAILS_LATE = (
     ),
 )
 
-
-def _without(package: str, needs: Callable[[Namespace], Any] = lambda args: True) -> Callable[[Namespace], Any]:
-    return lambda args: needs(args) and importlib.util.find_spec(package) is None
-
-
-_NVRX = "nvidia_resiliency_ext"
-_NEEDS_NVRX = "the package nvidia-resiliency-ext, which is not installed"
-
-_NOT_INSTALLED = (
-    Row(
-        "optimizer",
-        ("adam", "sgd"),
-        "adam or sgd: the package emerging-optimizers is not installed",
-        _without("emerging_optimizers"),
-    ),
-    Row("wandb_project", (None, ""), "the package wandb, which is not installed", _without("wandb")),
-    Row("log_straggler", OFF, "the package nvidia-ml-py, which is not installed", _without("pynvml")),
-    Row("log_energy", OFF, "the package nvidia-ml-py, which is not installed", _without("pynvml")),
-    Row(
-        "run_workload_inspector_server",
-        OFF,
-        "the package workload-inspector, which is not installed",
-        _without("workload_inspector"),
-    ),
-    Row("enable_ft_package", OFF, _NEEDS_NVRX, _without(_NVRX)),
-    Row("fault_injector_ranks", OFF, _NEEDS_NVRX, _without(_NVRX)),
-    Row("fault_injector_num_ranks", OFF, _NEEDS_NVRX, _without(_NVRX)),
-    Row("non_persistent_ckpt_type", (None, "global"), f"global, or {_NEEDS_NVRX}", _without(_NVRX)),
-    Row(
-        "async_save",
-        OFF,
-        f"--async-strategy mcore, or {_NEEDS_NVRX}",
-        _without(_NVRX, lambda args: args.async_strategy == "nvrx"),
-    ),
-    *(
-        Row(name, OFF, "Transformer Engine, which is not installed", _without("transformer_engine"))
-        for name in ("save_activations_interval", "save_dgrads_interval")
-    ),
-)
-
-#: What a run needs to start; where it is not to start, as in a sweep that is planned, the rest may come later.
-AT_START = (
-    Row(
-        "eval_interval",
-        (),
-        "an integer >= 1",
-        lambda args: not args.eval_interval and not (args.full_validation or args.skip_train),
-    ),
-    Row("save", (None,), "a folder that can be made there", lambda args: not _can_be_made(args.save)),
-    Row(
-        "tensorboard_dir",
-        (None,),
-        "a folder that can be made there",
-        lambda args: not _can_be_made(args.tensorboard_dir),
-    ),
-)
-
-#: All others, in the order in which they are asked.
-ROWS: tuple[Row, ...] = (*_NO_EFFECT, *_POSITIONS, *_FAILS_LATE, *_NOT_INSTALLED)
-
-
-def refuse_unhonoured(args: Namespace, rows: Iterable[Row] = ROWS) -> None:
-    """Raise :class:`FlagError` for the first flag that would not do what it says; needs no validated arguments."""
-    for row in rows:
-        value = getattr(args, row.name, None)
-        # Of an enumeration the name is what a user typed.
-        value = getattr(value, "name", value)
-        if value not in row.fine and row.when(args):
-            raise FlagError(flag_of(row.name), value, row.accepted)
+#: All of them, in the order in which they are asked.
+ROWS: tuple[Row, ...] = (*_NO_EFFECT, *_POSITIONS, *_FAILS_LATE)

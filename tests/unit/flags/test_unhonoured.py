@@ -59,6 +59,11 @@ REFUSED: dict[str, str] = {
     "--use-rope-scaling": f"--use-rope-scaling True: {NEEDS_ROPE}",
     "--use-rope-scaling --position-embedding-type yarn": f"--use-rope-scaling True: {NEEDS_ROPE}",
     f"{ROPE} --rope-scaling-factor 32": "--rope-scaling-factor 32.0: expected --use-rope-scaling beside it",
+    f"{ROPE} --rotary-scaling-factor 32": "--rotary-scaling-factor 32.0: expected --position-embedding-type yarn",
+    f"{ROPE} --mscale 0.5": "--mscale 0.5: expected --position-embedding-type yarn beside it",
+    f"{ROPE} --yarn-beta-fast 16": "--yarn-beta-fast 16.0: expected --position-embedding-type yarn beside it",
+    "--window-attn-skip-freq 2": "--window-attn-skip-freq 2: expected --window-size beside it",
+    "--moe-layer-freq 2": "--moe-layer-freq 2: expected --num-experts beside it",
     f"{ROPE} --reset-position-ids": "--reset-position-ids True: expected --reset-attention-mask beside it: only",
     f"{MASK} --window-size 4,0": f"{MASK} True: expected no --window-size beside it: it makes a mask of its own",
     f"{MASK} --no-create-attention-mask-in-dataloader": f"{MASK} True: expected no --no-create-attention-mask",
@@ -71,7 +76,8 @@ REFUSED: dict[str, str] = {
     "--lazy-mpu-init": "--lazy-mpu-init True: expected no --lazy-mpu-init: it is another trainer's",
     "--use-ring-exchange-p2p": "--use-ring-exchange-p2p True: expected no --use-ring-exchange-p2p",
     "--init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta-device w",
-    "--num-experts 4": "--num-experts 4: expected --disable-bias-linear or --no-bias-gelu-fusion beside it",
+    "--num-experts 4 --no-bias-gelu-fusion": "--num-experts 4: expected --disable-bias-linear beside it: what",
+    "--num-experts 4 --swiglu": "--num-experts 4: expected --disable-bias-linear beside it: what Megatron's local",
     "--quick-geglu": "--quick-geglu True: expected --disable-bias-linear or --no-bias-gelu-fusion beside it",
     "--init-method-xavier-uniform": "--init-method-xavier-uniform True: expected no --init-method-xavier-uniform",
     "--lr-decay-style WSD": "--lr-decay-style WSD: expected --lr-wsd-decay-iters or --lr-wsd-decay-samples beside it",
@@ -104,6 +110,7 @@ ENTRY_POINT: dict[str, str] = {
 ON_GPUS: dict[str, str] = {
     MASK: f"{MASK} True: expected --transformer-impl local: Transformer Engine's attention is causal over all",
     f"{MASK} --attention-backend local --num-experts 4 --disable-bias-linear": f"{MASK} True: expected --transf",
+    "--num-experts 4": "--num-experts 4: expected --disable-bias-linear or --no-bias-gelu-fusion beside it",
     f"{MASK} --transformer-impl local --bf16": f"{MASK} True: expected --no-masked-softmax-fusion beside it",
     "--transformer-impl local --fp8-format hybrid --bf16": f"--fp8-format hybrid: {NEEDS_TE}",
     "--transformer-impl local --cpu-offloading-num-layers 2": f"--cpu-offloading-num-layers 2: {NEEDS_TE}",
@@ -143,8 +150,9 @@ FINE = (
     f"{ROPE} {MASK} --reset-position-ids --bf16",
     f"{MASK} --core-attention sdpa --bf16",
     "--spec megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec",
-    "--num-experts 4 --no-bias-gelu-fusion",
-    "--num-experts 4 --swiglu",
+    "--num-experts 4 --swiglu --disable-bias-linear --moe-layer-freq 2",
+    "--position-embedding-type yarn --rotary-scaling-factor 4 --mscale 2.0 --yarn-beta-fast 16",
+    "--window-size 4,0 --window-attn-skip-freq 2",
     "--quick-geglu --disable-bias-linear",
     "--num-experts 4 --disable-bias-linear --qk-l2-norm",
     "--attention-backend unfused",
@@ -276,15 +284,17 @@ def test_rows_name_flags_and_their_defaults(quick: None) -> None:
     from megatron.training.arguments import add_megatron_arguments
 
     from sla_megatron.common.errors import flag_of
-    from sla_megatron.flags.unhonoured import AT_START, ROWS
+    from sla_megatron.flags.needed import AT_START, NOT_INSTALLED
+    from sla_megatron.flags.unhonoured import ROWS
 
     parser = ArgumentParser()
     add_megatron_arguments(parser)
     flags = {flag: action.dest for action in parser._actions for flag in action.option_strings}
-    assert [row.name for row in (*ROWS, *AT_START) if flags.get(flag_of(row.name)) != row.name] == []
+    assert [row.name for row in (*ROWS, *NOT_INSTALLED, *AT_START) if flags.get(flag_of(row.name)) != row.name] == []
     default = parser.parse_args([])
-    shown = {row.name: getattr(default, row.name) for row in ROWS}
-    assert {name for row in ROWS if getattr(value := shown[name := row.name], "name", value) not in row.fine} == set()
+    always = (*ROWS, *NOT_INSTALLED)
+    shown = {row.name: getattr(default, row.name) for row in always}
+    assert {name for row in always if getattr(value := shown[name := row.name], "name", value) not in row.fine} == set()
 
 
 def test_what_no_layer_heeds(quick: None) -> None:
