@@ -108,6 +108,8 @@ def _factor_requests(folder: Path) -> dict[str, dict[str, Any]]:
         "factor-ours-32": rope | factor | saved["ours"],
         "factor-upstreams-32": rope | factor | saved["upstreams"],
         "factor-ours-32-resumed": rope | factor | ours,
+        "factor-ours-from-checkpoint-args": {"train_iters": LAST, "use_checkpoint_args": True} | ours,
+        "factor-upstreams-from-checkpoint-args": {"train_iters": LAST, "use_checkpoint_args": True} | upstreams,
         "factor-ours-8-resumed": rope | ours,
         "factor-upstreams-32-resumed": rope | factor | upstreams,
         "factor-upstreams-8-resumed": rope | upstreams,
@@ -205,6 +207,8 @@ def test_the_rope_scaling_factor_reaches_the_model(loads: dict[str, dict[str, An
     assert losses["factor-ours-32"] != losses["factor-8"] == losses["factor-upstreams-32"]
     assert losses["factor-ours-32-resumed"] == losses["factor-ours-32"][SAVED_AT:]
     assert losses["factor-upstreams-8-resumed"] == losses["factor-8"][SAVED_AT:]
+    for name, whole in (("ours", "factor-ours-32"), ("upstreams", "factor-8")):
+        assert losses[f"factor-{name}-from-checkpoint-args"] == losses[whole][SAVED_AT:]
     changed = loads["factor-upstreams-32-finetuned"]
     assert changed["status"] == 0
     assert (

@@ -20,13 +20,13 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from ..attention.sla_config import compact_ranges
 from ..common.errors import FlagError, flag_of, one_line_errors
 from ..upstream.seams import Wrapping, wrap_once
-from .rope_scaling import require_same_rope_scaling
+from .rope_scaling import adopt_rope_scaling, require_same_rope_scaling
 from .validation import SLA_SETTINGS, sla_config_from_args
 
 
 def adopt_checkpoint_args(args: Namespace) -> None:
-    """For ``--use-checkpoint-args``: upstream's arguments as upstream takes them, and the SLA settings that the command
-    line leaves open, in place.
+    """For ``--use-checkpoint-args``: upstream's arguments as upstream takes them, and of the SLA settings and of the
+    scaling of rotary embeddings what the command line leaves open, in place.
 
     The checkpoint in ``--load`` goes before ``--pretrained-checkpoint``.
     Raises :class:`FlagError` without either, or, as upstream, for local checkpoints.
@@ -37,7 +37,10 @@ def adopt_checkpoint_args(args: Namespace) -> None:
         raise FlagError("--non-persistent-ckpt-type", "local", "another type with --use-checkpoint-args")
     results = [load_args_from_checkpoint(args, load_arg=name) for name in ("pretrained_checkpoint", "load")]
     found = [result[1] for result in results if isinstance(result, tuple)]
-    if not found or not getattr(found[-1], "sla", False):
+    if not found:
+        return
+    adopt_rope_scaling(args, found[-1])
+    if not getattr(found[-1], "sla", False):
         return
     args.sla = True
     for name in SLA_SETTINGS:

@@ -27,6 +27,13 @@ def model_factor(args: Namespace) -> float | None:
     return float(args.rope_scaling_factor) if getattr(args, HONOURED, False) else UPSTREAMS
 
 
+def adopt_rope_scaling(args: Namespace, saved: Namespace) -> None:
+    """Take the scaling of a checkpoint's model, which upstream leaves behind, where ``args`` have none; in place."""
+    theirs = model_factor(saved)
+    if theirs is not None and not args.use_rope_scaling and args.rope_scaling_factor == UPSTREAMS:
+        args.use_rope_scaling, args.rope_scaling_factor = True, theirs
+
+
 def require_same_rope_scaling(args: Namespace, saved: Namespace, may_change: bool) -> None:
     """Refuse to go on from ``saved``, a checkpoint's arguments, with another factor; say so where ``may_change``.
 

@@ -40,7 +40,7 @@ def _not_yarn(args: Namespace) -> bool:
 
 
 def _attention_of_te(args: Namespace) -> bool:
-    names_local = args.attention_backend.name == "local" and not args.num_experts
+    names_local = getattr(args.attention_backend, "name", None) == "local" and not args.num_experts
     return args.transformer_impl == "transformer_engine" and not names_local
 
 
@@ -223,6 +223,8 @@ _FAILS_LATE = (
         lambda args: args.lr_wsd_decay_iters is None and args.lr_wsd_decay_samples is None,
     ),
     Row("eval_interval", (None,), "an integer >= 1", lambda args: args.eval_interval < 1),
+    Row("log_interval", (100,), "an integer >= 1", lambda args: args.log_interval < 1),
+    Row("tensorboard_log_interval", (1,), "an integer >= 1", lambda args: args.tensorboard_log_interval < 1),
     Row(
         "logits_save_dir",
         OFF,

@@ -81,6 +81,8 @@ REFUSED: dict[str, str] = {
     "--quick-geglu": "--quick-geglu True: expected --disable-bias-linear or --no-bias-gelu-fusion beside it",
     "--init-method-xavier-uniform": "--init-method-xavier-uniform True: expected no --init-method-xavier-uniform",
     "--lr-decay-style WSD": "--lr-decay-style WSD: expected --lr-wsd-decay-iters or --lr-wsd-decay-samples beside it",
+    "--log-interval 0": "--log-interval 0: expected an integer >= 1",
+    "--tensorboard-log-interval 0": "--tensorboard-log-interval 0: expected an integer >= 1",
     "--eval-interval 0": "--eval-interval 0: expected an integer >= 1",
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|tttttt||tttttt|t|L": "--pipeline-model-"
     "parallel-layout E|tttttt||tttttt|t|L: expected a layer in each stage between the first and the last",
