@@ -64,12 +64,6 @@ NOT_INSTALLED = (
 
 #: What a run needs to start; where it is not to start, as in a sweep that is planned, the rest may come later.
 AT_START = (
-    Row(
-        "eval_interval",
-        (),
-        "an integer >= 1",
-        lambda args: not args.eval_interval and not (args.full_validation or args.skip_train),
-    ),
     Row("save", (None,), "a folder that can be made there", lambda args: not _can_be_made(args.save)),
     Row(
         "tensorboard_dir",

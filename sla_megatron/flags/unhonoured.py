@@ -20,6 +20,10 @@ from .sla_flags import MEGATRON
 _NEEDS_ROPE = "--position-embedding-type rope beside it"
 _NEEDS_TE = "--transformer-impl transformer_engine beside it: local layers do not heed it"
 _HEEDED_BY_NOTHING = "no such flag: nothing in Megatron heeds it"
+# What only Transformer Engine's layers do; without a GPU some of it is refused before, in cpu.flags.
+_OF_TE = ("fp8", "fp4", "tp_comm_overlap", "delay_wgrad_compute", "use_transformer_engine_op_fuser")
+_OF_TE += ("use_te_activation_func", "te_precision_config_file", "use_grouped_gemm_for_dense_mlp")
+_OF_TE += ("cpu_offloading_num_layers", "multi_latent_attention")
 _GPTS_ONLY = "no such flag: it is not for GPTs"
 
 
@@ -103,16 +107,7 @@ _NO_EFFECT = (
         "--qk-layernorm and LayerNorm beside it, without --sla: nothing else is tested",
         _no_layernorm_of_keys,
     ),
-    # What only Transformer Engine's layers do; without a GPU some of it is refused before (cpu.flags).
-    *(
-        Row(name, OFF, _NEEDS_TE, _local)
-        for name in ("fp8", "fp4", "tp_comm_overlap", "delay_wgrad_compute", "use_transformer_engine_op_fuser")
-    ),
-    *(
-        Row(name, OFF, _NEEDS_TE, _local)
-        for name in ("use_te_activation_func", "te_precision_config_file", "use_grouped_gemm_for_dense_mlp")
-    ),
-    *(Row(name, OFF, _NEEDS_TE, _local) for name in ("cpu_offloading_num_layers", "multi_latent_attention")),
+    *(Row(name, OFF, _NEEDS_TE, _local) for name in _OF_TE),
     # What other models have; Megatron's defaults are fine.
     Row("mask_prob", (0.15,), _GPTS_ONLY),
     Row("short_seq_prob", (0.1,), _GPTS_ONLY),
@@ -222,7 +217,10 @@ _FAILS_LATE = (
         "--lr-wsd-decay-iters or --lr-wsd-decay-samples beside it",
         lambda args: args.lr_wsd_decay_iters is None and args.lr_wsd_decay_samples is None,
     ),
-    Row("eval_interval", (None,), "an integer >= 1", lambda args: args.eval_interval < 1),
+    # Megatron divides by it, --eval-iters 0 or not, and has no default.
+    Row(
+        "eval_interval", (), "an integer >= 1", lambda args: (args.eval_interval or 0) < 1 and not args.full_validation
+    ),
     Row("log_interval", (100,), "an integer >= 1", lambda args: args.log_interval < 1),
     Row("tensorboard_log_interval", (1,), "an integer >= 1", lambda args: args.tensorboard_log_interval < 1),
     Row(

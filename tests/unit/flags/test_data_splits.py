@@ -157,7 +157,7 @@ def test_parts_without_tokens(
     written: list[object] = []
     monkeypatch.setattr(arguments, "set_global_variables", written.append)
     model = MODEL.replace("--mock-data", "").replace("--data-cache-path cache", "")
-    monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *model.split(), "--eval-interval", "10", *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *model.split(), *flags.split()])
     said = ""
     try:
         arguments.parse_and_validate_args(check=require_pretraining, check_validated=require_data_and_folders)
@@ -185,7 +185,6 @@ def test_parts_without_tokens(
     [
         ("--save file/checkpoints", "--save file/checkpoints: expected a folder that can be made there"),
         ("--tensorboard-dir file", "--tensorboard-dir file: expected a folder that can be made there"),
-        ("", "--eval-interval without a value: expected an integer >= 1"),
     ],
 )
 def test_what_a_run_needs_to_start(
@@ -198,9 +197,7 @@ def test_what_a_run_needs_to_start(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    args = settled_args(
-        argv=[*MODEL.split(), *(["--eval-interval", "1"] if flags else []), *flags.split()], silent=True
-    )
+    args = settled_args(argv=[*MODEL.split(), *flags.split()], silent=True)
     with pytest.raises(FlagError) as error:
         require_data_and_folders(args)
     assert error.value.reason == line
