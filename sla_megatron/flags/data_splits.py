@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -19,11 +19,9 @@ from ..common.splits import DEFAULT_SPLIT, PARTS, split_ranges, without_empty_pa
 #: How many lengths of sequences are looked at once.
 _LENGTHS = 1 << 16
 
-_OF_PARTS = ("--train-data-path", "--valid-data-path", "--test-data-path")
-
 
 def require_data_of_each_part(args: Namespace) -> None:
-    """Refuse validated arguments by which a part that is built, or needed, has no token.
+    """Refuse validated arguments by which a part that is built, or needed, has no token, or no whole sequence.
 
     Reads the index of each data set, but for those in object storage.
 
@@ -40,15 +38,27 @@ def require_data_of_each_part(args: Namespace) -> None:
         _require_parts(args, _parts(args))
         flag = "--data-path" if args.data_args_path is None else "--data-args-path"
         for prefix in dict.fromkeys(blend[0]):
-            _require_split(args, flag, prefix)
+            _require_split(args, flag, prefix, _blends_whole(*blend))
     elif per_split is not None:
-        _require_parts(args, [part for part, each in zip(PARTS, per_split, strict=True) if each is not None])
-        for flag, each in zip(_OF_PARTS, per_split, strict=True):
-            flag = flag if args.per_split_data_args_path is None else "--per-split-data-args-path"
-            for prefix in dict.fromkeys(each[0] if each is not None else ()):
-                _require_tokens(flag, prefix)
+        given = {part: each for part, each in zip(PARTS, per_split, strict=True) if each is not None}
+        _require_parts(args, list(given))
+        for part, each in given.items():
+            flag = f"--{part}-data-path" if args.per_split_data_args_path is None else "--per-split-data-args-path"
+            for prefix in dict.fromkeys(each[0]):
+                _require_tokens(flag, prefix, _needed(args, part, _blends_whole(*each)))
     else:
-        raise StartError(f"no data: expected --data-path, {', '.join(_OF_PARTS)} or --mock-data")
+        flags = [f"--{part}-data-path" for part in PARTS]
+        raise StartError(f"no data: expected --data-path, {', '.join(flags)} or --mock-data")
+
+
+def _blends_whole(prefixes: Sequence[str], weights: Sequence[float] | None) -> bool:
+    """Whether each data set is read once, for want of weights, and blended by its samples, of which none has 0."""
+    return weights is None and len(prefixes) > 1
+
+
+def _needed(args: Namespace, part: str, whole: bool) -> int:
+    """How many tokens a data set needs: one, or where it is not read over and over a sequence with its last label."""
+    return args.seq_length + 1 if whole or (args.full_validation and part == "valid") else 1
 
 
 def _parts(args: Namespace) -> list[str]:
@@ -75,28 +85,39 @@ def _require_parts(args: Namespace, parts: Sequence[str]) -> None:
         )
 
 
-def _require_split(args: Namespace, flag: str, prefix: str) -> None:
+def _require_split(args: Namespace, flag: str, prefix: str, whole: bool) -> None:
     index = _index(flag, prefix)
     if index is None:
         return
     lengths = index.sequence_lengths
     for part, sequences in split_ranges(args.split, len(lengths)).items():
-        if not _has_tokens(lengths, sequences):
-            whole = _has_tokens(lengths, range(len(lengths)))
-            other = (
-                f" (--split {without_empty_parts(len(lengths))} would do; a share of 0 is not built)" if whole else ""
-            )
-            raise FlagError(
-                "--split",
-                args.split.replace(" ", ""),
-                f"tokens in each part: {part} gets none of the {_documents(index)} of {prefix}{other}",
-            )
+        needed = _needed(args, part, whole)
+        tokens = _tokens(lengths, sequences, needed)
+        if tokens >= needed:
+            continue
+        wanted = "tokens" if needed == 1 else f"{needed} tokens or more, a whole sequence,"
+        other = without_empty_parts(len(lengths))
+        helps = tokens == 0 and all(_tokens(lengths, each, needed) >= needed for each in _ranges(other, lengths))
+        raise FlagError(
+            "--split",
+            args.split.replace(" ", ""),
+            f"{wanted} in each part: {part} gets {tokens or 'none'} of the {_documents(index)} of {prefix}"
+            + (f" (--split {other} would do; a share of 0 is not built)" if helps else ""),
+        )
 
 
-def _require_tokens(flag: str, prefix: str) -> None:
+def _ranges(split: str, lengths: Sequence[int]) -> Iterable[range]:
+    return split_ranges(split, len(lengths)).values()
+
+
+def _require_tokens(flag: str, prefix: str, needed: int) -> None:
     index = _index(flag, prefix)
-    if index is not None and not _has_tokens(index.sequence_lengths, range(len(index.sequence_lengths))):
-        raise FlagError(flag, prefix, f"data with tokens: its {_documents(index)} have none")
+    if index is None:
+        return
+    tokens = _tokens(index.sequence_lengths, range(len(index.sequence_lengths)), needed)
+    if tokens < needed:
+        wanted = "data with tokens" if needed == 1 else f"{needed} tokens or more, a whole sequence"
+        raise FlagError(flag, prefix, f"{wanted}: its {_documents(index)} have {tokens or 'none'}")
 
 
 def _index(flag: str, prefix: str) -> IndexedDataset | None:
@@ -116,7 +137,11 @@ def _documents(index: IndexedDataset) -> str:
     return f"{documents} documents" if sequences == documents else f"{sequences} sequences ({documents} documents)"
 
 
-def _has_tokens(lengths: Sequence[int], sequences: range) -> bool:
-    """Whether one of ``sequences`` has a token; of terabytes, the first lengths say so."""
-    starts = range(sequences.start, sequences.stop, _LENGTHS)
-    return any(lengths[start : min(start + _LENGTHS, sequences.stop)].any() for start in starts)
+def _tokens(lengths: Sequence[int], sequences: range, enough: int) -> int:
+    """How many tokens ``sequences`` have, counted no further than ``enough``: of terabytes, the first lengths do."""
+    tokens = 0
+    for start in range(sequences.start, sequences.stop, _LENGTHS):
+        tokens += int(lengths[start : min(start + _LENGTHS, sequences.stop)].sum())
+        if tokens >= enough:
+            break
+    return tokens

@@ -94,7 +94,7 @@ DATA: dict[str, str] = {
     "--data-path d2000": "",
     # Blends: with weights and without, one that is large does not help one that is small.
     "--data-path 1 d2000 1 d40": "--split 969,30,1: expected tokens in each part: test gets none of the 40",
-    "--data-path d2000 d40": "--split 969,30,1: expected tokens in each part: test gets none of the 40",
+    "--data-path d2000 d40": "--split 969,30,1: expected 17 tokens or more, a whole sequence, in each part: test gets",
     "--data-path 1 d2000 1 d40 --split 8,1,1": "",
     "--data-args-path blend": "--split without a value: expected up to three shares, such as 969,30,1",
     "--data-args-path blend --split 969,30,1": "--split 969,30,1: expected tokens in each part: test gets none of the",
@@ -102,6 +102,14 @@ DATA: dict[str, str] = {
     "--data-path half": "--split 969,30,1: expected tokens in each part: valid gets none of the 2000 documents",
     "--data-path d0": "--data-path d0: expected data with tokens: its .bin is empty",
     "--data-path nosuch": "--data-path nosuch: expected PREFIX.bin and PREFIX.idx of the data",
+    # What is read once needs a sequence of 16 tokens, and its last label.
+    "--data-path d2000 short --split 8,1,1": "--split 8,1,1: expected 17 tokens or more, a whole sequence, in each "
+    "part: valid gets 8 of the 40 documents of short",
+    "--data-path 1 d2000 1 short --split 8,1,1": "",
+    "--data-path short --split 9,1,0 --full-validation --multiple-validation-sets": "--split 9,1,0: expected 17",
+    "--train-data-path d2000 --valid-data-path four --full-validation --multiple-validation-sets": "--valid-data-path "
+    "four: expected 17 tokens or more, a whole sequence: its 2 documents have 4",
+    "--train-data-path d2000 --valid-data-path four": "",
     # A set for each part.
     "--train-data-path d2000 --valid-data-path d1": "",
     "--train-data-path d2000 --valid-data-path d1 --test-data-path d1": "",
@@ -135,6 +143,8 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "half.idx").open("r+b") as idx:
         idx.seek(34 + 4 * 1900)
         idx.write(bytes(4 * 100))
+    write_indexed(folder / "short", 40, length=2)
+    write_indexed(folder / "four", 2, length=2)
     (folder / "blend").write_text("1 d2000 3 d40")
     (folder / "per-split").write_text(json.dumps({"train": ["d2000"], "valid": "1 d1 1 d0", "test": ["d1"]}))
     return folder
