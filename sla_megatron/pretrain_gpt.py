@@ -50,7 +50,7 @@ def _pretrain() -> None:
 
     from .cpu.device import add_device_arg
     from .flags.arguments import megatron_refusals, parse_and_validate_args
-    from .flags.entry_point import require_pretraining
+    from .flags.entry_point import require_data_and_folders, require_pretraining
     from .model.builder import gpt_config_from_args
     from .model.report import report_model
     from .training.checkpoint_writer import shield_checkpoint_writer
@@ -62,6 +62,7 @@ def _pretrain() -> None:
         extra_args_provider=add_device_arg,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
         check=require_pretraining,
+        check_validated=require_data_and_folders,
     )
     with one_line_errors(), megatron_refusals():
         model_config = gpt_config_from_args(args)

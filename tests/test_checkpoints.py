@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.runs import CLOSE, NO_DROPOUT, argv, train
+from tests.support.runs import CLOSE, CPU_FLAGS, NO_DROPOUT, argv, train
 
 pytestmark = pytest.mark.distributed
 
@@ -71,7 +71,50 @@ def _setting_requests(folder: Path) -> dict[str, dict[str, Any]]:
         "finetune-other-distance": full | load | same | {"sla_skip_distance": [3], "finetune": True},
         "finetune-dense-to-pruned": full | dense | pruned | {"finetune": True},
     }
-    return {name: {"argv": _argv(**flags)} for name, flags in settings.items()}
+    settings |= _newer_requests(folder, full)
+    requests = {name: {"argv": _argv(**flags)} for name, flags in (settings | _factor_requests(folder)).items()}
+    upstreams = requests["factor-upstreams-32"]
+    upstreams["argv"], upstreams["entry"] = [*upstreams["argv"], *CPU_FLAGS], "upstream"
+    return requests
+
+
+def _newer_requests(folder: Path, full: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Loads from a folder whose non-persistent checkpoint has another distance and is newer than the persistent one."""
+    old, new = SLA["full"], SLA["full"] | {"sla_skip_distance": [3]}
+    newer = {"non_persistent_ckpt_type": "global"}
+    saves = newer | {"save": folder / "newer", "save_interval": SAVED_AT}
+    # A run ends with a persistent checkpoint: that one goes elsewhere.
+    elsewhere = {"save": folder / "elsewhere", "save_interval": 2 * LAST}
+    elsewhere |= {"non_persistent_global_ckpt_dir": folder / "newer" / "non_persistent"}
+    load = {"load": folder / "newer"}
+    longer = {"train_iters": LAST + 1}
+    return {
+        "newer-old": full | old | saves | {"train_iters": SAVED_AT},
+        "newer-new": full | new | saves | elsewhere | {"non_persistent_save_interval": LAST},
+        "newer-load-old": full | old | load | newer,
+        "newer-load-new": full | new | load | newer | longer,
+        "newer-not-asked-for": full | old | load,
+    }
+
+
+def _factor_requests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Runs with ``--rope-scaling-factor``, which upstream stores and does not heed."""
+    rope = {"position_embedding_type": "rope", "use_rope_scaling": True, "rotary_base": 1000000, "train_iters": LAST}
+    factor = {"rope_scaling_factor": 32.0}
+    saved = {name: {"save": folder / name, "save_interval": SAVED_AT} for name in ("ours", "upstreams")}
+    ours, upstreams = ({"load": folder / name, "ckpt_step": SAVED_AT} for name in ("ours", "upstreams"))
+    return {
+        "factor-8": rope,
+        "factor-ours-32": rope | factor | saved["ours"],
+        "factor-upstreams-32": rope | factor | saved["upstreams"],
+        "factor-ours-32-resumed": rope | factor | ours,
+        "factor-ours-from-checkpoint-args": {"train_iters": LAST, "use_checkpoint_args": True} | ours,
+        "factor-upstreams-from-checkpoint-args": {"train_iters": LAST, "use_checkpoint_args": True} | upstreams,
+        "factor-ours-8-resumed": rope | ours,
+        "factor-upstreams-32-resumed": rope | factor | upstreams,
+        "factor-upstreams-8-resumed": rope | upstreams,
+        "factor-upstreams-32-finetuned": rope | factor | upstreams | {"finetune": True},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +166,13 @@ def test_same_settings_resume(loads: dict[str, dict[str, Any]], name: str) -> No
         ("other-projection", "--sla-kv-projection pruned: expected full as in the checkpoint"),
         ("checkpoint-args-but-distance", "--sla-skip-distance 3: expected 2 as in the checkpoint"),
         ("dense-to-sla", "--sla on: expected off as in the checkpoint"),
+        ("newer-load-old", "--sla-skip-distance 2: expected 3 as in the checkpoint that is loaded"),
+        ("factor-ours-8-resumed", "--rope-scaling-factor 8: expected 32, which the model of the checkpoint has, or"),
+        (
+            "factor-upstreams-32-resumed",
+            "--rope-scaling-factor 32: expected 8, which the model of the checkpoint has (its --rope-scaling-factor 32 "
+            "did not reach it: Megatron 0.19 ignores the flag), or --finetune",
+        ),
         ("finetune-dense-to-pruned", "--sla-kv-projection pruned: expected off as in the checkpoint"),
     ],
 )
@@ -143,3 +193,24 @@ def test_finetune_changes_settings_on_purpose(loads: dict[str, dict[str, Any]]) 
     assert loads["finetune-dense-to-beyond"]["loss"] == loads["finetune-dense-to-dense"]["loss"]
     assert loads["finetune-dense-to-sla"]["loss"][0] != loads["finetune-dense-to-dense"]["loss"][0]
     assert loads["finetune-dense-to-sla"]["loss"][0] < loads["dense"]["loss"][0]
+
+
+def test_settings_are_those_of_the_checkpoint_that_is_loaded(loads: dict[str, dict[str, Any]]) -> None:
+    """The newest of persistent and non-persistent ones, where the latter are asked for."""
+    assert loads["newer-load-new"]["iteration"] == [LAST + 1]
+    assert loads["newer-not-asked-for"]["iteration"] == [SAVED_AT + 1, LAST]
+
+
+def test_the_rope_scaling_factor_reaches_the_model(loads: dict[str, dict[str, Any]]) -> None:
+    """It changes the function, dense as with --sla, resumes, and upstream's 32 is 8, which resumes as such."""
+    losses = {name: run["loss"] for name, run in loads.items() if name.startswith("factor")}
+    assert losses["factor-ours-32"] != losses["factor-8"] == losses["factor-upstreams-32"]
+    assert losses["factor-ours-32-resumed"] == losses["factor-ours-32"][SAVED_AT:]
+    assert losses["factor-upstreams-8-resumed"] == losses["factor-8"][SAVED_AT:]
+    for name, whole in (("ours", "factor-ours-32"), ("upstreams", "factor-8")):
+        assert losses[f"factor-{name}-from-checkpoint-args"] == losses[whole][SAVED_AT:]
+    changed = loads["factor-upstreams-32-finetuned"]
+    assert changed["status"] == 0
+    assert (
+        "sla-megatron: --rope-scaling-factor 32 replaces 8, which the model of the checkpoint has" in changed["stdout"]
+    )

@@ -28,7 +28,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = write_indexed(folder / "data")
 
     def flags(name: str, *more: str, **changes: Any) -> dict[str, Any]:
-        changes = {"mock_data": None, "data_path": data, "bad_nodes": folder / f"{name}.txt", **changes}
+        changes = {
+            "mock_data": None,
+            "data_path": data,
+            "split": "8,1,1",
+            "bad_nodes": folder / f"{name}.txt",
+            **changes,
+        }
         return {"argv": [*argv(**changes), *more]}
 
     checkpoints = {"save": folder / "to/be/made", "save_interval": 5}

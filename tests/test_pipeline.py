@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.residency import residency
 from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.pipeline.schedule import Schedule
+from tests.support.indexed_files import write_indexed
 from tests.support.pipelines import (
     FOUR_RANKS,
     GLOBAL_BATCH,
@@ -58,6 +60,24 @@ CASES += [
     for model in models
 ]
 REPEATED = [next(case for case in CASES if case[1] == layout) for layout in LAYOUTS]
+
+#: Short documents, which attention does not leave: all stages need the mask, those between the ends too.
+DOCUMENTS = {"mock_data": None, "split": "8,1,1", "reset_attention_mask": True, "reset_position_ids": True}
+DOCUMENTS |= {"eod_mask_loss": True}
+DOCUMENT_MODELS = {"sla": {}, "dense": dict.fromkeys(name for name in MODELS["gqa-full-short"].argv() if "sla" in name)}
+#: With middle stages on ranks of their own, on ranks that have an end too, and on ranks that read nothing themselves.
+DOCUMENT_LAYOUTS = ("pp2v2", "pp4", "tp2pp2v2")
+
+
+def _documents(folder: Path, layouts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    data = DOCUMENTS | {"data_path": folder / "documents", "data_cache_path": folder / "cache"}
+    requests = {}
+    for layout in layouts:
+        split = LAYOUTS[layout].argv() if layout in LAYOUTS else {"tensor_model_parallel_size": 1}
+        for name, flags in DOCUMENT_MODELS.items():
+            request = {"argv": _flags("gqa-full-short", folder, **data | flags | split), "pipeline": True}
+            requests[f"documents.{name}.{layout}"] = request
+    return requests
 
 
 def _flags(model: str, folder: Path, **flags: Any) -> list[str]:
@@ -111,19 +131,37 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         f"{model}.pp1": {"argv": _flags(model, folder, tensor_model_parallel_size=1), "pipeline": True}
         for model in MODELS
     }
-    runs.add(seeds | plain | _requests(folder, TWO_RANKS), 2, folder / "two")
-    runs.add(_requests(folder, FOUR_RANKS), 4, folder / "four")
+    # The tokenizer's end of a document.
+    write_indexed(folder / "documents", documents=400, length=6, vocabulary=127, end=127)
+    apart = _documents(folder, ("pp1", "pp2v2"))
+    apart["documents.one-mask.pp1"] = {"argv": [*apart["documents.sla.pp1"]["argv"]], "pipeline": True}
+    apart["documents.one-mask.pp1"]["argv"].remove("--reset-attention-mask")
+    runs.add(seeds | plain | _requests(folder, TWO_RANKS) | apart, 2, folder / "two")
+    runs.add(_requests(folder, FOUR_RANKS) | _documents(folder, ("pp4", "tp2pp2v2")), 4, folder / "four")
     return runs
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_trains_as_without_a_pipeline(runs: Runs, model: str, layout: str) -> None:
     """Five steps: loss, gradient norm and evaluations; and every parameter's gradient in the first."""
-    found, plain = runs.figures(f"{model}.{layout}"), runs.figures(f"{model}.pp1")
+    _assert_trains_as(runs, f"{model}.{layout}", f"{model}.pp1")
+
+
+@pytest.mark.parametrize("layout", DOCUMENT_LAYOUTS)
+@pytest.mark.parametrize("model", DOCUMENT_MODELS)
+def test_every_stage_keeps_documents_apart(runs: Runs, model: str, layout: str) -> None:
+    """``--reset-attention-mask`` means on each stage what it means without a pipeline; and it does mean something."""
+    _assert_trains_as(runs, f"documents.{model}.{layout}", f"documents.{model}.pp1")
+    apart, mixed = (runs.figures(f"documents.{name}.pp1")["loss"] for name in ("sla", "one-mask"))
+    assert apart != pytest.approx(mixed, rel=100 * LOSS_TOLERANCE)
+
+
+def _assert_trains_as(runs: Runs, name: str, reference: str) -> None:
+    found, plain = runs.figures(name), runs.figures(reference)
     assert len(found["loss"]) == STEPS
     for what in ("loss", "grad_norm", "evaluations"):
         assert found[what] == pytest.approx(plain[what], rel=LOSS_TOLERANCE), what
-    gradients, expected = runs.gradients(f"{model}.{layout}"), runs.gradients(f"{model}.pp1")
+    gradients, expected = runs.gradients(name), runs.gradients(reference)
     assert set(expected) <= set(gradients)
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, gradient in expected.items():

@@ -19,17 +19,17 @@ from typing import Any, NoReturn
 from megatron.training import arguments as upstream
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.global_vars import set_global_variables
-from megatron.training.yaml_arguments import validate_yaml
 
-from ..common.errors import StartError, flag_of, one_line_errors
+from ..common.errors import FlagError, StartError, flag_of, one_line_errors
 from ..common.flag_types import refusal
 from ..common.silence import silence
 from ..cpu.backend import cpu_backend_is_active
 from ..cpu.flags import fit_to_cpu
 from ..upstream.megatron_version import require_megatron
 from ..upstream.seams import Reliance
-from .checkpoint_settings import adopt_checkpoint_args, require_same_settings
+from .checkpoint_settings import adopt_checkpoint_args, check_settings_on_loading, require_same_settings
 from .core_attention import resolve_core_attention
+from .entry_point import refuse_unhonoured
 from .sla_flags import add_sla_args
 from .validation import refuse_unsupported, resolve_sla_args
 
@@ -48,21 +48,30 @@ def parse_and_validate_args(
     ignore_unknown_args: bool = False,
     args_defaults: dict[str, Any] | None = None,
     check: Callable[[Namespace], None] | None = None,
+    check_validated: Callable[[Namespace], None] | None = None,
 ) -> Namespace:
     """Megatron's ``parse_and_validate_args`` with the ``--sla`` flags.
 
     A flag that cannot be accepted ends the run before anything is written, whoever refuses it: one line on stderr, exit
-    status 2.  ``check`` may raise :class:`FlagError` for more.
+    status 2.  ``check`` may raise :class:`FlagError` for more, and ``check_validated`` with what Megatron filled in.
+    Without ``check`` this is a script of the user's own, in which only what ``--sla`` builds is looked at.
     """
 
     with one_line_errors():
-        args = settled_args(extra_args_provider, ignore_unknown_args, args_defaults, check)
-        if args.yaml_cfg is None:
-            # The model is built much later; what Megatron has against it is wanted before anything is written.
-            with megatron_refusals():
-                core_transformer_config_from_args(args)
+        args = settled_args(extra_args_provider, ignore_unknown_args, args_defaults, check or _check_own_script)
+        # The model is built much later; what Megatron has against it is wanted before anything is written.
+        with megatron_refusals():
+            core_transformer_config_from_args(args)
+            if check_validated is not None:
+                check_validated(args)
+    check_settings_on_loading(args)
     set_global_variables(args)
     return args
+
+
+def _check_own_script(args: Namespace) -> None:
+    if args.sla:
+        refuse_unhonoured(args)
 
 
 def settled_args(
@@ -108,10 +117,7 @@ def settled_args(
         if check is not None:
             check(args)
         with megatron_refusals():
-            if args.yaml_cfg is not None:
-                args = validate_yaml(args, args_defaults)
-            else:
-                upstream.validate_args(args, args_defaults)
+            upstream.validate_args(args, args_defaults)
         resolve_sla_args(args)
         resolve_core_attention(args)
         with megatron_refusals():
@@ -131,12 +137,19 @@ def _with_sla(extra_args_provider: ArgumentsProvider | None, parser: ArgumentPar
     # argparse's own prints Megatron's usage, of two thousand lines.
     parser.error = refuse
     for action in parser._actions:
+        if action.dest == "yaml_cfg":
+            action.type = _refuse_yaml
         try:
             (action.help or "") % {**vars(action), "prog": parser.prog}
         except (KeyError, TypeError, ValueError):
             # A lone % of upstream's, on which argparse ends --help in a traceback.
             action.help = action.help.replace("%", "%%")
     return parser
+
+
+def _refuse_yaml(path: str) -> NoReturn:
+    # What upstream reads there replaces all flags, --sla among them, and lacks what its own trainer looks for.
+    raise FlagError("--yaml-cfg", path, "flags in its place")
 
 
 class MegatronRefusal(StartError):

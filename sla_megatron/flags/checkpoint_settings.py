@@ -7,21 +7,26 @@ trained for, so a run whose settings differ from its checkpoint's would train an
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
+from megatron.training import get_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from ..attention.sla_config import compact_ranges
-from ..common.errors import FlagError, flag_of
+from ..common.errors import FlagError, flag_of, one_line_errors
+from ..upstream.seams import Wrapping, wrap_once
+from .rope_scaling import adopt_rope_scaling, require_same_rope_scaling
 from .validation import SLA_SETTINGS, sla_config_from_args
 
 
 def adopt_checkpoint_args(args: Namespace) -> None:
-    """For ``--use-checkpoint-args``: upstream's arguments as upstream takes them, and the SLA settings that the command
-    line leaves open, in place.
+    """For ``--use-checkpoint-args``: upstream's arguments as upstream takes them, and of the SLA settings and of the
+    scaling of rotary embeddings what the command line leaves open, in place.
 
     The checkpoint in ``--load`` goes before ``--pretrained-checkpoint``.
     Raises :class:`FlagError` without either, or, as upstream, for local checkpoints.
@@ -32,7 +37,10 @@ def adopt_checkpoint_args(args: Namespace) -> None:
         raise FlagError("--non-persistent-ckpt-type", "local", "another type with --use-checkpoint-args")
     results = [load_args_from_checkpoint(args, load_arg=name) for name in ("pretrained_checkpoint", "load")]
     found = [result[1] for result in results if isinstance(result, tuple)]
-    if not found or not getattr(found[-1], "sla", False):
+    if not found:
+        return
+    adopt_rope_scaling(args, found[-1])
+    if not getattr(found[-1], "sla", False):
         return
     args.sla = True
     for name in SLA_SETTINGS:
@@ -50,8 +58,13 @@ def require_same_settings(args: Namespace) -> None:
     if saved is None:
         # Megatron treats --pretrained-checkpoint as the start of a new run, as with --finetune.
         saved, may_change = _saved_args(args, "pretrained_checkpoint"), True
-    if saved is None:
-        return
+    if saved is not None:
+        _refuse_others(args, saved, may_change)
+
+
+def _refuse_others(args: Namespace, saved: Namespace, may_change: bool) -> None:
+    """Raise :class:`FlagError` where the settings of ``saved``, a checkpoint's arguments, are not those of ``args``."""
+    require_same_rope_scaling(args, saved, may_change)
     ours, theirs = _settings(args), _settings(saved)
     changed = [flag for flag in ours if ours[flag] != theirs[flag]]
     if not changed:
@@ -83,10 +96,40 @@ def _settings(args: Namespace) -> dict[str, Any]:
 
 
 def _saved_args(args: Namespace, load_arg: str) -> Namespace | None:
-    """The arguments stored in the checkpoint that ``args.<load_arg>`` points to; ``None`` where there is none yet."""
+    """The arguments stored in the checkpoint that ``args.<load_arg>`` points to; ``None`` where there is none yet.
+
+    Non-persistent ones in ``--load`` count too, if they are newer; which local ones there are, the ranks find out
+    together, later (:data:`CHECKED_ON_LOADING`).
+    """
     if getattr(args, load_arg, None) is None or args.non_persistent_ckpt_type == "local":
         return None
     # Upstream's reader also overwrites the arguments it is given, and prints each: a copy, and silence.
     with redirect_stdout(io.StringIO()):
         result = load_args_from_checkpoint(copy.copy(args), load_arg=load_arg)
     return result[1] if isinstance(result, tuple) else None
+
+
+def _checked_on_loading(check: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(check)
+    def checked(checkpoint_args: Namespace, *args: Any, **kwargs: Any) -> None:
+        # All ranks are here, with equal arguments, and nothing was loaded yet.
+        with one_line_errors():
+            _refuse_others(get_args(), checkpoint_args, may_change=False)
+        check(checkpoint_args, *args, **kwargs)
+
+    return checked
+
+
+#: The only place that sees what a local checkpoint, one on each node's own disk, was trained with.
+CHECKED_ON_LOADING = Wrapping(
+    "megatron.training.checkpointing:check_checkpoint_args",
+    "called with a checkpoint's arguments before its weights are used; compares the SLA settings too",
+    ("checkpoint_args", "skip_args"),
+    wrap=_checked_on_loading,
+)
+
+
+def check_settings_on_loading(args: Namespace) -> None:
+    """With ``--non-persistent-ckpt-type local`` have settings compared where the checkpoint is chosen and loaded."""
+    if args.non_persistent_ckpt_type == "local":
+        wrap_once([CHECKED_ON_LOADING])

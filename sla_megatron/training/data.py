@@ -26,8 +26,8 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
     built = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
-        # Only the first and last stage need tokens, and tensor-parallel rank 0 broadcasts to the others.
-        lambda: parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage),
+        # Tensor-parallel rank 0 broadcasts to the others.
+        lambda: parallel_state.get_tensor_model_parallel_rank() == 0 and _reads_batches(args, vp_stage),
         _dataset_config(args),
     ).build()
     print_rank_0("> finished creating GPT datasets ...")
@@ -36,6 +36,12 @@ def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = Non
 
 # Megatron's trainer calls the provider on every rank, not on tensor-parallel rank 0 alone.
 train_valid_test_datasets.is_distributed = True
+
+
+def _reads_batches(args: Namespace, vp_stage: int | None) -> bool:
+    """Whether this stage needs anything of a batch: tokens or labels at an end, a mask that tells documents apart
+    everywhere.  Upstream reads at the ends alone, and attention between them is then causal over all documents."""
+    return args.reset_attention_mask or is_first_or_last_pipeline_stage(vp_stage)
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -68,10 +74,14 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
 
 
 def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> dict[str, Tensor | None]:
-    """This rank's next microbatch: read on tensor-parallel rank 0, broadcast, split over context-parallel ranks."""
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(_BATCH_KEYS)
+    """This rank's next microbatch: read on tensor-parallel rank 0, broadcast, split over context-parallel ranks.
+
+    Between the ends of a pipeline it is empty, but for the mask where that tells documents apart.
+    """
     args = get_args()
+    if not _reads_batches(args, vp_stage):
+        return dict.fromkeys(_BATCH_KEYS)
+    at_an_end = is_first_or_last_pipeline_stage(vp_stage)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Tensor | None] = {}
     if tp_rank == 0:
@@ -91,6 +101,9 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
-        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+        # Between the ends upstream would broadcast nothing, the mask neither.
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage() or not at_an_end,
     )
+    if not at_an_end:
+        batch = dict.fromkeys(_BATCH_KEYS) | {"attention_mask": batch["attention_mask"]}
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())

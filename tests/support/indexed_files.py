@@ -12,9 +12,13 @@ from sla_megatron.commands.data.inspection import MAGIC, VERSION
 _UINT16 = 8
 
 
-def write_indexed(prefix: Path, documents: int = 40, length: int = 25, vocabulary: int = 100) -> str:
-    """``documents`` of one sequence of ``length`` random uint16 ids each; returns the prefix."""
+def write_indexed(
+    prefix: Path, documents: int = 40, length: int = 25, vocabulary: int = 100, end: int | None = None
+) -> str:
+    """``documents`` of one sequence of ``length`` random uint16 ids each, the last one ``end``; returns the prefix."""
     ids = numpy.random.default_rng(0).integers(0, vocabulary, documents * length).astype(numpy.uint16)
+    if end is not None:
+        ids[length - 1 :: length] = end
     Path(f"{prefix}.bin").write_bytes(ids.tobytes())
     parts = [
         struct.pack("<9sQBQQ", MAGIC, VERSION, _UINT16, documents, documents + 1),

@@ -14,6 +14,7 @@ from ...common.files import write_json
 from ...common.replacing import file_identity
 from ...common.silence import without_announcements
 from ...common.tokenizers import tokenizer_name
+from ...common.splits import split_hint
 from .errors import DataError, file_errors
 from .known_tokenizer import Manifest, find_manifest
 from .merging import IndexedWriter, Part
@@ -63,6 +64,8 @@ def _merge(args: Namespace) -> int:
     print(f"{out}: {writer.documents:,} documents, {writer.tokens:,} tokens")
     for note in _notes(args.prefixes, found):
         print(note)
+    if hint := split_hint(writer.documents):
+        print(hint)
     return 0
 
 

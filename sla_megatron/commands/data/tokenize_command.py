@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from ...common.splits import split_hint
 from ...common.tokenizers import TokenizerError, add_tokenizer_arguments, tokenizer_settings
 from .documents import FAULTS
 from .errors import DataError
@@ -86,6 +87,8 @@ def _report(job: Job, manifest: dict[str, Any]) -> None:
         shown = "" if name == "all" else f"{name}: "
         prefix = job.prefix.with_name(output["prefix"])
         print(f"{shown}{prefix}: {output['documents']:,} documents, {output['tokens']:,} tokens")
+        if name == "all" and (hint := split_hint(output["documents"])):
+            print(hint)
     text = manifest["text_bytes"] / max(manifest["tokens"], 1)
     print(f"{manifest['text_bytes']:,} bytes of text, {text:.2f} a token; {manifest['lines']:,} lines or rows read")
     for count, what in [(manifest["blank_lines"], "blank lines"), (manifest["duplicates"], "duplicates left out")]:

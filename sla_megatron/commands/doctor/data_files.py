@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...common.errors import flag_of
+from ...common.errors import StartError, flag_of
 from ..data.errors import DataError
 from ..data.inspection import Index, layout_fault, open_index
 from .finding import Doubt, Fault, Skipped, error_line
@@ -27,6 +27,9 @@ def data_files(args: Namespace, vocabulary: int | None) -> str:
     Args:
         vocabulary: how many tokens the tokenizer has, if that is known.
     """
+    # Megatron takes seconds to import.
+    from ...flags.data_splits import require_data_of_each_part
+
     prefixes = data_prefixes(args)
     faults, indices = [], []
     for prefix in prefixes:
@@ -38,6 +41,10 @@ def data_files(args: Namespace, vocabulary: int | None) -> str:
     if faults:
         more = f" (and {len(faults) - 1} more of {len(prefixes)} prefixes)" if len(faults) > 1 else ""
         raise Fault(f"{faults[0]}{more}")
+    try:
+        require_data_of_each_part(args)
+    except StartError as error:
+        raise Fault(error.reason) from error
     narrow = [index for index in indices if vocabulary is not None and vocabulary - 1 > _greatest_id(index)]
     if narrow:
         raise Doubt(

@@ -27,6 +27,8 @@ def tiny_args(args: Namespace) -> Namespace:
         max_position_embeddings=sequence,
         padded_vocab_size=VOCABULARY * tensor,
         micro_batch_size=1,
+        # Of one document each.
+        reset_attention_mask=False,
         # Buffers of the job's own size.
         tp_comm_overlap=False,
         cuda_graph_impl="none",

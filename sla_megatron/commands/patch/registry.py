@@ -15,6 +15,7 @@ from ...attention.self_attention import QUERY_KEY_VALUE, ROLE
 from ...attention.sla_config import SLAConfig
 from ...cpu.replacements import replacements
 from ...flags.arguments import PARSING
+from ...flags.checkpoint_settings import CHECKED_ON_LOADING
 from ...model import builder, transformer_block
 from ...model.recomputation import CHECKPOINTED_FORWARD
 from ...model.transformer_block import BERT_MODEL, transformer_block_seam
@@ -32,6 +33,7 @@ ENCODER = "while a script of one's own builds a BertModel inside sla_transformer
 RECOMPUTATION = "with --sla, while a block runs under --recompute-granularity full"
 PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is built"
 CORE_ATTENTION = "with --core-attention sdpa"
+LOCAL = "with --non-persistent-ckpt-type local, where checkpoints are loaded, with --sla or without"
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
 WHEEL = "with megatron-core's wheel, on any device: a checkout has the Makefile"
 CPU = "on the CPU"
@@ -74,6 +76,7 @@ def registry() -> list[Entry]:
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD]),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
         *_entries(CORE_ATTENTION, [FORWARD]),
+        *_entries(LOCAL, [CHECKED_ON_LOADING]),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(ALWAYS, [PARSING]),
         *_entries(WHEEL, [COMPILE_HELPERS]),

@@ -9,7 +9,7 @@ MODEL = (
     "--num-layers 12 --hidden-size 48 --num-attention-heads 12 --seq-length 16 --max-position-embeddings 16 "
     "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
     "--vocab-size 255 --save checkpoints --save-interval 1 --tensorboard-dir tensorboard "
-    "--data-cache-path cache"
+    "--data-cache-path cache --eval-interval 1"
 )
 GQA4 = "--group-query-attention --num-query-groups 4"
 INTEGERS, RANGES = "one or more integers >= 1", "layers within 1-12"
@@ -211,5 +211,5 @@ GOOD: dict[str, tuple[int, SLAConfig]] = {
         2,
         SLAConfig(12, 12, (9,), 9),
     ),
-    "--sla --num-experts 4 --bf16 --use-distributed-optimizer": (1, SLAConfig(12, 12, (9,), 9)),
+    "--sla --num-experts 4 --bf16 --use-distributed-optimizer --disable-bias-linear": (1, SLAConfig(12, 12, (9,), 9)),
 }

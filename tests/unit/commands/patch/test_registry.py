@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -130,15 +131,17 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
     from megatron.core.models.bert.bert_model import BertModel
 
     from sla_megatron.attention.sla_config import SLAConfig
+    from sla_megatron.flags.checkpoint_settings import CHECKED_ON_LOADING, check_settings_on_loading
     from sla_megatron.model.transformer_block import CHECKPOINTED_FORWARD, sla_transformer_blocks
     from sla_megatron.pipeline.transport import SCHEDULES, install_transport
     from sla_megatron.upstream.compiled_helpers import COMPILE_HELPERS
 
     def everything() -> dict[str, Any]:
-        # The transport stays for the rest of the process; here, until upstream's schedules are put back.
+        # The wrappings stay for the rest of the process; here, until upstream's functions are put back.
         sla = SLAConfig(4, 4, (3,), 3)
-        with cpu_backend(), sla_transformer_blocks(sla), as_before(SCHEDULES):
+        with cpu_backend(), sla_transformer_blocks(sla), as_before([*SCHEDULES, CHECKED_ON_LOADING]):
             install_transport()
+            check_settings_on_loading(Namespace(non_persistent_ckpt_type="local"))
             with sla_transformer_blocks(sla, BertModel), replaced([CHECKPOINTED_FORWARD, COMPILE_HELPERS]):
                 return attributes()
 
