@@ -44,11 +44,11 @@ def _merge(args: Namespace) -> int:
     settings = _settings(files, known)
     with workdir.held():
         workdir.begin(settings, args.overwrite)
-        with without_announcements():
-            from megatron.core.datasets.indexed_dataset import _IndexReader
-
-            dtype = _IndexReader(f"{args.prefixes[0]}.idx", multimodal=False).dtype
         try:
+            with without_announcements():
+                from megatron.core.datasets.indexed_dataset import _IndexReader
+
+                dtype = _IndexReader(f"{args.prefixes[0]}.idx", multimodal=False).dtype
             with file_errors(f"--output-prefix {out}"), IndexedWriter(out, dtype, workdir.merged) as writer:
                 for prefix in tqdm(args.prefixes, desc="merging", unit="data set", disable=len(args.prefixes) < 3):
                     writer.add(Part(prefix))
