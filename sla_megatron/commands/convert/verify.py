@@ -1,7 +1,8 @@
-"""Do both sides compute the same?  Logits of random tokens, from Megatron's model and from the Hugging Face model."""
+"""Do both sides compute the same?  Logits of random tokens, from the model that was trained and from the export."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,14 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .architecture import argv_from_config
 from .errors import ConvertError
-from .megatron_model import args_of, build, fill, megatron_alone
-from .megatron_writer import vocabulary_rows
+from .megatron_model import megatron_alone
 from .source import Source
+from .trained_model import trained_model
 
 #: Relative error in the 2-norm up to which fp32 logits count as equal: rounding, in sums of another order.
 THRESHOLD = 1e-5
+
+#: Tokens of the longest text.  Megatron's attention on a CPU holds scores of each pair of them, of all heads.
+LONGEST = 1024
+
+#: Tokens of each of the others.
+SHORT = 64
 
 
 @dataclass(frozen=True)
@@ -34,44 +40,72 @@ class Comparison:
 
 
 def compare(source: Source, folder: Path, num_sequences: int = 2, seed: int = 1) -> Comparison:
-    """Megatron's logits of ``source`` against those of the model in ``folder``, both in fp32, on random tokens."""
-    length = min(source.config["max_position_embeddings"], 64)
+    """Logits of the checkpoint ``source``'s model against those of the model in ``folder``, in fp32, on random tokens.
+
+    Each is built from what lies in its own folder, Megatron's by Megatron (``trained_model.py``).  The texts' largest
+    differences count.
+
+    Raises:
+        ConvertError: where one of them cannot be built, or the folder's has no row for a token that is trained.
+    """
+    model, size = _hf_model(folder), source.config["vocab_size"]
+    # Rows beyond the tokens are padding, on either side.
+    common = min(size, model.config.vocab_size)
+    found: list[Comparison] = []
+    with megatron_model(source) as logits, torch.no_grad():
+        for tokens, start in _texts(source, common, num_sequences, seed):
+            expected = logits(tokens, start)
+            if expected[..., common:].any():
+                raise ConvertError(f"{folder}: a vocabulary of {common}; the checkpoint has weights for {size} tokens")
+            expected = expected[..., :common]
+            positions = {"position_ids": _positions(tokens, start)} if start else {}
+            difference = model(tokens, **positions).logits[..., :common].double() - expected.double()
+            relative = float(difference.norm() / expected.double().norm())
+            found.append(Comparison(relative, float(difference.abs().max())))
+    # What is not a number is neither larger nor smaller than one.
+    return max(found, key=lambda one: math.inf if math.isnan(one.relative) else one.relative)
+
+
+def _texts(source: Source, vocabulary: int, count: int, seed: int) -> Iterator[tuple[Tensor, int]]:
+    """Tokens ``[b, s]`` and the position of the first.
+
+    Short ones, one as long as the model takes, up to ``LONGEST``, and one that ends at the last learned position.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(source.config["vocab_size"], (num_sequences, length), generator=generator)
-    with megatron_model(source) as logits:
-        expected = logits(tokens).clone()
-    found = hf_logits(folder, tokens)
-    if expected.shape != found.shape:
-        raise ConvertError(f"{folder}: logits of shape {tuple(found.shape)}, Megatron's are {tuple(expected.shape)}")
-    difference = found.double() - expected.double()
-    return Comparison(float(difference.norm() / expected.double().norm()), float(difference.abs().max()))
+    whole = source.args.max_position_embeddings
+
+    def tokens(number: int, length: int) -> Tensor:
+        return torch.randint(vocabulary, (number, length), generator=generator)
+
+    yield tokens(count, min(whole, SHORT)), 0
+    if whole > SHORT:
+        yield tokens(1, min(whole, LONGEST)), 0
+    if whole > LONGEST and source.args.position_embedding_type == "learned_absolute":
+        yield tokens(1, SHORT), whole - SHORT
 
 
 @contextmanager
-def megatron_model(source: Source) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within the block, Megatron's own model of ``source`` in fp32, as a function of tokens ``[b, s]``.
+def megatron_model(source: Source) -> Iterator[Callable[..., Tensor]]:
+    """Within the block, the trained model of ``source`` in fp32, as a function of tokens ``[b, s]``.
 
-    Its result is the logits ``[b, s, vocabulary]``, without padded rows.
+    Its result is the logits ``[b, s, vocabulary]``, without padded rows.  Its second argument is the position of the
+    first token, for models with learned positions.
     """
     with megatron_alone(), torch.no_grad():
-        size = source.config["vocab_size"]
-        flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size)]
-        args = args_of([*argv_from_config(source.config), *flags], torch.float32)
-        args.padded_vocab_size = vocabulary_rows(source)
-        model = build(args)
-        fill(model, source, args.padded_vocab_size)
+        model = trained_model(source)
 
-        def logits(tokens: Tensor) -> Tensor:
-            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-            return model(tokens, positions, None)[..., :size]
+        def logits(tokens: Tensor, start: int = 0) -> Tensor:
+            return model(tokens, _positions(tokens, start), None)[..., : source.config["vocab_size"]]
 
         yield logits
 
 
-def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """``[b, s, vocabulary]`` for tokens ``[b, s]``, from the model in ``folder`` in fp32."""
+def _positions(tokens: Tensor, start: int) -> Tensor:
+    return torch.arange(start, start + tokens.shape[1]).expand_as(tokens)
+
+
+def _hf_model(folder: Path) -> torch.nn.Module:
+    """The model in ``folder``, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    with torch.no_grad():
-        return model.eval()(tokens).logits
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
