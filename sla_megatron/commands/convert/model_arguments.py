@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: Read by ``architecture.py``, into the fields of ``config.json``; what of their values these cannot say is refused there.
+#: Read by ``architecture.py``, into the fields of ``config.json``; values that these cannot say are refused there.
 MAPPED: str = """
     num_layers hidden_size num_attention_heads num_query_groups group_query_attention ffn_hidden_size kv_channels
     max_position_embeddings position_embedding_type use_rotary_position_embeddings add_position_embedding
@@ -22,6 +22,7 @@ MAPPED: str = """
 #: Name -> what it would change.  The format has no field for it; off and Megatron's default are fine.
 REFUSED: Mapping[str, str] = {
     "use_mup": "the scale of the scores, the embeddings and the logits",
+    "softmax_scale": "the scale of the scores; no flag, but what a script may set",
     "softmax_type": "the denominator of the softmax",
     "qk_l2_norm": "norms of queries and keys",
     "attention_output_gate": "a gate on the attention's output",

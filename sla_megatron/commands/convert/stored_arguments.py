@@ -1,4 +1,4 @@
-"""The arguments that a checkpoint stores, against those that Megatron has: what an export does not understand, it refuses.
+"""The arguments that a checkpoint stores, against those that Megatron has: an export refuses what it does not know.
 
 A checkpoint holds all of Megatron's arguments, and whatever else a patched or another version added.  Each that is not
 at the default of Megatron's own parser is mapped, known not to matter, or named as the reason why there is no export.

@@ -1,0 +1,179 @@
+"""Checkpoints with one unusual argument each are exported to an equal model or refused by name; ``--verify`` sees what
+an export drops."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sla_megatron.commands.convert import cli, commands, megatron_reader
+from tests.support.argument_rows import (
+    EXACT_GELU,
+    HARMLESS,
+    MAPPED,
+    REFUSED,
+    REFUSED_AS_STORED,
+    ROPE,
+    SWIGLU,
+    Row,
+)
+from tests.support.convert_models import save_random_checkpoint
+
+pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[int, str]]:
+    """``sla-convert megatron-to-hf ... --verify`` of a row's checkpoint: exit status, and the line that says why."""
+
+    def run(row: Row, *options: str) -> tuple[int, str]:
+        save_random_checkpoint(tmp_path / "megatron", row.flags, stored=row.stored)
+        capsys.readouterr()
+        command = ["sla-convert", "megatron-to-hf", str(tmp_path / "megatron"), str(tmp_path / "hf"), "--verify"]
+        monkeypatch.setattr(sys, "argv", [*command, *options])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        said = printed.out + printed.err
+        lines = [line for line in said.splitlines() if line.startswith("sla-convert") or " logits " in line]
+        return ended.value.code, lines[-1]
+
+    return run
+
+
+ACCEPTED = MAPPED | HARMLESS
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_exported_and_equal(export: Callable[..., tuple[int, str]], name: str) -> None:
+    status, line = export(ACCEPTED[name])
+    assert (status, "logits equal" in line) == (0, True), line
+
+
+TURNED_DOWN = REFUSED | REFUSED_AS_STORED
+
+
+@pytest.mark.parametrize("name", TURNED_DOWN)
+def test_refused_by_name(export: Callable[..., tuple[int, str]], tmp_path: Path, name: str) -> None:
+    status, line = export(TURNED_DOWN[name])
+    assert status == 2
+    assert re.search(TURNED_DOWN[name].refused, line), line
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+def test_overrides_say_what_is_the_case(export: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """A factor that Megatron ignored, an argument of a patch that changes nothing; and a name that nobody has."""
+    row = Row(REFUSED["rope-scaling-factor"].flags, {"my_note": "try 3"})
+    unknown = export(row, "--override", "my_notes=None")
+    assert unknown[0] == 2 and "my_notes: neither Megatron nor the checkpoint has" in unknown[1]
+    status, line = export(row, "--override", "rope_scaling_factor=8.0", "--override", "my_note=None")
+    assert (status, "logits equal" in line) == (0, True), line
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_exporter_without_refusals_is_caught(
+    export: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The same models, exported by one that refuses nothing: the logits differ."""
+    monkeypatch.setattr(megatron_reader, "require_understood", lambda args: None)
+    row = REFUSED[name]
+    if "positions" in name or "rope" in row.refused or "rotary" in row.refused:
+        config_from_args = megatron_reader.config_from_args
+        changed = {"position_embedding_type": "rope", "use_rope_scaling": False}
+        if "mup" not in name and "window" not in name:
+            monkeypatch.setattr(
+                megatron_reader,
+                "config_from_args",
+                lambda args, size: config_from_args(type(args)(**{**vars(args), **changed}), size),
+            )
+    status, line = export(row)
+    assert status == 1 or "is not part of this architecture" in line, line
+    assert status == 2 or "NOT equal" in line, line
+
+
+def _config(**changed: Any) -> Callable[..., dict[str, Any]]:
+    """``config_from_args`` of an exporter that takes these fields for what they usually are."""
+    config_from_args = megatron_reader.config_from_args
+
+    def broken(args: Any, size: int) -> Mapping[str, Any]:
+        return config_from_args(args, size) | changed
+
+    return broken
+
+
+LLAMA3 = ROPE | {"use_rope_scaling": True, "rotary_base": 500000}
+
+#: A model, and the fields that the exporter drops.
+DROPPED = {
+    "norm_eps": (Row({"norm_epsilon": 1e-2}), {"norm_eps": 1e-5}),
+    "qk-norm_eps": (Row(ROPE | {"qk_layernorm": True, "norm_epsilon": 1e-2}), {"norm_eps": 1e-5}),
+    "norm_zero_centered": (Row({"apply_layernorm_1p": True}), {"norm_zero_centered": False}),
+    "rope_theta": (Row(ROPE), {"rope_theta": 10000.0}),
+    "rotary_percent": (Row(ROPE | {"rotary_percent": 0.5}), {"rotary_percent": 1.0}),
+    "rotary_interleaved": (Row(ROPE | {"rotary_interleaved": True}), {"rotary_interleaved": False}),
+    "rope_scaling": (Row(LLAMA3), {"rope_scaling": None}),
+    "rope_scaling-linear": (Row(ROPE | {"rotary_seq_len_interpolation_factor": 4}), {"rope_scaling": None}),
+    "hidden_act": (Row(EXACT_GELU), {"hidden_act": "gelu_pytorch_tanh"}),
+    "hidden_act-fused": (Row(), {"hidden_act": "gelu"}),
+    "hidden_act-squared": (Row(EXACT_GELU | {"squared_relu": True}), {"hidden_act": "relu"}),
+    "sla_skip_distances": (
+        Row(SWIGLU | {"sla": True, "sla_skip_distance": [1]}),
+        {"sla_skip_distances": [2], "sla_layers": [3, 4]},
+    ),
+    "sla": (
+        Row(SWIGLU | {"sla": True, "sla_skip_distance": [1]}),
+        {"sla_skip_distances": [], "sla_skip_groups": [], "sla_layers": []},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_a_dropped_field_is_caught(
+    export: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    row, changed = DROPPED[name]
+    monkeypatch.setattr(megatron_reader, "config_from_args", _config(**changed))
+    status, line = export(row)
+    assert (status, "logits NOT equal" in line) == (1, True), line
+
+
+def test_a_factor_taken_for_megatrons_is_caught(
+    export: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that was trained with --rope-scaling-factor 32, exported with 8."""
+    row = MAPPED["rope-scaling-factor-honoured"]
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    monkeypatch.setattr(megatron_reader, "config_from_args", _config(rope_scaling=scaling))
+    assert export(row)[0] == 1
+
+
+def test_rows_read_in_another_order_are_caught(
+    export: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of the comparison do not come by the exporter's reader: queries of the wrong heads show."""
+    qkv_rows = megatron_reader.qkv_rows
+    monkeypatch.setattr(
+        megatron_reader,
+        "qkv_rows",
+        lambda config, layer: {part: rows[::-1] for part, rows in qkv_rows(config, layer).items()},
+    )
+    # The way back has the right order, and must not be what the comparison goes by.
+    assert export(Row(ROPE))[0] == 1
+
+
+def test_what_a_cpu_cannot_build_is_not_called_equal(
+    export: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms of queries and keys that Megatron's layers of torch leave out in silence."""
+    monkeypatch.setattr(megatron_reader, "require_understood", lambda args: None)
+    status, line = export(REFUSED_AS_STORED["qk-l2-norm"])
+    assert status == 2 and "--qk-l2-norm cannot be compared on a CPU" in line
+    assert commands
