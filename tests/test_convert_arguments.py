@@ -3,6 +3,7 @@ an export drops."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -10,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sla_megatron.commands.convert import cli, commands, megatron_reader
+from sla_megatron.commands.convert.errors import ConvertError
+from sla_megatron.commands.convert.hf_reader import HFSource
+from sla_megatron.commands.convert.verify import THRESHOLD, compare
 from tests.support.argument_rows import (
     EXACT_GELU,
     HARMLESS,
@@ -22,7 +28,7 @@ from tests.support.argument_rows import (
     SWIGLU,
     Row,
 )
-from tests.support.convert_models import save_random_checkpoint
+from tests.support.convert_models import VOCABULARY, save_random_checkpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
@@ -176,4 +182,50 @@ def test_what_a_cpu_cannot_build_is_not_called_equal(
     monkeypatch.setattr(megatron_reader, "require_understood", lambda args: None)
     status, line = export(REFUSED_AS_STORED["qk-l2-norm"])
     assert status == 2 and "--qk-l2-norm cannot be compared on a CPU" in line
-    assert commands
+
+
+def test_rope_scaling_of_llama_3_2(tmp_path: Path) -> None:
+    """A factor of 32 on both ways; the checkpoint says that its model has it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=100,
+        max_position_embeddings=200,
+        initializer_range=0.3,
+        rope_theta=500000.0,
+        rope_scaling=rope,
+        **sizes,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    commands.hf_to_megatron(HFSource(tmp_path / "llama"), tmp_path / "megatron")
+    found = commands.open_megatron(tmp_path / "megatron")
+    assert (found.args.rope_scaling_factor, found.args.rope_scaling_factor_honoured) == (32.0, True)
+    assert found.config["rope_scaling"]["factor"] == 32.0
+    assert compare(found, tmp_path / "llama").relative <= THRESHOLD
+    commands.megatron_to_hf(found, tmp_path / "exported")
+    assert compare(found, tmp_path / "exported").relative <= THRESHOLD
+    # Megatron's 8 would be another model.
+    found.args.rope_scaling_factor = 8.0
+    assert compare(found, tmp_path / "llama").relative > 100 * THRESHOLD
+
+
+def test_rows_beyond_the_tokens_are_padding(tmp_path: Path) -> None:
+    """A folder of more rows than there are tokens is equal; one of fewer lacks tokens that were trained."""
+    save_random_checkpoint(tmp_path / "megatron", {"num_layers": 1})
+    source = commands.open_megatron(tmp_path / "megatron")
+    commands.megatron_to_hf(source, tmp_path / "hf")
+    config, weights = tmp_path / "hf" / "config.json", tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(weights)
+    embeddings = tensors["model.embed_tokens.weight"]
+    for rows in (VOCABULARY + 20, VOCABULARY - 20):
+        filled = torch.ones(rows, embeddings.shape[1])
+        filled[: len(embeddings)] = embeddings[:rows]
+        save_file(tensors | {"model.embed_tokens.weight": filled}, weights, metadata={"format": "pt"})
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": rows}))
+        if rows > VOCABULARY:
+            assert compare(source, tmp_path / "hf").relative <= THRESHOLD
+    with pytest.raises(ConvertError, match="a vocabulary of 80; the checkpoint has weights for 100 tokens"):
+        compare(source, tmp_path / "hf")

@@ -106,7 +106,7 @@ HARMLESS = {
     "data": Row({}, {"reset_attention_mask": True, "reset_position_ids": True, "sft": True, "fim_data": True}),
     "reinforcement": Row({}, {"perform_rl_step": True, "grpo_kl_beta": 0.5}),
     # Read only beside another, which is off.
-    "experts-without-experts": Row({"moe_router_topk": 4, "moe_ffn_hidden_size": 99}, {"num_experts": 0}),
+    "experts-without-experts": Row({"moe_router_topk": 4, "moe_aux_loss_coeff": 0.01}, {"num_experts": 0}),
     "mup-without-mup": Row({"mup_base_hidden_size": 16, "mup_output_mult": 3.0, "mup_embedding_mult": 2.0}),
     "window-frequency-without-window": Row({"window_attn_skip_freq": 2}),
     "yarn-without-yarn": Row(ROPE | {"rotary_scaling_factor": 40.0, "mscale": 0.7, "yarn_beta_fast": 2.0}),

@@ -48,20 +48,20 @@ def compare(source: Source, folder: Path, num_sequences: int = 2, seed: int = 1)
     Raises:
         ConvertError: where one of them cannot be built, or the folder's has no row for a token that is trained.
     """
-    model, size = _hf_model(folder), source.config["vocab_size"]
+    size = source.config["vocab_size"]
     # Rows beyond the tokens are padding, on either side.
-    common = min(size, model.config.vocab_size)
+    common = min(size, _hf_vocabulary(folder))
+    # One model at a time: either may fill the memory.
+    with megatron_model(source) as logits:
+        texts = [(*text, logits(*text)) for text in _texts(source, common, num_sequences, seed)]
+    if any(expected[..., common:].any() for *_, expected in texts):
+        raise ConvertError(f"{folder}: a vocabulary of {common}; the checkpoint has weights for {size} tokens")
     found: list[Comparison] = []
-    with megatron_model(source) as logits, torch.no_grad():
-        for tokens, start in _texts(source, common, num_sequences, seed):
-            expected = logits(tokens, start)
-            if expected[..., common:].any():
-                raise ConvertError(f"{folder}: a vocabulary of {common}; the checkpoint has weights for {size} tokens")
-            expected = expected[..., :common]
-            positions = {"position_ids": _positions(tokens, start)} if start else {}
-            difference = model(tokens, **positions).logits[..., :common].double() - expected.double()
-            relative = float(difference.norm() / expected.double().norm())
-            found.append(Comparison(relative, float(difference.abs().max())))
+    with _hf_model(folder) as logits:
+        for tokens, start, theirs in texts:
+            expected = theirs[..., :common].double()
+            difference = logits(tokens, start)[..., :common].double() - expected
+            found.append(Comparison(float(difference.norm() / expected.norm()), float(difference.abs().max())))
     # What is not a number is neither larger nor smaller than one.
     return max(found, key=lambda one: math.inf if math.isnan(one.relative) else one.relative)
 
@@ -84,28 +84,50 @@ def _texts(source: Source, vocabulary: int, count: int, seed: int) -> Iterator[t
         yield tokens(1, SHORT), whole - SHORT
 
 
+#: The logits ``[b, s, vocabulary]`` of tokens ``[b, s]``, whose first is at this position.
+Logits = Callable[..., Tensor]
+
+
 @contextmanager
-def megatron_model(source: Source) -> Iterator[Callable[..., Tensor]]:
+def megatron_model(source: Source) -> Iterator[Logits]:
     """Within the block, the trained model of ``source`` in fp32, as a function of tokens ``[b, s]``.
 
-    Its result is the logits ``[b, s, vocabulary]``, without padded rows.  Its second argument is the position of the
-    first token, for models with learned positions.
+    Its result is the logits ``[b, s, vocabulary]``, without padded rows.  A second argument is the position of the
+    first token; Megatron's rotary positions always begin at 0.
     """
     with megatron_alone(), torch.no_grad():
         model = trained_model(source)
 
         def logits(tokens: Tensor, start: int = 0) -> Tensor:
-            return model(tokens, _positions(tokens, start), None)[..., : source.config["vocab_size"]]
+            try:
+                found = model(tokens, _positions(tokens, start), None)
+            except Exception as error:
+                raise ConvertError(f"{source.path}: Megatron's model does not run on a CPU: {error}") from error
+            return found[..., : source.config["vocab_size"]].clone()
 
         yield logits
 
 
-def _positions(tokens: Tensor, start: int) -> Tensor:
-    return torch.arange(start, start + tokens.shape[1]).expand_as(tokens)
-
-
-def _hf_model(folder: Path) -> torch.nn.Module:
-    """The model in ``folder``, in fp32."""
+@contextmanager
+def _hf_model(folder: Path) -> Iterator[Logits]:
+    """The same of the model in ``folder``, with all its rows."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+    def logits(tokens: Tensor, start: int) -> Tensor:
+        # Left out where a user would leave it out: what the model makes of that is compared, too.
+        return model(tokens, position_ids=_positions(tokens, start) if start else None).logits
+
+    with torch.no_grad():
+        yield logits
+
+
+def _hf_vocabulary(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=True).vocab_size
+
+
+def _positions(tokens: Tensor, start: int) -> Tensor:
+    return torch.arange(start, start + tokens.shape[1]).expand_as(tokens)
