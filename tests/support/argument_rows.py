@@ -16,16 +16,25 @@ from tests.support.convert_models import MISSING
 ROPE = {"position_embedding_type": "rope", "normalization": "RMSNorm", "group_query_attention": True}
 ROPE |= {"num_query_groups": 2, "rotary_base": 500}
 SWIGLU = ROPE | {"swiglu": True, "disable_bias_linear": True}
+LLAMA3 = ROPE | {"use_rope_scaling": True, "rotary_base": 500000}
 EXACT_GELU = {"no_bias_gelu_fusion": True}
 
 
 @dataclass(frozen=True)
 class Row:
-    """``refused``: the line, as a pattern; ``None``: exported, and equal."""
+    """One checkpoint.
+
+    Attributes:
+        refused: the line, as a pattern; ``None``: exported, and equal.
+        taken: what an exporter that refuses nothing takes arguments for.
+        caught: what ``--verify``, or the weights, then say.
+    """
 
     flags: dict[str, Any] = field(default_factory=dict)
     stored: dict[str, Any] = field(default_factory=dict)
     refused: str | None = None
+    taken: dict[str, Any] = field(default_factory=dict)
+    caught: str = "logits NOT equal"
 
 
 def _no_field(flag: str, value: str) -> str:
@@ -45,9 +54,9 @@ MAPPED = {
     "rotary-percent": Row(ROPE | {"rotary_percent": 0.5}),
     "rotary-interleaved": Row(ROPE | {"rotary_interleaved": True}),
     "rotary-interpolation": Row(ROPE | {"rotary_seq_len_interpolation_factor": 4}),
-    "use-rope-scaling": Row(ROPE | {"use_rope_scaling": True, "rotary_base": 500000}),
+    "use-rope-scaling": Row(LLAMA3),
     "rope-scaling-factor-honoured": Row(
-        ROPE | {"use_rope_scaling": True, "rotary_base": 500000, "rope_scaling_factor": 32.0},
+        LLAMA3 | {"rope_scaling_factor": 32.0},
         {"rope_scaling_factor_honoured": True},
     ),
     "use-rotary-position-embeddings": Row({"use_rotary_position_embeddings": True}),
@@ -105,6 +114,40 @@ HARMLESS = {
     "frozen": Row({}, {"freeze_all_layers": True, "optimizer": "muon", "muon_momentum": 0.5}),
     "data": Row({}, {"reset_attention_mask": True, "reset_position_ids": True, "sft": True, "fim_data": True}),
     "reinforcement": Row({}, {"perform_rl_step": True, "grpo_kl_beta": 0.5}),
+    "attention-backend": Row({"attention_backend": "flash"}),
+    "a-large-run": Row(
+        SWIGLU | {"bf16": True},
+        {
+            "transformer_impl": "transformer_engine",
+            "tensor_model_parallel_size": 4,
+            "pipeline_model_parallel_size": 4,
+            "context_parallel_size": 2,
+            "pipeline_model_parallel_layout": "Et|t|t|tL",
+            "hierarchical_context_parallel_sizes": [2, 1],
+            "sequence_parallel": True,
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+            "delay_wgrad_compute": True,
+            "defer_embedding_wgrad_compute": True,
+            "fp8": "e4m3",
+            "fp8_recipe": "mxfp8",
+            "fp8_param_gather": True,
+            "cuda_graph_impl": "transformer_engine",
+            "te_rng_tracker": True,
+            "cross_entropy_loss_fusion": True,
+            "recompute_granularity": "selective",
+            "recompute_modules": ["core_attn", "layernorm"],
+            "fine_grained_activation_offloading": True,
+            "offload_modules": ["core_attn"],
+            "cpu_offloading": True,
+            "cpu_offloading_num_layers": 1,
+            "inference_fuse_tp_communication": True,
+            "batch_invariant_mode": True,
+            "deterministic_mode": True,
+            "log_max_attention_logit": True,
+        },
+    ),
     # Read only beside another, which is off.
     "experts-without-experts": Row({"moe_router_topk": 4, "moe_aux_loss_coeff": 0.01}, {"num_experts": 0}),
     "mup-without-mup": Row({"mup_base_hidden_size": 16, "mup_output_mult": 3.0, "mup_embedding_mult": 2.0}),
@@ -144,9 +187,17 @@ REFUSED = {
     "softmax-scale": Row({}, {"softmax_scale": 0.5}, _no_field("softmax-scale", "0.5")),
     "window": Row({"window_size": "4,0"}, refused=_no_field("window-size", r"\(4, 0\)")),
     "softmax-off-by-one": Row({"softmax_type": "off-by-one"}, refused=_no_field("softmax-type", "off-by-one")),
-    "softmax-learnable": Row({"softmax_type": "learnable"}, refused=_no_field("softmax-type", "learnable")),
+    "softmax-learnable": Row(
+        {"softmax_type": "learnable"},
+        refused=_no_field("softmax-type", "learnable"),
+        caught="core_attention.softmax_offset is not part of this architecture",
+    ),
     "no-rope-frequency": Row(ROPE | {"no_rope_freq": 2}, refused=_no_field("no-rope-freq", "2")),
-    "quick-geglu": Row(EXACT_GELU | {"quick_geglu": True}, refused=_no_field("quick-geglu", "True")),
+    "quick-geglu": Row(
+        EXACT_GELU | {"quick_geglu": True},
+        refused=_no_field("quick-geglu", "True"),
+        caught="linear_fc1.weight has 256 rows",
+    ),
     "activation-clamp": Row(
         SWIGLU | {"activation_func_clamp_value": 0.1, "no_bias_swiglu_fusion": True},
         refused=_no_field("activation-func-clamp-value", "0.1"),
@@ -155,18 +206,26 @@ REFUSED = {
         SWIGLU | {"glu_linear_offset": 1.0, "no_bias_swiglu_fusion": True},
         refused=_no_field("glu-linear-offset", "1.0"),
     ),
-    "no-positions": Row({"position_embedding_type": "none"}, refused="--position-embedding-type none: .* rope"),
+    "no-positions": Row(
+        {"position_embedding_type": "none"},
+        refused="--position-embedding-type none: .* learned_absolute and rope",
+        taken={"position_embedding_type": "rope"},
+    ),
     "yarn": Row(
         ROPE | {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0},
         refused="--position-embedding-type yarn: .* learned_absolute and rope",
+        taken={"position_embedding_type": "rope"},
     ),
+    # Megatron's model has 8.
     "rope-scaling-factor": Row(
-        ROPE | {"use_rope_scaling": True, "rope_scaling_factor": 32.0},
+        LLAMA3 | {"rope_scaling_factor": 32.0},
         refused="--rope-scaling-factor 32: Megatron itself ignores it, its models have 8: --override",
+        taken={"rope_scaling_factor_honoured": True},
     ),
     "rope-scaling-and-interpolation": Row(
-        ROPE | {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 4},
+        LLAMA3 | {"rotary_seq_len_interpolation_factor": 4},
         refused="--rotary-seq-len-interpolation-factor 4: not together with --use-rope-scaling",
+        taken={"use_rope_scaling": False},
     ),
 }
 

@@ -88,6 +88,7 @@ HERE: Mapping[str, Any] = {
     "deterministic_mode": False,
     "batch_invariant_mode": False,
     "flash_decode": False,
+    "inference_fuse_tp_communication": False,
     "cuda_graph_impl": "none",
     "cuda_graph_modules": [],
     "inference_cuda_graph_scope": None,
@@ -147,7 +148,9 @@ def _args_here(stored: Namespace, path: Path) -> Namespace:
         for name in ("use_te_activation_func", "use_transformer_engine_op_fuser"):
             if getattr(stored, name):
                 raise ConvertError(f"{path}: {flag_of(name)} cannot be compared on a CPU: its activation is another")
-    args = Namespace(**{**vars(stored), **HERE})
+    from megatron.core.transformer.enums import AttnBackend
+
+    args = Namespace(**{**vars(stored), **HERE, "attention_backend": AttnBackend.auto})
     if getattr(args, "padded_vocab_size", None) is None:
         args.padded_vocab_size = stored_tensors(path)["embedding.word_embeddings.weight"].size[0]
     return args
