@@ -66,14 +66,14 @@ def args_of(argv: Sequence[str], dtype: torch.dtype) -> Namespace:
 def build(args: Namespace) -> Any:
     """The ``GPTModel`` of ``args``, all of it, in evaluation mode, in ``args.params_dtype``."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.models.gpt import GPTModelBuilder
+    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from ...model.builder import SLAGPTModelBuilder, SLAGPTModelConfig, gpt_config_from_args
 
     config = gpt_config_from_args(args)
-    if getattr(args, ROPE_FACTOR_HONOURED, False):
-        # Megatron does not hand it on; a run of ours does, and says so.
-        config.rope_scaling_factor = args.rope_scaling_factor
+    # Megatron does not hand it on; a run of ours does, and says so.
+    honoured = getattr(args, ROPE_FACTOR_HONOURED, False)
+    config.rope_scaling_factor = args.rope_scaling_factor if honoured else GPTModelConfig.rope_scaling_factor
     # Every weight is about to be overwritten.
     config.transformer.perform_initialization = False
     builder = SLAGPTModelBuilder if isinstance(config, SLAGPTModelConfig) else GPTModelBuilder

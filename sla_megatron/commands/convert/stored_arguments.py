@@ -55,9 +55,10 @@ def completed(stored: Namespace) -> Namespace:
         if old in given and new not in given:
             given[new] = given.pop(old)
     args = Namespace(**{**megatron_defaults(), ROPE_FACTOR_HONOURED: False, **given})
-    # As Megatron's validation does; checkpoints from before it had --position-embedding-type say so in this way alone.
+    # As Megatron's validation does.  Checkpoints from before --position-embedding-type say so in this way alone.
     if args.use_rotary_position_embeddings:
         args.position_embedding_type = "rope"
+    args.num_experts = args.num_experts or None
     return args
 
 
