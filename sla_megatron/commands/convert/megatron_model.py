@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,8 +71,9 @@ def build(args: Namespace) -> Any:
 
     from ...model.builder import SLAGPTModelBuilder, SLAGPTModelConfig, gpt_config_from_args
 
-    config = gpt_config_from_args(args)
-    # Megatron does not hand it on; a run of ours does, and says so.
+    # A copy: what a training run of ours writes into its arguments, for its checkpoints, is not to be found here.
+    config = gpt_config_from_args(copy.copy(args))
+    # Megatron does not hand the factor on; a run of ours does, and says so.
     honoured = getattr(args, ROPE_FACTOR_HONOURED, False)
     config.rope_scaling_factor = args.rope_scaling_factor if honoured else GPTModelConfig.rope_scaling_factor
     # Every weight is about to be overwritten.
