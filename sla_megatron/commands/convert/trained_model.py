@@ -19,8 +19,7 @@ from ...common.errors import flag_of
 from ...common.silence import silence
 from .errors import ConvertError
 from .megatron_model import build, sharded_state, sharded_tensors
-from .megatron_reader import last_line, stored_tensors
-from .source import Source
+from .megatron_reader import MegatronSource, last_line, stored_tensors
 
 #: Arguments that are others here than in training, and change no function: one rank's, fp32's, and those of kernels
 #: that a CPU has.
@@ -120,7 +119,7 @@ _NOT_HERE: Mapping[str, str] = {
 }
 
 
-def trained_model(source: Source) -> Any:
+def trained_model(source: MegatronSource) -> Any:
     """The ``GPTModel`` of the checkpoint ``source``, in fp32, in evaluation mode.  Call within ``megatron_alone``.
 
     Raises:
@@ -140,6 +139,8 @@ def trained_model(source: Source) -> Any:
 
 
 def _args_here(stored: Namespace, path: Path) -> Namespace:
+    from megatron.core.transformer.enums import AttnBackend
+
     for name, why in _NOT_HERE.items():
         if getattr(stored, name, None):
             raise ConvertError(f"{path}: {flag_of(name)} cannot be compared on a CPU: {why}")
@@ -148,8 +149,6 @@ def _args_here(stored: Namespace, path: Path) -> Namespace:
         for name in ("use_te_activation_func", "use_transformer_engine_op_fuser"):
             if getattr(stored, name):
                 raise ConvertError(f"{path}: {flag_of(name)} cannot be compared on a CPU: its activation is another")
-    from megatron.core.transformer.enums import AttnBackend
-
     args = Namespace(**{**vars(stored), **HERE, "attention_backend": AttnBackend.auto})
     if getattr(args, "padded_vocab_size", None) is None:
         args.padded_vocab_size = stored_tensors(path)["embedding.word_embeddings.weight"].size[0]

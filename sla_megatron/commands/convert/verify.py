@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import ConvertError
 from .megatron_model import megatron_alone
-from .source import Source
+from .megatron_reader import MegatronSource
 from .trained_model import trained_model
 
 #: Relative error in the 2-norm up to which fp32 logits count as equal: rounding, in sums of another order.
@@ -39,7 +39,7 @@ class Comparison:
     largest: float
 
 
-def compare(source: Source, folder: Path, num_sequences: int = 2, seed: int = 1) -> Comparison:
+def compare(source: MegatronSource, folder: Path, num_sequences: int = 2, seed: int = 1) -> Comparison:
     """Logits of the checkpoint ``source``'s model against those of the model in ``folder``, in fp32, on random tokens.
 
     Each is built from what lies in its own folder, Megatron's by Megatron (``trained_model.py``).  The texts' largest
@@ -66,7 +66,7 @@ def compare(source: Source, folder: Path, num_sequences: int = 2, seed: int = 1)
     return max(found, key=lambda one: math.inf if math.isnan(one.relative) else one.relative)
 
 
-def _texts(source: Source, vocabulary: int, count: int, seed: int) -> Iterator[tuple[Tensor, int]]:
+def _texts(source: MegatronSource, vocabulary: int, count: int, seed: int) -> Iterator[tuple[Tensor, int]]:
     """Tokens ``[b, s]`` and the position of the first.
 
     Short ones, one as long as the model takes, up to ``LONGEST``, and one that ends at the last learned position.
@@ -89,7 +89,7 @@ Logits = Callable[..., Tensor]
 
 
 @contextmanager
-def megatron_model(source: Source) -> Iterator[Logits]:
+def megatron_model(source: MegatronSource) -> Iterator[Logits]:
     """Within the block, the trained model of ``source`` in fp32, as a function of tokens ``[b, s]``.
 
     Its result is the logits ``[b, s, vocabulary]``, without padded rows.  A second argument is the position of the
