@@ -9,6 +9,7 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from sla_megatron.commands.convert import cli, commands, megatron_reader
 from sla_megatron.commands.convert.errors import ConvertError
+from sla_megatron.commands.convert.harmless_arguments import HARMLESS as HARMLESS_ROWS
 from sla_megatron.commands.convert.hf_reader import HFSource
+from sla_megatron.commands.convert.megatron_model import megatron_alone
+from sla_megatron.commands.convert.model_arguments import ONLY_WITH
+from sla_megatron.commands.convert.stored_arguments import megatron_defaults, names
+from sla_megatron.commands.convert.trained_model import HERE, trained_model
 from sla_megatron.commands.convert.verify import THRESHOLD, compare
 from tests.support.argument_rows import (
     EXACT_GELU,
@@ -196,6 +202,61 @@ def test_what_a_cpu_cannot_build_is_not_called_equal(
     monkeypatch.setattr(megatron_reader, "require_understood", lambda args: None)
     status, line = export(REFUSED_AS_STORED["qk-l2-norm"])
     assert status == 2 and "--qk-l2-norm cannot be compared on a CPU" in line
+
+
+#: Values of arguments that are one word of several.
+OTHER_WORDS = {
+    "tp_comm_bootstrap_backend": "gloo",
+    "fp8_recipe": "mxfp8",
+    "fp8_amax_compute_algo": "max",
+    "fp4_recipe": "custom",
+    "cross_entropy_fusion_impl": "te",
+    "kitchen_attention_backend": "fa",
+    "inference_grouped_gemm_backend": "torch",
+    "inference_moe_token_dispatcher_type": "nccl",
+    "moe_router_score_function": "sigmoid",
+    "moe_router_load_balancing_type": "sinkhorn",
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_flex_dispatcher_backend": "hybridep",
+    "moe_token_drop_policy": "position",
+    "dsa_kernel_backend": "none",
+}
+
+#: Of experts that there are none of: Megatron has something against them alone, or stores layers otherwise.
+NOT_ALONE = {
+    *("moe_ffn_hidden_size", "moe_router_padding_for_quantization", "moe_router_padding_for_fp8"),
+    *("moe_router_group_topk", "moe_router_enable_expert_bias", "moe_single_grouped_weight", "moe_single_grouped_bias"),
+    *("moe_enable_deepep", "moe_pad_expert_input_to_capacity", "moe_permute_fusion", "moe_paged_stash"),
+    *("moe_expert_rank_capacity_factor", "moe_layer_freq"),
+}
+
+
+def test_what_is_called_harmless_is(checkpoint: Callable[[Row], Path]) -> None:
+    """Megatron's model with another value of each argument that is called harmless and that its configuration has, and
+    that the comparison does not set itself: the same logits, bit for bit."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.models.gpt import GPTModelConfig
+
+    source = commands.open_megatron(checkpoint(Row(ROPE | {"num_layers": 1})))
+    read = {field.name for config in (TransformerConfig, GPTModelConfig) for field in fields(config)}
+    listed = {name for row in (*HARMLESS_ROWS.values(), *ONLY_WITH.values()) for name in names(row)}
+    tokens = torch.arange(24)[None]
+    usual, changed, refused = vars(source.args), [], set()
+    with megatron_alone(), torch.no_grad():
+        expected = trained_model(source)(tokens, tokens, None)
+        for name in sorted(read & listed & set(megatron_defaults()) - set(HERE) - {"attention_backend"}):
+            source.args = Namespace(**{**usual, name: _another(name, usual[name])})
+            try:
+                changed += [] if torch.equal(trained_model(source)(tokens, tokens, None), expected) else [name]
+            except ConvertError:
+                refused.add(name)
+    assert (changed, refused) == ([], NOT_ALONE)
+
+
+def _another(name: str, value: Any) -> Any:
+    if name in OTHER_WORDS:
+        return OTHER_WORDS[name]
+    return not value if isinstance(value, bool) else (value or 0) + 1
 
 
 def test_rope_scaling_of_llama_3_2(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ HERE: Mapping[str, Any] = {
     "defer_embedding_wgrad_compute": False,
     "delay_wgrad_compute": False,
     "overlap_moe_expert_parallel_comm": False,
+    "overlap_dispatch_backward_with_experts_wgrad": False,
+    "ep_overlap_early_attn_memory_release": False,
     "symmetric_ar_type": None,
     # Precision.
     "fp16": False,
@@ -64,6 +66,7 @@ HERE: Mapping[str, Any] = {
     "fp16_lm_cross_entropy": False,
     "fp8": None,
     "fp8_param_gather": False,
+    "fp8_output_proj": False,
     "fp4": None,
     "fp4_param_gather": False,
     "first_last_layers_bf16": False,
@@ -73,6 +76,7 @@ HERE: Mapping[str, Any] = {
     # Kernels, and what is kept for a backward pass.
     "transformer_impl": "local",
     "core_attention": "megatron",
+    "flash_attention_version": None,
     "no_persist_layer_norm": True,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
@@ -88,6 +92,7 @@ HERE: Mapping[str, Any] = {
     "batch_invariant_mode": False,
     "flash_decode": False,
     "inference_fuse_tp_communication": False,
+    "inference_disable_triton_nvls_kernels": False,
     "cuda_graph_impl": "none",
     "cuda_graph_modules": [],
     "inference_cuda_graph_scope": None,
