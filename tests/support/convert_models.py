@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from argparse import Namespace
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,17 @@ def argv_of(flags: dict[str, Any]) -> list[str]:
     return argv
 
 
-def save_random_checkpoint(folder: Path, flags: dict[str, Any], seed: int = 3) -> Namespace:
-    """A checkpoint as Megatron's trainer saves it, of a model in which every parameter is random."""
+#: In place of a stored argument's value: the version that wrote the checkpoint had no such argument.
+MISSING = object()
+
+
+def save_random_checkpoint(
+    folder: Path, flags: dict[str, Any], seed: int = 3, stored: Mapping[str, Any] | None = None
+) -> Namespace:
+    """A checkpoint as Megatron's trainer saves it, of a model in which every parameter is random.
+
+    ``stored``: arguments to be stored otherwise than the model was built with.
+    """
     import torch
 
     from benchmarks.checkpoints import save
@@ -107,6 +117,8 @@ def save_random_checkpoint(folder: Path, flags: dict[str, Any], seed: int = 3) -
     with megatron_alone():
         args = args_of(argv_of(flags), torch.float32)
         args.padded_vocab_size = 128
+        # As training with our flags leaves it (not Megatron's own).
+        args.rope_scaling_factor_honoured = bool((stored or {}).get("rope_scaling_factor_honoured"))
         model = build(args)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -115,5 +127,8 @@ def save_random_checkpoint(folder: Path, flags: dict[str, Any], seed: int = 3) -
                 # Norms at 1, so that activations stay of one size.
                 is_gain = "norm" in name and name.endswith("weight") and not args.layernorm_zero_centered_gamma
                 parameter.copy_(1 + values if is_gain else values)
+        vars(args).update(stored or {})
+        for name in [name for name, value in vars(args).items() if value is MISSING]:
+            delattr(args, name)
         save(folder, args, model, iteration=7)
     return args

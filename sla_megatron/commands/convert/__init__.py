@@ -1,6 +1,7 @@
 """``sla-convert``: checkpoints of Megatron and folders of Hugging Face, each as the other.
 
-``cli`` (flags) and ``commands`` (what they do); ``architecture`` and ``mapping`` (both formats, as tables); readers,
-``foreign`` (other architectures), writers and ``output``; ``megatron_model`` and ``verify`` (Megatron's own model in
-this process); ``tokenizer`` and ``tokenizer_formats``.
+``cli`` (flags) and ``commands`` (what they do); ``architecture`` and ``mapping`` (both formats, as tables);
+``stored_arguments`` with ``model_arguments`` and ``harmless_arguments`` (what an export may not pass over); readers,
+``foreign`` (other architectures), writers and ``output``; ``megatron_model``, ``trained_model`` and ``verify``
+(Megatron's own model in this process); ``tokenizer`` and ``tokenizer_formats``.
 """

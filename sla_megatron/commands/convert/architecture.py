@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...attention.sla_config import compact_ranges
-from ...common.errors import OFF, flag_of
+from ...common.errors import flag_of
 from ...flags.validation import num_query_groups, sla_config_from_args
 from .errors import ConvertError
 
 Config = dict[str, Any]
 
-# What --use-rope-scaling computes.  megatron.training builds its GPTs with these constants, the factor too: in 0.19
-# --rope-scaling-factor does not reach the model (GPTModelConfig.rope_scaling_factor stays at its default).
+# What --use-rope-scaling computes: constants of Megatron's, and a factor, to which its models come built with this one.
 _LLAMA3: Config = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -30,46 +29,19 @@ _LLAMA3: Config = {
 #: The format's ``model_type``.
 MODEL_TYPE = "sla_gpt"
 
-# Options that change what a GPT computes and that the format has no field for: attribute, values that are fine.
-_NOT_IN_FORMAT: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("num_experts", OFF),
-    ("multi_latent_attention", OFF),
-    ("mtp_num_layers", OFF),
-    ("hybrid_layer_pattern", OFF),
-    ("experimental_attention_variant", OFF),
-    ("linear_attention_freq", OFF),
-    ("heterogeneous_layers_config_path", OFF),
-    ("heterogeneous_layers_config_encoded_json", OFF),
-    ("attention_output_gate", OFF),
-    ("window_size", OFF),
-    ("no_rope_freq", OFF),
-    ("softmax_type", (None, "vanilla")),
-    ("qk_l2_norm", OFF),
-    ("qk_clip", OFF),
-    ("apply_residual_connection_post_layernorm", OFF),
-    ("mup_base_hidden_size", OFF),
-    ("activation_func_clamp_value", OFF),
-    ("glu_linear_offset", (None, False, 0, 0.0)),
-    ("quick_geglu", OFF),
-    ("softmax_scale", OFF),
-    ("position_embedding_type", ("learned_absolute", "rope")),
-)
-
 
 def config_from_args(args: Namespace, vocab_size: int) -> Config:
     """The fields of ``config.json`` for a checkpoint's arguments.
 
     Args:
-        args: as Megatron stored them, validated.
+        args: as Megatron stored them, validated, and as ``stored_arguments.completed`` leaves them.
         vocab_size: rows of the vocabulary that are not padding.
 
     Raises:
-        ConvertError: for an option that the format has no field for.
+        ConvertError: for a value of a mapped option that the format cannot say; of other options see
+            ``stored_arguments.require_understood``.
     """
-    for name, fine in _NOT_IN_FORMAT:
-        value = getattr(args, name, None)
-        if value not in fine:
-            raise ConvertError(f"{flag_of(name)} {value}: the Hugging Face format has no field for it")
+    _require_positions(args)
     rope = args.position_embedding_type == "rope"
     config: Config = {
         "model_type": MODEL_TYPE,
@@ -83,10 +55,8 @@ def config_from_args(args: Namespace, vocab_size: int) -> Config:
         "hidden_act": _activation(args),
         "max_position_embeddings": args.max_position_embeddings,
         "normalization": args.normalization,
-        "norm_eps": float(getattr(args, "norm_epsilon", None) or args.layernorm_epsilon),
-        "norm_zero_centered": bool(
-            getattr(args, "layernorm_zero_centered_gamma", False) or getattr(args, "apply_layernorm_1p", False)
-        ),
+        "norm_eps": float(args.layernorm_epsilon),
+        "norm_zero_centered": bool(args.layernorm_zero_centered_gamma),
         "position_embedding_type": args.position_embedding_type,
         "rope_theta": float(args.rotary_base),
         "rotary_percent": float(args.rotary_percent),
@@ -115,13 +85,29 @@ def sla_fields(args: Namespace) -> Config:
     }
 
 
+def _require_positions(args: Namespace) -> None:
+    kind = args.position_embedding_type
+    if kind not in ("learned_absolute", "rope"):
+        raise ConvertError(f"--position-embedding-type {kind}: the Hugging Face format has learned_absolute and rope")
+    if kind == "learned_absolute" and not args.add_position_embedding:
+        raise ConvertError("--no-position-embedding: the Hugging Face format has no model without positions")
+
+
 def _activation(args: Namespace) -> str:
     if args.swiglu:
         return "silu"
     if args.squared_relu:
         return "relu2"
     # Megatron's fused kernel is the tanh approximation; without fusion it is exact.
-    return "gelu_pytorch_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu"
+    if args.bias_gelu_fusion and args.add_bias_linear:
+        return "gelu_pytorch_tanh"
+    for name in ("use_te_activation_func", "use_transformer_engine_op_fuser"):
+        if getattr(args, name):
+            raise ConvertError(
+                f"{flag_of(name)}: Transformer Engine's GELU is the tanh approximation, Megatron's own is exact "
+                f"here; --override {name}=False says that the model was trained with the latter"
+            )
+    return "gelu"
 
 
 def _rope_scaling(args: Namespace) -> Config | None:
@@ -129,8 +115,20 @@ def _rope_scaling(args: Namespace) -> Config | None:
     if args.use_rope_scaling:
         if linear not in (None, 1):
             raise ConvertError(f"--rotary-seq-len-interpolation-factor {linear}: not together with --use-rope-scaling")
-        return dict(_LLAMA3)
+        return _LLAMA3 | {"factor": _rope_factor(args)}
     return None if linear in (None, 1) else {"rope_type": "linear", "factor": float(linear)}
+
+
+def _rope_factor(args: Namespace) -> float:
+    """The factor that the model was built with, which the flag alone does not tell."""
+    factor = float(args.rope_scaling_factor)
+    if factor != _LLAMA3["factor"] and not args.rope_scaling_factor_honoured:
+        raise ConvertError(
+            f"--rope-scaling-factor {factor:g}: Megatron itself ignores it, its models have {_LLAMA3['factor']:g}: "
+            f"--override rope_scaling_factor={_LLAMA3['factor']} says that this one has, --override "
+            "rope_scaling_factor_honoured=True that it was trained with the flag's"
+        )
+    return factor
 
 
 def argv_from_config(config: Mapping[str, Any]) -> list[str]:
@@ -184,9 +182,9 @@ def _rope_flags(config: Mapping[str, Any]) -> Config:
         return flags
     if scaling["rope_type"] == "linear":
         return flags | {"rotary-seq-len-interpolation-factor": _whole(scaling["factor"], "rope_scaling.factor")}
-    if dict(scaling) != _LLAMA3:
-        raise ConvertError(f"rope_scaling {dict(scaling)}: Megatron has linear scaling, and {_LLAMA3}")
-    return flags | {"use-rope-scaling": True}
+    if dict(scaling) | {"factor": 0} != _LLAMA3 | {"factor": 0}:
+        raise ConvertError(f"rope_scaling {dict(scaling)}: Megatron has linear scaling, and {_LLAMA3} with any factor")
+    return flags | {"use-rope-scaling": True, "rope-scaling-factor": float(scaling["factor"])}
 
 
 def _whole(value: float, name: str) -> int:

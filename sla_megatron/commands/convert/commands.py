@@ -27,6 +27,7 @@ from .megatron_reader import MegatronSource, checkpoint_folder, last_line
 from .megatron_writer import write_megatron
 from .output import finished_folder
 from .source import Source
+from .stored_arguments import completed
 from .tokenizer import carry_tokenizer, vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +47,7 @@ def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Map
     args = stored_args(folder)
     for name, value in (overrides or {}).items():
         if not hasattr(args, name):
-            raise ConvertError(f"--override {name}: the checkpoint's arguments have no such name")
+            raise ConvertError(f"--override {name}: neither Megatron nor the checkpoint has an argument of that name")
         setattr(args, name, value)
     try:
         size = vocabulary_size(args, tokenizer_model)
@@ -56,7 +57,7 @@ def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Map
 
 
 def stored_args(folder: Path) -> Namespace:
-    """The arguments that Megatron stored in a checkpoint.
+    """The arguments that Megatron stored in a checkpoint, with those that it had none of at their defaults.
 
     Raises:
         ConvertError: if there are none that can be read.
@@ -75,7 +76,7 @@ def stored_args(folder: Path) -> Namespace:
             raise ConvertError(f"{folder}: its arguments cannot be read: {last_line(error)}") from error
     if "args" not in state:
         raise ConvertError(f"{folder} holds no arguments of Megatron's trainer")
-    return state["args"]
+    return completed(state["args"])
 
 
 def megatron_to_hf(

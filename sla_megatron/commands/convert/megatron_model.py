@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ from ...common.errors import StartError
 from ...cpu.device import megatron_device
 from .assemble import Assembler
 from .errors import ConvertError
+from .stored_arguments import ROPE_FACTOR_HONOURED
 
 #: What the run that goes on will choose for itself; here it only has to be built.  The flags are Megatron's.
 _HERE = (
@@ -23,6 +25,9 @@ _HERE = (
     *("--no-bias-swiglu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion", "--use-cpu-initialization"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--distributed-backend", "gloo"),
 )
+
+#: How a checkpoint of ours is stored: Megatron's content metadata.
+CONTENT: Mapping[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 _TYPE_FLAGS = {torch.float32: (), torch.bfloat16: ("--bf16",), torch.float16: ("--fp16",)}
 
@@ -62,11 +67,15 @@ def args_of(argv: Sequence[str], dtype: torch.dtype) -> Namespace:
 def build(args: Namespace) -> Any:
     """The ``GPTModel`` of ``args``, all of it, in evaluation mode, in ``args.params_dtype``."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.models.gpt import GPTModelBuilder
+    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from ...model.builder import SLAGPTModelBuilder, SLAGPTModelConfig, gpt_config_from_args
 
-    config = gpt_config_from_args(args)
+    # A copy: what a training run of ours writes into its arguments, for its checkpoints, is not to be found here.
+    config = gpt_config_from_args(copy.copy(args))
+    # Megatron does not hand the factor on; a run of ours does, and says so.
+    honoured = getattr(args, ROPE_FACTOR_HONOURED, False)
+    config.rope_scaling_factor = args.rope_scaling_factor if honoured else GPTModelConfig.rope_scaling_factor
     # Every weight is about to be overwritten.
     config.transformer.perform_initialization = False
     builder = SLAGPTModelBuilder if isinstance(config, SLAGPTModelConfig) else GPTModelBuilder
@@ -75,23 +84,27 @@ def build(args: Namespace) -> Any:
     return model.to(args.params_dtype).eval()
 
 
-def sharded_tensors(model: Any) -> tuple[dict[str, Any], Iterator[tuple[str, int | None, Tensor, tuple[int, ...]]]]:
+def sharded_state(model: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What Megatron saves and loads of ``model``; ``metadata`` says how, as a checkpoint's content metadata do."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+
+
+def sharded_tensors(
+    model: Any, metadata: Mapping[str, Any] = CONTENT
+) -> tuple[dict[str, Any], Iterator[tuple[str, int | None, Tensor, tuple[int, ...]]]]:
     """What Megatron saves of ``model``, and each tensor of it.
 
     Returns:
         the sharded state dictionary, and for each tensor its key in a checkpoint, its layer where layers are stored as
         one tensor, its data, which may be written to, and where this begins in the stored tensor (without the layer).
     """
-    from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    metadata = {
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    state = model.sharded_state_dict(metadata=metadata)
+    state = sharded_state(model, metadata)
     # Parts of a gated MLP's first matrix are made from it when it is saved; as views, they can be filled.
     apply_factories(state)
 

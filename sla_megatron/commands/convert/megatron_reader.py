@@ -24,6 +24,7 @@ from ...common.checkpoint_folders import TRACKER
 from .architecture import config_from_args
 from .errors import ConvertError
 from .mapping import GATE, KEY, QUERY, UP, VALUE, VOCABULARY, Entry, entries, qkv_rows
+from .stored_arguments import require_understood
 
 #: Keys of a checkpoint that hold no weights of the model.
 _NO_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state", "opt_param_scheduler")
@@ -99,12 +100,13 @@ class MegatronSource:
         vocab_size: rows of the vocabulary that are not padding.
 
     Raises:
-        ConvertError: if the checkpoint's tensors are not those that its arguments describe: one missing, unknown or of
-            another shape is named.
+        ConvertError: for arguments that the format has no field for; or if the checkpoint's tensors are not those that
+            its arguments describe: one missing, unknown or of another shape is named.
     """
 
     def __init__(self, folder: Path, args: Namespace, vocab_size: int) -> None:
         self.path, self.args = folder, args
+        require_understood(args)
         self.config: Mapping[str, Any] = config_from_args(args, vocab_size)
         self._reader = _Reader(folder)
         self._stored = stored_tensors(folder, self._reader)

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from .architecture import argv_from_config
-from .megatron_model import args_of, build, fill, megatron_alone
+from .megatron_model import CONTENT, args_of, build, fill, megatron_alone
 from .megatron_reader import TRACKER
 from .source import Source
+from .stored_arguments import ROPE_FACTOR_HONOURED
 
 #: Megatron's default: rows of the vocabulary are padded to a multiple of it.
 VOCABULARY_MULTIPLE = 128
@@ -36,6 +37,8 @@ def write_megatron(source: Source, folder: Path, dtype: torch.dtype, extra_flags
         rows = vocabulary_rows(source)
         args = args_of([*argv_from_config(source.config), *extra_flags], dtype)
         args.padded_vocab_size = rows
+        if args.use_rope_scaling:
+            setattr(args, ROPE_FACTOR_HONOURED, True)
         model = build(args)
         state = {
             "args": args,
@@ -46,8 +49,7 @@ def write_megatron(source: Source, folder: Path, dtype: torch.dtype, extra_flags
         }
         release = folder / "release"
         release.mkdir()
-        content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-        dist_checkpointing.save(state, str(release), content_metadata=content)
+        dist_checkpointing.save(state, str(release), content_metadata=dict(CONTENT))
     (folder / TRACKER).write_text("release")
     return args
 

@@ -1,7 +1,8 @@
-"""Do both sides compute the same?  Logits of random tokens, from Megatron's model and from the Hugging Face model."""
+"""Do both sides compute the same?  Logits of random tokens, from the model that was trained and from the export."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,14 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .architecture import argv_from_config
 from .errors import ConvertError
-from .megatron_model import args_of, build, fill, megatron_alone
-from .megatron_writer import vocabulary_rows
-from .source import Source
+from .megatron_model import megatron_alone
+from .megatron_reader import MegatronSource
+from .trained_model import trained_model
 
 #: Relative error in the 2-norm up to which fp32 logits count as equal: rounding, in sums of another order.
 THRESHOLD = 1e-5
+
+#: Tokens of the longest text.  Megatron's attention on a CPU holds scores of each pair of them, of all heads.
+LONGEST = 1024
+
+#: Tokens of each of the others.
+SHORT = 64
 
 
 @dataclass(frozen=True)
@@ -33,45 +39,95 @@ class Comparison:
     largest: float
 
 
-def compare(source: Source, folder: Path, num_sequences: int = 2, seed: int = 1) -> Comparison:
-    """Megatron's logits of ``source`` against those of the model in ``folder``, both in fp32, on random tokens."""
-    length = min(source.config["max_position_embeddings"], 64)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(source.config["vocab_size"], (num_sequences, length), generator=generator)
+def compare(source: MegatronSource, folder: Path, num_sequences: int = 2, seed: int = 1) -> Comparison:
+    """Logits of the checkpoint ``source``'s model against those of the model in ``folder``, in fp32, on random tokens.
+
+    Each is built from what lies in its own folder, Megatron's by Megatron (``trained_model.py``).  The texts' largest
+    differences count.
+
+    Raises:
+        ConvertError: where one of them cannot be built, or the folder's has no row for a token that is trained.
+    """
+    size = source.config["vocab_size"]
+    # Rows beyond the tokens are padding, on either side.
+    common = min(size, _hf_vocabulary(folder))
+    # One model at a time: either may fill the memory.
     with megatron_model(source) as logits:
-        expected = logits(tokens).clone()
-    found = hf_logits(folder, tokens)
-    if expected.shape != found.shape:
-        raise ConvertError(f"{folder}: logits of shape {tuple(found.shape)}, Megatron's are {tuple(expected.shape)}")
-    difference = found.double() - expected.double()
-    return Comparison(float(difference.norm() / expected.double().norm()), float(difference.abs().max()))
+        texts = [(*text, logits(*text)) for text in _texts(source, common, num_sequences, seed)]
+    if any(expected[..., common:].any() for *_, expected in texts):
+        raise ConvertError(f"{folder}: a vocabulary of {common}; the checkpoint has weights for {size} tokens")
+    found: list[Comparison] = []
+    with _hf_model(folder) as logits:
+        for tokens, start, theirs in texts:
+            expected = theirs[..., :common].double()
+            difference = logits(tokens, start)[..., :common].double() - expected
+            found.append(Comparison(float(difference.norm() / expected.norm()), float(difference.abs().max())))
+    # What is not a number is neither larger nor smaller than one.
+    return max(found, key=lambda one: math.inf if math.isnan(one.relative) else one.relative)
+
+
+def _texts(source: MegatronSource, vocabulary: int, count: int, seed: int) -> Iterator[tuple[Tensor, int]]:
+    """Tokens ``[b, s]`` and the position of the first.
+
+    Short ones, one as long as the model takes, up to ``LONGEST``, and one that ends at the last learned position.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    whole = source.args.max_position_embeddings
+
+    def tokens(number: int, length: int) -> Tensor:
+        return torch.randint(vocabulary, (number, length), generator=generator)
+
+    yield tokens(count, min(whole, SHORT)), 0
+    if whole > SHORT:
+        yield tokens(1, min(whole, LONGEST)), 0
+    if whole > LONGEST and source.args.position_embedding_type == "learned_absolute":
+        yield tokens(1, SHORT), whole - SHORT
+
+
+#: The logits ``[b, s, vocabulary]`` of tokens ``[b, s]``, whose first is at this position.
+Logits = Callable[..., Tensor]
 
 
 @contextmanager
-def megatron_model(source: Source) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within the block, Megatron's own model of ``source`` in fp32, as a function of tokens ``[b, s]``.
+def megatron_model(source: MegatronSource) -> Iterator[Logits]:
+    """Within the block, the trained model of ``source`` in fp32, as a function of tokens ``[b, s]``.
 
-    Its result is the logits ``[b, s, vocabulary]``, without padded rows.
+    Its result is the logits ``[b, s, vocabulary]``, without padded rows.  A second argument is the position of the
+    first token; Megatron's rotary positions always begin at 0.
     """
     with megatron_alone(), torch.no_grad():
-        size = source.config["vocab_size"]
-        flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(size)]
-        args = args_of([*argv_from_config(source.config), *flags], torch.float32)
-        args.padded_vocab_size = vocabulary_rows(source)
-        model = build(args)
-        fill(model, source, args.padded_vocab_size)
+        model = trained_model(source)
 
-        def logits(tokens: Tensor) -> Tensor:
-            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-            return model(tokens, positions, None)[..., :size]
+        def logits(tokens: Tensor, start: int = 0) -> Tensor:
+            try:
+                found = model(tokens, _positions(tokens, start), None)
+            except Exception as error:
+                raise ConvertError(f"{source.path}: Megatron's model does not run on a CPU: {error}") from error
+            return found[..., : source.config["vocab_size"]].clone()
 
         yield logits
 
 
-def hf_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """``[b, s, vocabulary]`` for tokens ``[b, s]``, from the model in ``folder`` in fp32."""
+@contextmanager
+def _hf_model(folder: Path) -> Iterator[Logits]:
+    """The same of the model in ``folder``, with all its rows."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+    def logits(tokens: Tensor, start: int) -> Tensor:
+        # Left out where a user would leave it out: what the model makes of that is compared, too.
+        return model(tokens, position_ids=_positions(tokens, start) if start else None).logits
+
     with torch.no_grad():
-        return model.eval()(tokens).logits
+        yield logits
+
+
+def _hf_vocabulary(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=True).vocab_size
+
+
+def _positions(tokens: Tensor, start: int) -> Tensor:
+    return torch.arange(start, start + tokens.shape[1]).expand_as(tokens)
