@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import reduce
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,18 @@ def hf_to_megatron(
     source: Source, out: Path, dtype: torch.dtype | None = None, overwrite: bool = False, flags: Sequence[str] = ()
 ) -> None:
     """Write ``source`` as a checkpoint that Megatron's ``--load`` starts from, at iteration 0, without optimizer."""
-    stored = dtype or source.dtype("model.embed_tokens.weight")
+    stored = dtype or _widest(source)
     with finished_folder(out, overwrite) as folder:
         write_megatron(source, folder, stored, [*_tokenizer_flags(source), *flags])
+
+
+def _widest(source: Source) -> torch.dtype:
+    """The type that holds every tensor of ``source`` as it is: a Megatron model has one."""
+    widest = reduce(torch.promote_types, {source.dtype(entry.hf) for entry in entries(source.config)})
+    if widest not in DTYPES.values():
+        kind = str(widest).removeprefix("torch.")
+        raise ConvertError(f"{source.path}: weights are stored as {kind}: --dtype {', '.join(DTYPES)}")
+    return widest
 
 
 def _tokenizer_flags(source: Source) -> list[str]:
