@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from sla_megatron.commands.convert import cli
-from tests.support.foreign_models import VOCABULARY, edit_config, put_tensors, save_foreign, tensors
+from tests.support.foreign_models import edit_config, put_tensors, save_foreign, tensors
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 

@@ -86,6 +86,7 @@ def megatron_to_hf(
     max_shard_bytes: int = 5 * _GIB,
     overwrite: bool = False,
     tokenizer_model: str | None = None,
+    special_as_text: bool = False,
 ) -> str:
     """Write ``source`` as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns what was carried.
 
@@ -110,7 +111,7 @@ def megatron_to_hf(
         cut = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
         write_safetensors(folder / PADDING_FILE, cut, padding.__getitem__)
         try:
-            carried = carry_tokenizer(source.args, folder, tokenizer_model)
+            carried = carry_tokenizer(source.args, folder, tokenizer_model, special_as_text)
         except TokenizerError as error:
             raise ConvertError(str(error)) from error
         write_model_files(folder, source.config, infos[0].dtype, _special_ids(folder))

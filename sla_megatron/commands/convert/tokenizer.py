@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...common.tokenizers import DEFAULTS, SENTENCEPIECE, TokenizerError, build, decode, is_path, tokenizer_name
-from .tokenizer_formats import UnsupportedModel, has_ties, save_tokenizer, symbols_of
+from .tokenizer_formats import UnsupportedModel, controls_of, has_ties, save_tokenizer, symbols_of
 
 SUPPORTED = (*SENTENCEPIECE, "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer", "NullTokenizer")
 
@@ -61,13 +61,14 @@ _RANDOM_TEXTS = 200
 _RANDOM_LENGTH = 12
 
 
-def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None) -> str:
+def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None, special_as_text: bool = False) -> str:
     """Write the tokenizer that ``args`` name into ``folder``, such that ``AutoTokenizer`` loads it.
 
     Args:
         args: the arguments that Megatron stored with the checkpoint.
         folder: where the files go; it need not exist.
         model: where the tokenizer's model is now, if it has moved: a file, or a folder for Hugging Face tokenizers.
+        special_as_text: of a sentencepiece model: the names of special tokens in a text stay text, as in Megatron.
 
     Returns:
         One line that says what was carried, or that there is nothing to carry.
@@ -82,7 +83,7 @@ def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     try:
-        problem = _write(tokenizer, folder, settings.trust_remote_code)
+        problem = _write(tokenizer, folder, settings, special_as_text)
         if problem is not None:
             raise TokenizerError(f"{tokenizer_name(settings)} cannot be carried along: {problem}")
     except BaseException:
@@ -93,13 +94,13 @@ def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None) -> 
     return f"{tokenizer_name(settings)}, {tokenizer.vocab_size} tokens{ties}"
 
 
-def _write(tokenizer: Any, folder: Path, trust_remote_code: bool) -> str | None:
+def _write(tokenizer: Any, folder: Path, settings: Namespace, special_as_text: bool) -> str | None:
     """Why what is now in ``folder`` is not ``tokenizer``; None if it is."""
     try:
-        save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder, getattr(settings, "max_position_embeddings", None), special_as_text)
     except UnsupportedModel as error:
         return f"it {error}"
-    return _first_difference(tokenizer, folder, trust_remote_code)
+    return _first_difference(tokenizer, folder, settings.trust_remote_code)
 
 
 def vocabulary_size(args: Namespace, model: str | None = None) -> int:
@@ -219,13 +220,20 @@ def _special_difference(tokenizer: Any, saved: Any) -> str | None:
         # A token that there is not has the id -1 in some of Megatron's tokenizers.
         if (None if expected == -1 else expected) != given:
             return f"its {wanted} token would be {given}, Megatron's {name} is {expected}"
+    names = controls_of(tokenizer) if tokenizer.library == "sentencepiece" else []
+    for name in [] if saved.split_special_tokens else names:
+        expected, given = tokenizer._tokenizer.tokenizer.piece_to_id(name), saved.encode(f"a{name}")[-1]
+        if expected != given:
+            return f"the text {name} would be the token {given}, Megatron's is {expected}"
     return None
 
 
 def _text_difference(tokenizer: Any, saved: Any) -> str | None:
     unknown, ties = tokenizer.unk, has_ties(tokenizer)
+    # Megatron does not find a sentencepiece model's control tokens in text; all else has to be the same.
+    how = {"split_special_tokens": True} if tokenizer.library == "sentencepiece" else {}
     for text in _texts(tokenizer):
-        expected, given = list(tokenizer.tokenize(text)), list(saved(text)["input_ids"])
+        expected, given = list(tokenizer.tokenize(text)), list(saved(text, **how)["input_ids"])
         if expected != given and not (ties and sorted(expected) == sorted(given)):
             at = next((i for i, (a, b) in enumerate(zip(expected, given, strict=False)) if a != b), None)
             at = min(len(expected), len(given)) if at is None else at
