@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import socket
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,6 +40,15 @@ DEFAULTS: dict[str, Any] = {
     "trust_remote_code": False,
 }
 _HUB_TIMEOUT = 3.0
+
+#: Within a checkpoint of one iteration, the folder of its tokenizer: as the main branch of Megatron writes it.
+CARRIED = "tokenizer"
+#: Type -> flag, by its attribute, and the name of its file there.  A Hugging Face tokenizer is saved as a folder.
+CARRIED_FILES: dict[str, dict[str, str]] = {
+    **{kind: {"tokenizer_model": "tokenizer.model"} for kind in SENTENCEPIECE},
+    "TikTokenizer": {"tokenizer_model": "tokenizer.json"},
+    "GPT2BPETokenizer": {"vocab_file": "vocab.json", "merge_file": "merges.txt"},
+}
 
 
 class TokenizerError(StartError):
@@ -105,6 +116,42 @@ def tokenizer_name(settings: Namespace) -> str:
     """Type and file, as a message shows them."""
     source = settings.vocab_file if settings.tokenizer_type == "GPT2BPETokenizer" else settings.tokenizer_model
     return f"{settings.tokenizer_type} {source}" if source else settings.tokenizer_type
+
+
+def carry_files(settings: Namespace, tokenizer: Any, checkpoint: Path) -> bool:
+    """Put the tokenizer into a checkpoint, whole or not at all; returns whether there is anything to put there.
+
+    Args:
+        settings: as of :func:`build`, with paths that are there.
+        tokenizer: what :func:`build` made of them; only a Hugging Face tokenizer is asked for it.
+        checkpoint: the folder of one iteration.
+
+    Raises:
+        OSError: for what cannot be read or written.
+    """
+    files = {
+        name: getattr(settings, flag, None) for flag, name in CARRIED_FILES.get(settings.tokenizer_type, {}).items()
+    }
+    is_folder = settings.tokenizer_type == "HuggingFaceTokenizer"
+    if not any(files.values()) and not (is_folder and tokenizer is not None):
+        return False
+    folder = checkpoint / CARRIED
+    unfinished, replaced = (checkpoint / f".{CARRIED}.{what}-{os.getpid()}" for what in ("unfinished", "replaced"))
+    try:
+        unfinished.mkdir()
+        if is_folder:
+            tokenizer._tokenizer.tokenizer.save_pretrained(unfinished)
+        for name, path in files.items():
+            if path:
+                shutil.copyfile(path, unfinished / name)
+        if folder.exists():
+            # Of a save of this iteration that was broken off.
+            folder.rename(replaced)
+        unfinished.rename(folder)
+    finally:
+        for left in (unfinished, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+    return True
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:

@@ -87,7 +87,11 @@ class _Raw(argparse.RawDescriptionHelpFormatter):
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer-model", metavar="PATH", help="where the tokenizer's model is now, if it has moved")
+    parser.add_argument(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="where the tokenizer's model is now, if it is neither in nor beside the checkpoint",
+    )
     parser.add_argument(
         "--override",
         type=_override,
@@ -185,9 +189,11 @@ def _describe(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace, source: Any, folder: Path) -> int:
+    from .commands import require_same_vocabulary
     from .verify import THRESHOLD, compare
 
     threshold = THRESHOLD if args.threshold is None else args.threshold
+    require_same_vocabulary(source, folder)
     found = compare(source, folder)
     verdict = "equal" if found.relative <= threshold else f"NOT equal (threshold {threshold:g})"
     print(

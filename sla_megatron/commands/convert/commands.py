@@ -18,19 +18,23 @@ from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
 from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
-from ...common.errors import flag_of
-from ...common.tokenizers import TokenizerError
+from ...common.tokenizers import DEFAULTS, TokenizerError, build, carry_files, tokenizer_settings
 from ...flags.validation import parse_layers
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
 from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
 from .megatron_reader import MegatronSource, checkpoint_folder, last_line
-from .megatron_writer import write_megatron
+from .megatron_writer import RELEASE, write_megatron
 from .output import finished_folder
 from .source import Source
-from .tokenizer import carry_tokenizer, vocabulary_size
+from .tokenizer import PATHS, carry_tokenizer, vocabulary_size, with_model
+from .tokenizer_place import placed
+from .weight_files import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Any of these makes a folder one with a tokenizer.
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 _GIB = 2**30
 
@@ -40,7 +44,7 @@ def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Map
 
     Args:
         path: the folder.
-        tokenizer_model: where the tokenizer's model is now, if it has moved.
+        tokenizer_model: where the tokenizer's model is, if it is not where :func:`placed` looks.
         overrides: arguments that replace the stored ones.
     """
     folder = checkpoint_folder(path)
@@ -49,10 +53,14 @@ def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Map
         if not hasattr(args, name):
             raise ConvertError(f"--override {name}: the checkpoint's arguments have no such name")
         setattr(args, name, value)
+    tried: list[str] = []
+    if tokenizer_model is None and not {"tokenizer_type", *PATHS} & set(overrides or {}):
+        args, tried = placed(args, folder)
     try:
-        size = vocabulary_size(args, tokenizer_model)
+        args = with_model(args, tokenizer_model)
+        size = vocabulary_size(args)
     except TokenizerError as error:
-        raise ConvertError(str(error)) from error
+        raise ConvertError(f"{error}{'; tried ' if tried else ''}{', '.join(tried)}") from error
     return MegatronSource(folder, args, size)
 
 
@@ -134,8 +142,10 @@ def hf_to_megatron(
 ) -> None:
     """Write ``source`` as a checkpoint that Megatron's ``--load`` starts from, at iteration 0, without optimizer."""
     stored = dtype or _widest(source)
+    settings, tokenizer = _tokenizer_of(source)
     with finished_folder(out, overwrite) as folder:
-        write_megatron(source, folder, stored, [*_tokenizer_flags(source), *flags])
+        write_megatron(source, folder, stored, settings, flags)
+        carry_files(settings, tokenizer, folder / RELEASE)
 
 
 def _widest(source: Source) -> torch.dtype:
@@ -147,18 +157,39 @@ def _widest(source: Source) -> torch.dtype:
     return widest
 
 
-def _tokenizer_flags(source: Source) -> list[str]:
-    """The flags of the tokenizer that goes with the weights: the checkpoint's own, or the folder's."""
-    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
+def _tokenizer_of(source: Source) -> tuple[Namespace, Any]:
+    """The settings of the tokenizer that goes with the weights, and what Megatron makes of them.
+
+    Raises:
+        ConvertError: if it has more tokens than the model.
+    """
+    size = source.config["vocab_size"]
     if source.args is not None:
-        given = {name: getattr(source.args, name, None) for name in names}
-    elif (source.path / "tokenizer_config.json").exists():
+        settings = Namespace(**tokenizer_settings(source.args))
+    elif any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         # transformers asks before it reads a folder that holds code, though the tokenizer needs none of it.
-        code = ["--trust-remote-code"] if list(source.path.glob("*.py")) else []
-        return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(source.path.absolute()), *code]
+        settings = Namespace(
+            **DEFAULTS
+            | {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(source.path.absolute())}
+            | {"trust_remote_code": bool(list(source.path.glob("*.py"))), "vocab_size": size}
+        )
     else:
-        given = {"tokenizer_type": "NullTokenizer", "vocab_size": source.config["vocab_size"]}
-    return [text for name, value in given.items() if value for text in (flag_of(name), str(value))]
+        settings = Namespace(**DEFAULTS | {"tokenizer_type": "NullTokenizer", "vocab_size": size})
+    if settings.tokenizer_type != "HuggingFaceTokenizer":
+        return settings, None
+    try:
+        tokenizer = build(settings)
+    except TokenizerError as error:
+        # The weights are what was asked for.
+        print(f"sla-convert: the tokenizer is not carried along: {error}", file=sys.stderr)
+        return settings, None
+    highest = max(tokenizer._tokenizer.tokenizer.get_vocab().values(), default=-1)
+    if highest >= size:
+        raise ConvertError(
+            f"{source.path}: its tokenizer has a token {highest}, the model's vocabulary is {size} (0 to {size - 1}): "
+            "resize the model's embeddings, or take the added tokens out of the tokenizer"
+        )
+    return settings, tokenizer
 
 
 class WithSLA:
@@ -216,6 +247,15 @@ class WithSLA:
     def padding(self, name: str) -> Tensor | None:
         """The dense model's."""
         return self.dense.padding(name)
+
+
+def require_same_vocabulary(source: Source, folder: Path) -> None:
+    """Raise ``ConvertError`` where the model in ``folder`` has no embedding of some token of ``source``, or more."""
+    size, theirs = source.config["vocab_size"], read_json(folder / "config.json").get("vocab_size")
+    if theirs is not None and theirs != size:
+        raise ConvertError(
+            f"{folder}: vocab_size {theirs}; {source.path} has {size} tokens: there is nothing to compare"
+        )
 
 
 def describe(source: Source) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 from ...common.tokenizers import DEFAULTS, SENTENCEPIECE, TokenizerError, build, decode, is_path, tokenizer_name
 from .tokenizer_formats import UnsupportedModel, controls_of, has_ties, save_tokenizer, symbols_of
 
+#: Arguments that say where a tokenizer is.
+PATHS = ("tokenizer_model", "vocab_file", "merge_file")
 SUPPORTED = (*SENTENCEPIECE, "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer", "NullTokenizer")
 
 # The size of the vocabulary that GPT2BPETokenizer gets from the Hub.
@@ -104,12 +106,26 @@ def _write(tokenizer: Any, folder: Path, settings: Namespace, special_as_text: b
 
 
 def vocabulary_size(args: Namespace, model: str | None = None) -> int:
-    """How many tokens the tokenizer that ``args`` name has, without the rows that Megatron pads its embeddings by.
+    """How many tokens the model of ``args`` has, without the rows that Megatron pads its embeddings by.
+
+    As many as its tokenizer; a checkpoint made of a model with more, as many published ones have, says how many.
 
     Raises:
         TokenizerError: if the tokenizer cannot be read.
     """
-    return _megatron_tokenizer(_settings(args, model)).vocab_size
+    tokens = _megatron_tokenizer(_settings(args, model)).vocab_size
+    named = getattr(args, "vocab_size", None) or 0
+    if args.tokenizer_type == "HuggingFaceTokenizer" and named <= (getattr(args, "padded_vocab_size", None) or 0):
+        return max(tokens, named)
+    return tokens
+
+
+def with_model(args: Namespace, model: str | None) -> Namespace:
+    """``args`` with the files of ``model``, where it is given.  Raises ``TokenizerError`` where there are none."""
+    if model is None:
+        return args
+    settings = _settings(args, model)
+    return Namespace(**vars(args) | {name: getattr(settings, name) for name in PATHS})
 
 
 def _settings(args: Namespace, model: str | None) -> Namespace:

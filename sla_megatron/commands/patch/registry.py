@@ -20,7 +20,7 @@ from ...model.recomputation import CHECKPOINTED_FORWARD
 from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
 from ...pipeline.transport import SCHEDULE_HELPERS, SCHEDULES
-from ...training.checkpoint_writer import RESULTS_QUEUE
+from ...training.checkpoint_writer import RESULTS_QUEUE, SAVE_CONFIG
 from ...upstream.compiled_helpers import COMPILE_HELPERS
 from ...upstream.seams import Reliance, Seam, SeamError, Wrapping
 
@@ -33,6 +33,7 @@ RECOMPUTATION = "with --sla, while a block runs under --recompute-granularity fu
 PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is built"
 CORE_ATTENTION = "with --core-attention sdpa"
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
+SAVE = "with --sla and --save, from our entry point, until upstream saves tokenizers itself"
 WHEEL = "with megatron-core's wheel, on any device: a checkout has the Makefile"
 CPU = "on the CPU"
 
@@ -75,6 +76,7 @@ def registry() -> list[Entry]:
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
         *_entries(CORE_ATTENTION, [FORWARD]),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
+        *_entries(SAVE, [SAVE_CONFIG]),
         *_entries(ALWAYS, [PARSING]),
         *_entries(WHEEL, [COMPILE_HELPERS]),
         *_entries(CPU, replacements()),
