@@ -20,6 +20,7 @@ import torch
 
 from sla_megatron.commands.convert import cli
 from tests.support.foreign_models import edit_config, put_tensors, save_foreign, tensors
+from tests.support.tokenizers import hugging_face_folder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
@@ -376,6 +377,87 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Edit | None, str]] = {
     "another architecture": ("Llama", {}, configured(model_type="mamba"), "model_type mamba: expected sla_gpt, llama"),
     "no architecture": ("Llama", {}, configured("model_type"), "model_type None: expected sla_gpt, llama"),
 }
+
+
+# Vocabularies.
+
+
+def with_tokenizer(folder: Path, rows: int, **special: str) -> int:
+    """A Qwen2 of ``rows`` tokens more than its tokenizer has; returns how many that has."""
+    from transformers import AutoTokenizer
+
+    hugging_face_folder(folder / "hf", **special)
+    tokens = len(AutoTokenizer.from_pretrained(folder / "hf"))
+    save_foreign(folder / "hf", "Qwen2", vocab_size=tokens + rows)
+    return tokens
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *command: Path | str) -> tuple[int, str, str]:
+    """``sla-convert``: its status, and what it wrote on each stream."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["sla-convert", *map(str, command)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_a_vocabulary_beyond_the_tokenizer(
+    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As in every Qwen2: the model's is the configuration's, there, and back again without the folder it came from."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokens = with_tokenizer(tmp_path, rows)
+    hf, out, back = tmp_path / "hf", tmp_path / "out", tmp_path / "back"
+    status, said, _ = run(monkeypatch, capsys, "hf-to-megatron", hf, out, "--verify")
+    assert status == 0 and "logits equal" in said
+    ids = torch.arange(tokens + rows)[None, -20:]
+    expected = AutoModelForCausalLM.from_pretrained(hf)(ids).logits
+    hf.rename(tmp_path / "elsewhere")
+    status, said, _ = run(monkeypatch, capsys, "megatron-to-hf", out, back, "--verify")
+    assert status == 0 and f"{out}/release/tokenizer, {tokens} tokens" in said
+    model = AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True)
+    assert model.config.vocab_size == tokens + rows
+    assert torch.allclose(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(back)
+    assert len(tokenizer) == tokens and tokenizer.decode(tokenizer("hello")["input_ids"][1:]) == "hello"
+
+
+LARGER = r"hf: its tokenizer has a token {}, the model's vocabulary is {} \(0 to {}\): resize the model's embeddings"
+
+
+@pytest.mark.parametrize("rows", [-1, -100])
+def test_a_tokenizer_beyond_the_vocabulary(
+    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Tokens that were added without resizing the embeddings: within Megatron's padding, and beyond it."""
+    tokens = with_tokenizer(tmp_path, rows, pad_token="<pad>")
+    line = refusal(tmp_path, monkeypatch, capsys)
+    assert re.search(LARGER.format(tokens - 1, tokens + rows, tokens + rows - 1), line)
+
+
+def test_vocabularies_that_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    save_foreign(tmp_path / "hf")
+    save_foreign(tmp_path / "smaller", vocab_size=90)
+    assert run(monkeypatch, capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out")[0] == 0
+    status, _, said = run(monkeypatch, capsys, "verify", tmp_path / "out", tmp_path / "smaller")
+    assert status == 2 and re.fullmatch(
+        r".*smaller: vocab_size 90; .*release has 100 tokens: there is nothing .*\n", said
+    )
+
+
+def test_a_tokenizer_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The weights are converted all the same, and one line says what is not there."""
+    save_foreign(tmp_path / "hf")
+    (tmp_path / "hf/tokenizer_config.json").write_text("{}")
+    status, _, said = run(monkeypatch, capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out")
+    assert status == 0 and re.fullmatch("sla-convert: the tokenizer is not carried along: .*\n", said)
+    assert not (tmp_path / "out/release/tokenizer").exists()
 
 
 def _fingerprint(folder: Path) -> dict[str, str]:
