@@ -1,6 +1,6 @@
 """``sla-convert``: checkpoints of Megatron and folders of Hugging Face, each as the other.
 
 ``cli`` (flags) and ``commands`` (what they do); ``architecture`` and ``mapping`` (both formats, as tables); readers,
-``foreign`` (other architectures), writers and ``output``; ``megatron_model`` and ``verify`` (Megatron's own model in
-this process); ``tokenizer`` and ``tokenizer_formats``.
+``foreign`` (other architectures), ``weight_files``, writers and ``output``; ``megatron_model`` and ``verify``
+(Megatron's own model in this process); ``tokenizer``, ``tokenizer_place`` and ``tokenizer_formats``.
 """

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -132,13 +133,15 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
     from sla_megatron.attention.sla_config import SLAConfig
     from sla_megatron.model.transformer_block import CHECKPOINTED_FORWARD, sla_transformer_blocks
     from sla_megatron.pipeline.transport import SCHEDULES, install_transport
+    from sla_megatron.training.checkpoint_writer import SAVE_CONFIG, carry_tokenizer_along
     from sla_megatron.upstream.compiled_helpers import COMPILE_HELPERS
 
     def everything() -> dict[str, Any]:
-        # The transport stays for the rest of the process; here, until upstream's schedules are put back.
+        # What is wrapped stays so for the rest of the process; here, until upstream's own is put back.
         sla = SLAConfig(4, 4, (3,), 3)
-        with cpu_backend(), sla_transformer_blocks(sla), as_before(SCHEDULES):
+        with cpu_backend(), sla_transformer_blocks(sla), as_before([*SCHEDULES, SAVE_CONFIG]):
             install_transport()
+            carry_tokenizer_along(Namespace(save="checkpoints", sla=True, ckpt_format="torch_dist"))
             with sla_transformer_blocks(sla, BertModel), replaced([CHECKPOINTED_FORWARD, COMPILE_HELPERS]):
                 return attributes()
 
