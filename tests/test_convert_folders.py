@@ -437,16 +437,17 @@ def test_a_tokenizer_beyond_the_vocabulary(
     assert re.search(LARGER.format(tokens - 1, tokens + rows, tokens + rows - 1), line)
 
 
-def test_vocabularies_that_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    save_foreign(tmp_path / "hf")
-    save_foreign(tmp_path / "smaller", vocab_size=90)
-    assert run(monkeypatch, capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out")[0] == 0
-    status, _, said = run(monkeypatch, capsys, "verify", tmp_path / "out", tmp_path / "smaller")
-    assert status == 2 and re.fullmatch(
-        r".*smaller: vocab_size 90; .*release has 100 tokens: there is nothing .*\n", said
-    )
+@pytest.mark.parametrize("old", [True, False])
+def test_llama_3_2_s_factor(tmp_path: Path, old: bool) -> None:
+    """32, said as transformers 4 said it and as transformers 5 does: it is passed on."""
+    from sla_megatron.commands.convert.hf_reader import HFSource
+
+    scaling = {"rope_type": "llama3", **LLAMA3, "factor": 32.0}
+    save_foreign(tmp_path / "hf", max_position_embeddings=9000, rope_parameters={"rope_theta": 5e5, **scaling})
+    if old:
+        edit_config(tmp_path / "hf", "rope_parameters", rope_theta=5e5, rope_scaling=scaling)
+    config = HFSource(tmp_path / "hf").config
+    assert (config["rope_scaling"], config["rope_theta"]) == (scaling, 5e5)
 
 
 def test_a_tokenizer_that_cannot_be_read(

@@ -29,7 +29,6 @@ from .output import finished_folder
 from .source import Source
 from .tokenizer import PATHS, carry_tokenizer, vocabulary_size, with_model
 from .tokenizer_place import placed
-from .weight_files import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -247,15 +246,6 @@ class WithSLA:
     def padding(self, name: str) -> Tensor | None:
         """The dense model's."""
         return self.dense.padding(name)
-
-
-def require_same_vocabulary(source: Source, folder: Path) -> None:
-    """Raise ``ConvertError`` where the model in ``folder`` has no embedding of some token of ``source``, or more."""
-    size, theirs = source.config["vocab_size"], read_json(folder / "config.json").get("vocab_size")
-    if theirs is not None and theirs != size:
-        raise ConvertError(
-            f"{folder}: vocab_size {theirs}; {source.path} has {size} tokens: there is nothing to compare"
-        )
 
 
 def describe(source: Source) -> str:
