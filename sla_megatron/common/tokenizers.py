@@ -162,6 +162,16 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.detokenize(ids)
 
 
+def token_count(tokenizer: Any) -> int:
+    """One more than the highest id; ``tokenizer`` is one that :func:`build` gave.
+
+    A Hugging Face tokenizer whose ids have holes counts less than that, and so does Megatron.
+    """
+    if tokenizer.library not in ("huggingface", "megatron"):
+        return tokenizer.vocab_size
+    return max(tokenizer.vocab_size, 1 + max(tokenizer._tokenizer.tokenizer.get_vocab().values(), default=-1))
+
+
 def is_path(model: str) -> bool:
     """Whether a name cannot be one of the Hub's, which are ``model`` or ``owner/model``."""
     return model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1

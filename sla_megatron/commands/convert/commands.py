@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
 from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
-from ...common.tokenizers import DEFAULTS, TokenizerError, build, carry_files, tokenizer_settings
+from ...common.tokenizers import DEFAULTS, TokenizerError, build, carry_files, token_count, tokenizer_settings
 from ...flags.validation import parse_layers
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
@@ -182,7 +182,7 @@ def _tokenizer_of(source: Source) -> tuple[Namespace, Any]:
         # The weights are what was asked for.
         print(f"sla-convert: the tokenizer is not carried along: {error}", file=sys.stderr)
         return settings, None
-    highest = max(tokenizer._tokenizer.tokenizer.get_vocab().values(), default=-1)
+    highest = token_count(tokenizer) - 1
     if highest >= size:
         raise ConvertError(
             f"{source.path}: its tokenizer has a token {highest}, the model's vocabulary is {size} (0 to {size - 1}): "

@@ -17,7 +17,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ...common.tokenizers import DEFAULTS, SENTENCEPIECE, TokenizerError, build, decode, is_path, tokenizer_name
+from ...common.tokenizers import (
+    DEFAULTS,
+    SENTENCEPIECE,
+    TokenizerError,
+    build,
+    decode,
+    is_path,
+    token_count,
+    tokenizer_name,
+)
 from .tokenizer_formats import UnsupportedModel, controls_of, has_ties, save_tokenizer, symbols_of
 
 #: Arguments that say where a tokenizer is.
@@ -113,7 +122,7 @@ def vocabulary_size(args: Namespace, model: str | None = None) -> int:
     Raises:
         TokenizerError: if the tokenizer cannot be read.
     """
-    tokens = _megatron_tokenizer(_settings(args, model)).vocab_size
+    tokens = token_count(_megatron_tokenizer(_settings(args, model)))
     named = getattr(args, "vocab_size", None) or 0
     if args.tokenizer_type == "HuggingFaceTokenizer" and named <= (getattr(args, "padded_vocab_size", None) or 0):
         return max(tokens, named)
@@ -184,9 +193,9 @@ def _megatron_tokenizer(settings: Namespace) -> Any:
     gpt2 = settings.tokenizer_type == "GPT2BPETokenizer"
     tokenizer = _megatron_gpt2(settings) if gpt2 else build(settings)
     rows = getattr(settings, "padded_vocab_size", None)
-    if rows is not None and tokenizer.vocab_size > rows:
+    if rows is not None and (tokens := token_count(tokenizer)) > rows:
         raise TokenizerError(
-            f"{tokenizer_name(settings)} has {tokenizer.vocab_size} tokens, the checkpoint's vocabulary {rows}: "
+            f"{tokenizer_name(settings)} has {tokens} tokens, the checkpoint's vocabulary {rows}: "
             "it is not the tokenizer of this checkpoint: --tokenizer-model PATH"
         )
     return tokenizer

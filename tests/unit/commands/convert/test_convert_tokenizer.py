@@ -304,3 +304,24 @@ def test_a_wrong_tokenizer_is_not_left_behind(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(TokenizerError, match="would become .* Megatron has"):
         carry_tokenizer(args, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["other"]
+
+
+def test_ids_with_holes(tmp_path: Path) -> None:
+    """Megatron counts tokens; the vocabulary has to reach the highest id, or special tokens would be beyond it."""
+    from transformers import AutoTokenizer
+
+    hugging_face_folder(tmp_path / "in", pad_token="<pad>")
+    path = tmp_path / "in" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["<pad>"] = 900
+    for token in content["added_tokens"]:
+        token["id"] = 900 if token["content"] == "<pad>" else token["id"]
+    path.write_text(json.dumps(content))
+    args = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "in"))
+    carry_tokenizer(args, tmp_path / "out")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert saved.pad_token_id == 900 and len(saved) < 900 and vocabulary_size(args) == 901
+    with pytest.raises(
+        TokenizerError, match="has 901 tokens, the checkpoint's vocabulary 896: it is not the tokenizer"
+    ):
+        vocabulary_size(Namespace(**vars(args), padded_vocab_size=896))
