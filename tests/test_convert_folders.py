@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from sla_megatron.commands.convert import cli
-from tests.support.foreign_models import edit_config, put_tensors, save_foreign, tensors
+from tests.support.foreign_models import VOCABULARY, edit_config, put_tensors, save_foreign, tensors
 from tests.support.tokenizers import hugging_face_folder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
@@ -377,6 +377,67 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Edit | None, str]] = {
     "another architecture": ("Llama", {}, configured(model_type="mamba"), "model_type mamba: expected sla_gpt, llama"),
     "no architecture": ("Llama", {}, configured("model_type"), "model_type None: expected sla_gpt, llama"),
 }
+
+
+# Our own models, as transformers saves them.
+
+
+def save_ours(folder: Path, *left_out: str, **changes: Any) -> None:
+    from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
+    from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
+
+    torch.manual_seed(4)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    more = {"max_position_embeddings": 24, "initializer_range": 0.3, "sla_skip_distances": [2]}
+    skipping = {"sla_skip_groups": [1, 2, 3], "hidden_act": "gelu_pytorch_tanh"}
+    SlaGPTForCausalLM(SlaGPTConfig(**shape | more | skipping | changes)).save_pretrained(folder)
+    edit_config(folder, *left_out)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "edit"),
+    [
+        (["intermediate_size", "num_key_value_heads", "head_dim", "sla_layers", "norm_eps", "attention_bias"], None),
+        ([], with_head()),
+        ([], torch_files(parts=2)),
+    ],
+)
+def test_our_own_folder(tmp_path: Path, left_out: list[str], edit: Edit | None) -> None:
+    """With the format's defaults for what is left out, and an equal copy of the embeddings."""
+    from sla_megatron.commands.convert.commands import hf_to_megatron, open_megatron
+    from sla_megatron.commands.convert.hf_reader import HFSource
+    from sla_megatron.commands.convert.verify import THRESHOLD, compare
+
+    save_ours(tmp_path / "hf", *left_out)
+    if edit is not None:
+        edit(tmp_path / "hf")
+    hf_to_megatron(HFSource(tmp_path / "hf"), tmp_path / "out")
+    assert compare(open_megatron(tmp_path / "out"), tmp_path / "hf").relative <= THRESHOLD
+
+
+@pytest.mark.parametrize(
+    ("changes", "edit", "line"),
+    [
+        ({}, with_head(0.1), TIES.format(r"model\.embed_tokens\.weight")),
+        ({"hidden_act": "mish"}, None, "hidden_act mish with gated_mlp False"),
+        ({}, configured(num_attention_heads=3), "num_key_value_heads must be a divisor"),
+        ({}, configured(sla_skip_groups=[1, 2]), r"sla_skip_groups \[1, 2\] are not spread evenly"),
+        ({}, configured(quantization_config={"quant_method": "gptq"}), r"quantization_config \(gptq\)"),
+        ({}, added("score.weight"), r"tensor score\.weight is not part"),
+    ],
+)
+def test_our_own_folder_that_is_refused(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    edit: Edit | None,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    save_ours(tmp_path / "hf", **changes)
+    if edit is not None:
+        edit(tmp_path / "hf")
+    assert re.search(line, refusal(tmp_path, monkeypatch, capsys))
 
 
 # Vocabularies.

@@ -252,10 +252,15 @@ def foreign_config(folder: Path) -> Config:
         raise ConvertError(f"{folder / 'config.json'} cannot be read: {lines[-1].strip()}") from error
     finally:
         logging.set_verbosity(level)
-    if theirs.get("quantization_config") is not None:
-        method = theirs["quantization_config"].get("quant_method", "of some kind")
-        raise ConvertError(f"{folder}: quantization_config ({method}): expected weights that are not quantised")
+    refuse_quantised(theirs, folder)
     return theirs
+
+
+def refuse_quantised(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise ``ConvertError`` for weights that are not numbers of floating point."""
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"].get("quant_method", "of some kind")
+        raise ConvertError(f"{folder}: quantization_config ({method}): expected weights that are not quantised")
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> Config | None:

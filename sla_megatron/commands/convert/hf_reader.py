@@ -14,7 +14,7 @@ from torch import Tensor
 from ...attention.sla_config import evenly_spread
 from .architecture import MODEL_TYPE, Config
 from .errors import ConvertError
-from .foreign import FOREIGN, Foreign, foreign_config
+from .foreign import FOREIGN, Foreign, foreign_config, refuse_quantised
 from .hf_folder import PADDING_FILE
 from .mapping import entries, sla_of
 from .weight_files import WeightFiles, read_json
@@ -140,6 +140,7 @@ def _ours(config: Mapping[str, Any], path: Path) -> Config:
     except Exception as error:  # transformers' own checks have no common class.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConvertError(f"{path / 'config.json'}: {lines[-1].strip()}") from error
+    refuse_quantised(config, path)
     found = dict(config) | {name: getattr(complete, name) for name in _FIELDS}
     groups = found["num_key_value_heads"]
     if tuple(found["sla_skip_groups"]) != evenly_spread(len(found["sla_skip_groups"]), groups):
