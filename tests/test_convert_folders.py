@@ -10,8 +10,8 @@ import json
 import re
 import shutil
 import sys
-from argparse import Namespace
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def scaled(**changes: Any) -> Edit:
 
 
 def pickled(folder: Path) -> None:
-    torch_files(more={"trainer": Namespace(lr=1)})(folder)
+    torch_files(more={"trainer": Fraction(1, 3)})(folder)
 
 
 def nested(folder: Path) -> None:
@@ -325,6 +325,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Edit | None, str]] = {
         {},
         scaled(high_freq_factor=8.0),
         "high_freq_factor 8.0 of rope_type llama3: expected 4",
+    ),
+    "a rope for each kind of layer": (
+        "Qwen3",
+        {},
+        configured(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+        "rope_parameters full_attention.*: expected the same for all layers",
+    ),
+    "no layers": ("Llama", {}, configured(num_hidden_layers=0), "num_hidden_layers must be a positive integer"),
+    "heads that share no keys": (
+        "Llama",
+        {},
+        configured(num_key_value_heads=3),
+        "num_key_value_heads must be a divisor",
     ),
     "part of each head": (
         "Llama",

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
 from ...common.tokenizers import DEFAULTS, TokenizerError, build, carry_files, token_count, tokenizer_settings
 from ...flags.validation import parse_layers
+from .architecture import argv_from_config
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
 from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
@@ -141,6 +142,8 @@ def hf_to_megatron(
 ) -> None:
     """Write ``source`` as a checkpoint that Megatron's ``--load`` starts from, at iteration 0, without optimizer."""
     stored = dtype or _widest(source)
+    # What Megatron has no flag for is refused before anything else is loaded.
+    argv_from_config(source.config)
     settings, tokenizer = _tokenizer_of(source)
     with finished_folder(out, overwrite) as folder:
         write_megatron(source, folder, stored, settings, flags)

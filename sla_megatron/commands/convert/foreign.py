@@ -52,6 +52,8 @@ class Llama:
         """Their fields as ours."""
         heads, hidden = theirs["num_attention_heads"], theirs["hidden_size"]
         rope = theirs["rope_parameters"]
+        if "rope_theta" not in rope:
+            raise ConvertError(f"rope_parameters {', '.join(rope)}: expected the same for all layers")
         attention_bias, mlp_bias = (
             name in self.fields and bool(theirs.get(name)) for name in ("attention_bias", "mlp_bias")
         )

@@ -126,20 +126,16 @@ def _architecture(path: Path) -> tuple[Mapping[str, Any], Foreign | None]:
     theirs = foreign_config(path)
     try:
         foreign = FOREIGN[kind](theirs)
-        return foreign.config(theirs), foreign
+        ours = foreign.config(theirs)
     except ConvertError as error:
         raise ConvertError(f"{path / 'config.json'}: {error}") from error
+    _complete(ours, path)
+    return ours, foreign
 
 
 def _ours(config: Mapping[str, Any], path: Path) -> Config:
     """A configuration of our format, with the defaults that transformers leaves out when it saves one."""
-    from ...hf.configuration_sla_gpt import SlaGPTConfig
-
-    try:
-        complete = SlaGPTConfig.from_dict(dict(config))
-    except Exception as error:  # transformers' own checks have no common class.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConvertError(f"{path / 'config.json'}: {lines[-1].strip()}") from error
+    complete = _complete(config, path)
     refuse_quantised(config, path)
     found = dict(config) | {name: getattr(complete, name) for name in _FIELDS}
     groups = found["num_key_value_heads"]
@@ -147,3 +143,14 @@ def _ours(config: Mapping[str, Any], path: Path) -> Config:
         raise ConvertError(f"{path}: sla_skip_groups {found['sla_skip_groups']} are not spread evenly")
     sla_of(found)
     return found
+
+
+def _complete(config: Mapping[str, Any], path: Path) -> Any:
+    """The format's own object of ``config``.  Raises ``ConvertError`` for values outside of their ranges."""
+    from ...hf.configuration_sla_gpt import SlaGPTConfig
+
+    try:
+        return SlaGPTConfig.from_dict(dict(config))
+    except Exception as error:  # transformers' own checks have no common class.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConvertError(f"{path / 'config.json'}: {lines[-1].strip()}") from error
