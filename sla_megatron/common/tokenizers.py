@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import StartError
+from .silence import without_announcements
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TEXT = (*SENTENCEPIECE, "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer")
@@ -97,7 +98,8 @@ def build(settings: Namespace) -> Any:
     Raises:
         TokenizerError: with one line, if Megatron cannot build it.
     """
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    with without_announcements():
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     # The name that Megatron may have to ask the Hub for.
     hub_name = {"GPT2BPETokenizer": "gpt2", "HuggingFaceTokenizer": settings.tokenizer_model}.get(
