@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from sla_megatron.commands.convert.tokenizer import carry_tokenizer
 from sla_megatron.commands.convert.tokenizer_place import placed
+from sla_megatron.common import tokenizers
+from tests.support.tokenizers import gpt2_files, hugging_face_folder, tiktoken_file, train_sentencepiece
 
 STEP = "run/out/ck/iter_0000003"
 MODEL = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "tok/a.model"}
@@ -95,3 +101,58 @@ def test_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_to_look_for(given: dict[str, Any], tmp_path: Path) -> None:
     args, _ = placed(Namespace(**given), tmp_path / STEP)
     assert vars(args) == given
+
+
+# What is put into a checkpoint is found there.
+
+KINDS: dict[str, Callable[[Path], Namespace]] = {
+    "sentencepiece": lambda folder: Namespace(
+        tokenizer_type="GPTSentencePieceTokenizer",
+        tokenizer_model=str(train_sentencepiece(folder / "a.model", model_type="unigram")),
+    ),
+    "tiktoken": lambda folder: tiktoken_file(folder / "vocab.json", special=20),
+    "Hugging Face": lambda folder: Namespace(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(hugging_face_folder(folder / "in")),
+        special_tokens=["<|turn|>"],
+    ),
+    "GPT-2": lambda folder: gpt2_files(folder),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_carried_is_found(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, megatron_imported: None
+) -> None:
+    """The same tokens, when its first place is gone; of two saves of an iteration, those of the second."""
+    monkeypatch.setattr(tokenizers, "_answers", lambda endpoint: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first").mkdir()
+    args = KINDS[kind](tmp_path / "first")
+    args.max_position_embeddings = 24
+    step = tmp_path / "ck/iter_0000001"
+    (step / "tokenizer").mkdir(parents=True)
+    (step / "tokenizer/tokenizer_config.json").write_text("of a save that was broken off")
+    settings = Namespace(**tokenizers.DEFAULTS | vars(args))
+    tokenizer = None if kind == "GPT-2" else tokenizers.build(settings)
+    assert tokenizers.carry_files(settings, tokenizer, step)
+    assert [path.name for path in step.iterdir()] == ["tokenizer"]
+    carry_tokenizer(args, tmp_path / "before")
+    shutil.rmtree(tmp_path / "first")
+    found, _ = placed(args, step)
+    carry_tokenizer(found, tmp_path / "after")
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("before", "after"))
+    assert len(before) == len(after) > 100
+    for text in ("hello  world </s> 中", "<|turn|>x"):
+        assert before(text)["input_ids"] == after(text)["input_ids"]
+
+
+def test_nothing_is_left_of_what_cannot_be_carried(tmp_path: Path) -> None:
+    settings = Namespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "gone.model"))
+    (tmp_path / "step/tokenizer").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"gone\.model"):
+        tokenizers.carry_files(settings, None, tmp_path / "step")
+    # What was there is there.
+    assert [path.name for path in (tmp_path / "step").iterdir()] == ["tokenizer"]
+    for nothing in ({"tokenizer_type": "NullTokenizer"}, {"tokenizer_type": "SFTTokenizer", "tokenizer_model": "x"}):
+        assert not tokenizers.carry_files(Namespace(**nothing), None, tmp_path / "step")
