@@ -42,6 +42,16 @@ DEFAULTS: dict[str, Any] = {
 }
 _HUB_TIMEOUT = 3.0
 
+#: Any of these makes a folder one with a Hugging Face tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
 #: Within a checkpoint of one iteration, the folder of its tokenizer: as the main branch of Megatron writes it.
 CARRIED = "tokenizer"
 #: Type -> flag, by its attribute, and the name of its file there.  A Hugging Face tokenizer is saved as a folder.

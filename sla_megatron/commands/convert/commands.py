@@ -18,7 +18,15 @@ from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
 from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
-from ...common.tokenizers import DEFAULTS, TokenizerError, build, carry_files, token_count, tokenizer_settings
+from ...common.tokenizers import (
+    DEFAULTS,
+    TOKENIZER_FILES,
+    TokenizerError,
+    build,
+    carry_files,
+    token_count,
+    tokenizer_settings,
+)
 from ...flags.validation import parse_layers
 from .architecture import argv_from_config
 from .errors import ConvertError
@@ -32,9 +40,6 @@ from .tokenizer import PATHS, carry_tokenizer, vocabulary_size, with_model
 from .tokenizer_place import placed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Any of these makes a folder one with a tokenizer.
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 _GIB = 2**30
 
@@ -168,7 +173,7 @@ def _tokenizer_of(source: Source) -> tuple[Namespace, Any]:
     size = source.config["vocab_size"]
     if source.args is not None:
         settings = Namespace(**tokenizer_settings(source.args))
-    elif any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+    elif any((source.path / name).is_file() for name in TOKENIZER_FILES):
         # transformers asks before it reads a folder that holds code, though the tokenizer needs none of it.
         settings = Namespace(
             **DEFAULTS

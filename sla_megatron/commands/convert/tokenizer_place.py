@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...common.tokenizers import CARRIED, CARRIED_FILES
+from ...common.tokenizers import CARRIED, CARRIED_FILES, TOKENIZER_FILES
 
 
 def placed(args: Namespace, checkpoint: Path) -> tuple[Namespace, list[str]]:
@@ -64,5 +64,6 @@ def _run_folder(saves: Path, save: str | None) -> Path | None:
 def _is_there(path: Path, kind: str, is_carried: bool) -> bool:
     if kind != "HuggingFaceTokenizer":
         return path.is_file()
-    # What was broken off has no configuration; a tokenizer.json alone is one too.
-    return (path / "tokenizer_config.json").is_file() if is_carried else path.exists()
+    # What was broken off has no configuration.  Elsewhere a folder of the same name may hold anything.
+    names = ("tokenizer_config.json",) if is_carried else TOKENIZER_FILES
+    return any((path / name).is_file() for name in names)

@@ -44,9 +44,12 @@ FOUND: dict[str, tuple[dict[str, Any], list[str]]] = {
         [f"{STEP}/tokenizer/tokenizer.json", "cwd/tok/a.model"],
     ),
     "of no use in the checkpoint": (MODEL, ["cwd/tok/a.model", f"{STEP}/tokenizer/tokenizer.json"]),
-    "Hugging Face, in the checkpoint": (HUB, [f"{STEP}/tokenizer/tokenizer_config.json", "cwd/owner/name/x"]),
-    "Hugging Face, broken off": (HUB, ["cwd/owner/name/x", f"{STEP}/tokenizer/special_tokens_map.json"]),
-    "Hugging Face, a folder up": (HUB, ["run/out/owner/name/tokenizer.json"]),
+    "Hugging Face, in the checkpoint": (
+        HUB,
+        [f"{STEP}/tokenizer/tokenizer_config.json", "cwd/owner/name/vocab.json"],
+    ),
+    "Hugging Face, broken off": (HUB, ["cwd/owner/name/vocab.json", f"{STEP}/tokenizer/special_tokens_map.json"]),
+    "Hugging Face, a folder up": (HUB, ["run/out/owner/name/tokenizer.json", "cwd/owner/name/notes"]),
 }
 
 
