@@ -53,7 +53,7 @@ def _pretrain() -> None:
     from .flags.entry_point import require_data_and_folders, require_pretraining
     from .model.builder import gpt_config_from_args
     from .model.report import report_model
-    from .training.checkpoint_writer import shield_checkpoint_writer
+    from .training.checkpoint_writer import carry_tokenizer_along, shield_checkpoint_writer
     from .training.data import train_valid_test_datasets
     from .training.loss import forward_step
 
@@ -69,6 +69,7 @@ def _pretrain() -> None:
         container = pretrain_cfg_container_from_args(args, model_config)
     report_model(model_config)
     shield_checkpoint_writer(args)
+    carry_tokenizer_along(args)
     pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
 
 

@@ -9,48 +9,19 @@ import pytest
 import torch
 
 from tests.support.convert_models import LAYERS, save_random_checkpoint
+from tests.support.foreign_models import save_foreign
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
 
-def _gpt2(folder: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=100, n_positions=24, n_embd=32, n_layer=LAYERS, n_head=4, initializer_range=0.3)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-
-
-def _llama(folder: Path, kind: str = "Llama", **changes: Any) -> None:
-    import transformers
-
-    settings = dict(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=24,
-        initializer_range=0.3,
-    )
-    config = getattr(transformers, f"{kind}Config")(**settings | changes)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Norms and biases too: at 1 and 0 they would hide mistakes.
-            if parameter.dim() == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-
-
-FOREIGN = {
-    "gpt2": (_gpt2, {}),
-    "llama": (_llama, {}),
-    "llama-tied-wide-heads": (_llama, {"tie_word_embeddings": True, "head_dim": 12}),
-    "llama-biases": (_llama, {"attention_bias": True, "mlp_bias": True}),
-    "mistral": (_llama, {"kind": "Mistral", "sliding_window": None}),
-    "qwen2": (_llama, {"kind": "Qwen2"}),
-    "qwen3": (_llama, {"kind": "Qwen3", "head_dim": 12}),
+FOREIGN: dict[str, dict[str, Any]] = {
+    "gpt2": {"kind": "GPT2"},
+    "llama": {},
+    "llama-tied-wide-heads": {"tie_word_embeddings": True, "head_dim": 12},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"kind": "Mistral", "sliding_window": None},
+    "qwen2": {"kind": "Qwen2"},
+    "qwen3": {"kind": "Qwen3", "head_dim": 12},
 }
 
 
@@ -61,9 +32,7 @@ def test_a_dense_hugging_face_model(tmp_path: Path, name: str) -> None:
     from sla_megatron.commands.convert.hf_reader import HFSource
     from sla_megatron.commands.convert.verify import THRESHOLD, compare
 
-    torch.manual_seed(4)
-    make, changes = FOREIGN[name]
-    make(tmp_path / "hf", **changes)
+    save_foreign(tmp_path / "hf", **FOREIGN[name])
     hf_to_megatron(HFSource(tmp_path / "hf"), tmp_path / "dense")
     dense = open_megatron(tmp_path / "dense")
     assert compare(dense, tmp_path / "hf").relative <= THRESHOLD

@@ -139,8 +139,10 @@ def tokenize(folder: Path, text: str) -> Tensor:
     # Broken files and tokenizers of other kinds: many kinds of errors, of several libraries.
     except Exception as error:
         raise EvaluationError(f"{folder}: its tokenizer does not load: {one_line(error)}") from error
+    # sentencepiece, in pretraining, found no special token in a text: a document that mentions </s> does not end there.
+    how = {"split_special_tokens": True} if (folder / "tokenizer.model").is_file() else {}
     # verbose: a text longer than the model's window is what this is for.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False, **how)["input_ids"]
     if len(ids) < 2:
         raise EvaluationError(f"the text has {len(ids)} tokens: expected at least 2")
     return torch.tensor(ids)

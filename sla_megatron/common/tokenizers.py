@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import socket
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import StartError
+from .silence import without_announcements
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TEXT = (*SENTENCEPIECE, "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer")
@@ -40,6 +43,25 @@ DEFAULTS: dict[str, Any] = {
 #: Those that name files.
 TOKENIZER_PATHS = ("tokenizer_model", "vocab_file", "merge_file", "metadata_path")
 _HUB_TIMEOUT = 3.0
+
+#: Any of these makes a folder one with a Hugging Face tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+#: Within a checkpoint of one iteration, the folder of its tokenizer: as the main branch of Megatron writes it.
+CARRIED = "tokenizer"
+#: Type -> flag, by its attribute, and the name of its file there.  A Hugging Face tokenizer is saved as a folder.
+CARRIED_FILES: dict[str, dict[str, str]] = {
+    **{kind: {"tokenizer_model": "tokenizer.model"} for kind in SENTENCEPIECE},
+    "TikTokenizer": {"tokenizer_model": "tokenizer.json"},
+    "GPT2BPETokenizer": {"vocab_file": "vocab.json", "merge_file": "merges.txt"},
+}
 
 
 class TokenizerError(StartError):
@@ -88,7 +110,8 @@ def build(settings: Namespace) -> Any:
     Raises:
         TokenizerError: with one line, if Megatron cannot build it.
     """
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    with without_announcements():
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     # The name that Megatron may have to ask the Hub for.
     hub_name = {"GPT2BPETokenizer": "gpt2", "HuggingFaceTokenizer": settings.tokenizer_model}.get(
@@ -109,12 +132,58 @@ def tokenizer_name(settings: Namespace) -> str:
     return f"{settings.tokenizer_type} {source}" if source else settings.tokenizer_type
 
 
+def carry_files(settings: Namespace, tokenizer: Any, checkpoint: Path) -> bool:
+    """Put the tokenizer into a checkpoint, whole or not at all; returns whether there is anything to put there.
+
+    Args:
+        settings: as of :func:`build`, with paths that are there.
+        tokenizer: what :func:`build` made of them; only a Hugging Face tokenizer is asked for it.
+        checkpoint: the folder of one iteration.
+
+    Raises:
+        OSError: for what cannot be read or written.
+    """
+    files = {
+        name: getattr(settings, flag, None) for flag, name in CARRIED_FILES.get(settings.tokenizer_type, {}).items()
+    }
+    is_folder = settings.tokenizer_type == "HuggingFaceTokenizer"
+    if not any(files.values()) and not (is_folder and tokenizer is not None):
+        return False
+    folder = checkpoint / CARRIED
+    unfinished, replaced = (checkpoint / f".{CARRIED}.{what}-{os.getpid()}" for what in ("unfinished", "replaced"))
+    try:
+        unfinished.mkdir()
+        if is_folder:
+            tokenizer._tokenizer.tokenizer.save_pretrained(unfinished)
+        for name, path in files.items():
+            if path:
+                shutil.copyfile(path, unfinished / name)
+        if folder.exists():
+            # Of a save of this iteration that was broken off.
+            folder.rename(replaced)
+        unfinished.rename(folder)
+    finally:
+        for left in (unfinished, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+    return True
+
+
 def decode(tokenizer: Any, ids: list[int]) -> str:
     """The text of ``ids``, which are below ``tokenizer.vocab_size``; ``tokenizer`` is one that :func:`build` gave."""
     if tokenizer.library in ("huggingface", "megatron"):
         # Megatron's own decoding joins the tokens without what the Hugging Face tokenizer does to them.
         return tokenizer._tokenizer.tokenizer.decode(ids)
     return tokenizer.detokenize(ids)
+
+
+def token_count(tokenizer: Any) -> int:
+    """One more than the highest id; ``tokenizer`` is one that :func:`build` gave.
+
+    A Hugging Face tokenizer whose ids have holes counts less than that, and so does Megatron.
+    """
+    if tokenizer.library not in ("huggingface", "megatron"):
+        return tokenizer.vocab_size
+    return max(tokenizer.vocab_size, 1 + max(tokenizer._tokenizer.tokenizer.get_vocab().values(), default=-1))
 
 
 def is_path(model: str) -> bool:

@@ -147,6 +147,9 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = self._position_ids(x, attention_mask, past_key_values)
+        # A graph has no place for it; what generation runs is looked at before.
+        if not torch.compiler.is_compiling():
+            self.require_learned(position_ids, _length(position_ids, past_key_values))
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -183,13 +186,32 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
         """``[b or 1, s]``; with a mask of padding, counted from each sequence's first token."""
         new = x.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        most = self.config.max_position_embeddings
-        # A static cache's length is a tensor, and looking at it would wait for the device.
-        if not self.has_rope and isinstance(past, int) and past + new > most:
-            raise ValueError(f"{past + new} tokens, but positions are learned for max_position_embeddings={most}")
         if attention_mask is not None and attention_mask.shape == (x.shape[0], past + new):
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:].to(x.device)
         return (torch.arange(new, device=x.device) + past).unsqueeze(0)
+
+    def require_learned(self, position_ids: Tensor, length: int | None) -> None:
+        """Raise ``ValueError`` for a position beyond the last learned one, of which there is no embedding.
+
+        Args:
+            position_ids: of any shape.
+            length: tokens so far, where that is known without asking the device: none of them can be further on.
+        """
+        most = self.config.max_position_embeddings
+        if self.has_rope or not position_ids.numel() or position_ids.device.type == "meta":
+            return
+        # Looking at positions would wait for the device in every step.
+        if position_ids.device.type != "cpu" and length is not None and length <= most:
+            return
+        highest = int(position_ids.max())
+        if highest >= most:
+            raise ValueError(f"{highest + 1} tokens, but positions are learned for max_position_embeddings={most}")
+
+
+def _length(position_ids: Tensor, past_key_values: Cache | None) -> int | None:
+    """Tokens past and new; ``None`` where only the device knows: a static cache's length is a tensor."""
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return past + position_ids.shape[-1] if isinstance(past, int) else None
 
 
 class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):
@@ -203,6 +225,23 @@ class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):
         self.model = SlaGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    # transformers looks for inputs_embeds among the parameters before it takes any.
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' own.  Raises ``ValueError`` beyond the last learned position, which a compiled step cannot."""
+        has_mask = attention_mask is not None and attention_mask.dim() == 2
+        length = attention_mask.shape[1] if has_mask else input_ids.shape[1]
+        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if (positions := inputs.get("position_ids")) is not None:
+            self.model.require_learned(positions, length)
+        return inputs
 
     @can_return_tuple
     def forward(

@@ -1,4 +1,6 @@
-"""A save that is under way when a job is told to end must not be cut short by the same signal.
+"""What a checkpoint of ours needs beside Megatron's writer: to be finished after a signal, and to hold its tokenizer.
+
+A save that is under way when a job is told to end must not be cut short by the same signal.
 
 Under ``--exit-signal-handler`` the ranks note the signal and go on to the end of their step, saves included.  Slurm
 sends it to every process of the step, though, and with it to the process that holds the queue of Megatron's checkpoint
@@ -10,9 +12,15 @@ from __future__ import annotations
 
 import multiprocessing.resource_tracker
 import signal
+import sys
 from argparse import Namespace
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
 
-from ..upstream.seams import Reliance
+from ..common.tokenizers import carry_files
+from ..upstream.seams import Reliance, Wrapping, wrap_once
 
 RESULTS_QUEUE = Reliance(
     "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
@@ -37,3 +45,49 @@ def shield_checkpoint_writer(args: Namespace) -> None:
         get_write_results_queue()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
+def _with_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def save_config(config: Any, checkpoint_dir: Any) -> Any:
+        _carry_tokenizer(str(checkpoint_dir))
+        return original(config, checkpoint_dir)
+
+    return save_config
+
+
+SAVE_CONFIG = Wrapping(
+    "megatron.core.dist_checkpointing.serialization:save_config",
+    "a checkpoint that is taken elsewhere needs its tokenizer: rank 0 puts it there before it writes the file that "
+    "makes the checkpoint complete; from 0.20 on upstream does so itself",
+    ("config", "checkpoint_dir"),
+    wrap=_with_tokenizer,
+)
+
+
+def carry_tokenizer_along(args: Namespace) -> None:
+    """Have every checkpoint of this run hold its tokenizer; nothing where upstream does so, or without ``--sla``."""
+    import megatron.training.checkpointing as upstream
+
+    wanted = args.save is not None and args.sla and args.ckpt_format == "torch_dist"
+    if wanted and not hasattr(upstream, "save_tokenizer_assets"):
+        wrap_once([SAVE_CONFIG])
+
+
+def _carry_tokenizer(checkpoint: str) -> None:
+    """A tokenizer that cannot be copied must not cost the checkpoint."""
+    from megatron.training import get_args, get_tokenizer
+
+    try:
+        args, tokenizer = get_args(), get_tokenizer()
+    except AssertionError:
+        # Not Megatron's trainer: something else saves in this process.
+        return
+    # Another run of this process may be one without; other stores than file systems are upstream's own affair.
+    if not args.sla or "://" in checkpoint:
+        return
+    try:
+        carry_files(args, tokenizer, Path(checkpoint))
+    except Exception as error:  # transformers raises what it likes.
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        print(f"sla-megatron: the tokenizer is not in {checkpoint}: {reason}", file=sys.stderr, flush=True)

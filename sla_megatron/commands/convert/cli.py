@@ -38,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path, help="the --save folder, or one iter_* of it")
     export.add_argument("out", type=Path)
     export.add_argument("--max-shard-size", type=_shard_bytes, default="5GB", help="such as 500MB; default 5GB")
+    export.add_argument(
+        "--special-tokens-as-text",
+        action="store_true",
+        help="of a sentencepiece tokenizer: </s> and the like in a text stay text, as in pretraining",
+    )
     _add_checkpoint_options(export)
     _add_output_options(export)
     export.set_defaults(command=_megatron_to_hf)
@@ -82,7 +87,11 @@ class _Raw(argparse.RawDescriptionHelpFormatter):
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer-model", metavar="PATH", help="where the tokenizer's model is now, if it has moved")
+    parser.add_argument(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="where the tokenizer's model is now, if it is neither in nor beside the checkpoint",
+    )
     parser.add_argument(
         "--override",
         type=_override,
@@ -140,7 +149,8 @@ def _megatron_to_hf(args: argparse.Namespace) -> int:
 
     require_free(args.out, args.overwrite, [args.checkpoint])
     source = _checkpoint(args, args.checkpoint)
-    carried = megatron_to_hf(source, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.tokenizer_model)
+    options = {"tokenizer_model": args.tokenizer_model, "special_as_text": args.special_tokens_as_text}
+    carried = megatron_to_hf(source, args.out, _dtype(args), args.max_shard_size, args.overwrite, **options)
     print(f"{args.out}: written; tokenizer: {carried}")
     return _compare(args, source, args.out) if args.verify else 0
 

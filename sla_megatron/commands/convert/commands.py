@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import reduce
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,28 @@ from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
 from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
-from ...common.errors import flag_of
-from ...common.tokenizers import TOKENIZER_PATHS, TokenizerError
+from ...common.tokenizers import (
+    DEFAULTS,
+    TOKENIZER_FILES,
+    TOKENIZER_PATHS,
+    TokenizerError,
+    build,
+    carry_files,
+    token_count,
+    tokenizer_settings,
+)
 from ...flags.validation import parse_layers
+from .architecture import argv_from_config
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
 from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
 from .megatron_reader import MegatronSource, checkpoint_folder, last_line
-from .megatron_writer import write_megatron
+from .megatron_writer import RELEASE, write_megatron
 from .output import finished_folder
 from .source import Source
 from .stored_arguments import completed
-from .tokenizer import carry_tokenizer, vocabulary_size
+from .tokenizer import PATHS, carry_tokenizer, vocabulary_size, with_model
+from .tokenizer_place import placed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,7 +51,7 @@ def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Map
 
     Args:
         path: the folder.
-        tokenizer_model: where the tokenizer's model is now, if it has moved.
+        tokenizer_model: where the tokenizer's model is, if it is not where :func:`placed` looks.
         overrides: arguments that replace the stored ones.
     """
     folder = checkpoint_folder(path)
@@ -49,10 +60,14 @@ def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Map
         if not hasattr(args, name):
             raise ConvertError(f"--override {name}: neither Megatron nor the checkpoint has an argument of that name")
         setattr(args, name, value)
+    tried: list[str] = []
+    if tokenizer_model is None and not {"tokenizer_type", *PATHS} & set(overrides or {}):
+        args, tried = placed(args, folder)
     try:
-        size = vocabulary_size(args, tokenizer_model)
+        args = with_model(args, tokenizer_model)
+        size = vocabulary_size(args)
     except TokenizerError as error:
-        raise ConvertError(str(error)) from error
+        raise ConvertError(f"{error}{'; tried ' if tried else ''}{', '.join(tried)}") from error
     return MegatronSource(folder, args, size)
 
 
@@ -86,6 +101,7 @@ def megatron_to_hf(
     max_shard_bytes: int = 5 * _GIB,
     overwrite: bool = False,
     tokenizer_model: str | None = None,
+    special_as_text: bool = False,
 ) -> str:
     """Write ``source`` as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns what was carried.
 
@@ -111,7 +127,7 @@ def megatron_to_hf(
         cut = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
         write_safetensors(folder / PADDING_FILE, cut, padding.__getitem__)
         try:
-            carried = carry_tokenizer(source.args, folder, tokenizer_model)
+            carried = carry_tokenizer(source.args, folder, tokenizer_model, special_as_text)
         except TokenizerError as error:
             raise ConvertError(str(error)) from error
         write_model_files(folder, source.config, infos[0].dtype, _special_ids(folder))
@@ -139,23 +155,57 @@ def hf_to_megatron(
     source: Source, out: Path, dtype: torch.dtype | None = None, overwrite: bool = False, flags: Sequence[str] = ()
 ) -> None:
     """Write ``source`` as a checkpoint that Megatron's ``--load`` starts from, at iteration 0, without optimizer."""
-    stored = dtype or source.dtype("model.embed_tokens.weight")
+    stored = dtype or _widest(source)
+    # What Megatron has no flag for is refused before anything else is loaded.
+    argv_from_config(source.config)
+    settings, tokenizer = _tokenizer_of(source)
     with finished_folder(out, overwrite, _read_by(source)) as folder:
-        write_megatron(source, folder, stored, [*_tokenizer_flags(source), *flags])
+        write_megatron(source, folder, stored, settings, flags)
+        carry_files(settings, tokenizer, folder / RELEASE)
 
 
-def _tokenizer_flags(source: Source) -> list[str]:
-    """The flags of the tokenizer that goes with the weights: the checkpoint's own, or the folder's."""
-    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
+def _widest(source: Source) -> torch.dtype:
+    """The type that holds every tensor of ``source`` as it is: a Megatron model has one."""
+    widest = reduce(torch.promote_types, {source.dtype(entry.hf) for entry in entries(source.config)})
+    if widest not in DTYPES.values():
+        kind = str(widest).removeprefix("torch.")
+        raise ConvertError(f"{source.path}: weights are stored as {kind}: --dtype {', '.join(DTYPES)}")
+    return widest
+
+
+def _tokenizer_of(source: Source) -> tuple[Namespace, Any]:
+    """The settings of the tokenizer that goes with the weights, and what Megatron makes of them.
+
+    Raises:
+        ConvertError: if it has more tokens than the model.
+    """
+    size = source.config["vocab_size"]
     if source.args is not None:
-        given = {name: getattr(source.args, name, None) for name in names}
-    elif (source.path / "tokenizer_config.json").exists():
+        settings = Namespace(**tokenizer_settings(source.args))
+    elif any((source.path / name).is_file() for name in TOKENIZER_FILES):
         # transformers asks before it reads a folder that holds code, though the tokenizer needs none of it.
-        code = ["--trust-remote-code"] if list(source.path.glob("*.py")) else []
-        return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(source.path.absolute()), *code]
+        settings = Namespace(
+            **DEFAULTS
+            | {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(source.path.absolute())}
+            | {"trust_remote_code": bool(list(source.path.glob("*.py"))), "vocab_size": size}
+        )
     else:
-        given = {"tokenizer_type": "NullTokenizer", "vocab_size": source.config["vocab_size"]}
-    return [text for name, value in given.items() if value for text in (flag_of(name), str(value))]
+        settings = Namespace(**DEFAULTS | {"tokenizer_type": "NullTokenizer", "vocab_size": size})
+    if settings.tokenizer_type != "HuggingFaceTokenizer":
+        return settings, None
+    try:
+        tokenizer = build(settings)
+    except TokenizerError as error:
+        # The weights are what was asked for.
+        print(f"sla-convert: the tokenizer is not carried along: {error}", file=sys.stderr)
+        return settings, None
+    highest = token_count(tokenizer) - 1
+    if highest >= size:
+        raise ConvertError(
+            f"{source.path}: its tokenizer has a token {highest}, the model's vocabulary is {size} (0 to {size - 1}): "
+            "resize the model's embeddings, or take the added tokens out of the tokenizer"
+        )
+    return settings, tokenizer
 
 
 class WithSLA:

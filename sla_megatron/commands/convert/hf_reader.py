@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ...attention.sla_config import evenly_spread
-from .architecture import MODEL_TYPE
+from .architecture import MODEL_TYPE, Config
 from .errors import ConvertError
-from .foreign import FOREIGN, Foreign
+from .foreign import FOREIGN, Foreign, foreign_config, refuse_quantised
 from .hf_folder import PADDING_FILE
 from .mapping import entries, sla_of
+from .weight_files import WeightFiles, read_json
+
+# What describes a model of our format, of all that a config.json holds.
+_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "normalization", "norm_eps"),
+    *("norm_zero_centered", "position_embedding_type", "rope_theta", "rotary_percent", "rotary_interleaved"),
+    *("rope_scaling", "attention_bias", "attention_output_bias", "mlp_bias", "gated_mlp", "qk_layernorm"),
+    *("tie_word_embeddings", "sla_skip_distances", "sla_skip_groups", "sla_layers", "sla_kv_projection"),
+)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HFSource:
@@ -32,21 +43,23 @@ class HFSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        config = _read_json(path / "config.json")
-        foreign = _foreign(config, path)
-        self._foreign = foreign
-        self.config: Mapping[str, Any] = config if foreign is None else foreign.config(config)
-        self._files = _weight_files(path)
-        self._entries = {entry.hf: entry for entry in entries(self.config)}
+        # transformers would add an adapter to the weights beside it.
+        if (path / "adapter_config.json").is_file():
+            raise ConvertError(f"{path} holds an adapter (adapter_config.json): merge it into its model, and save that")
+        config, self._foreign = _architecture(path)
+        self.config: Mapping[str, Any] = config
+        self._files = WeightFiles(path)
+        self._names = self._files.names()
+        self._entries = {entry.hf: entry for entry in entries(config)}
         self._check()
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
-        return self._slice(self._stored_name(name))[:0].dtype
+        return self._files.dtype(self._stored_name(name))
 
     def get(self, name: str) -> Tensor:
         """The tensor, read from its file."""
-        tensor = self._slice(self._stored_name(name))[:]
+        tensor = self._files.get(self._stored_name(name))
         return tensor if self._foreign is None else self._foreign.tensor(name, tensor).contiguous()
 
     def padding(self, name: str) -> Tensor | None:
@@ -58,67 +71,86 @@ class HFSource:
             return file.get_tensor(name) if name in file.keys() else None
 
     def _stored_name(self, name: str) -> str:
-        stored = name if self._foreign is None else self._foreign.name(name)
-        if stored not in self._files and f"transformer.{stored}" in self._files:
-            return f"transformer.{stored}"
-        return stored
-
-    def _slice(self, stored: str) -> Any:
-        try:
-            with safe_open(self._files[stored], "pt") as file:
-                return file.get_slice(stored)
-        except (OSError, SafetensorError) as error:
-            raise ConvertError(f"{self._files[stored]}: {stored} cannot be read: {error}") from error
+        """The name in the files of what is ``name`` in our format; the first of its names if none of them is there."""
+        names = (name,) if self._foreign is None else self._foreign.names(name)
+        if name == _EMBEDDING and self.config["tie_word_embeddings"]:
+            # Either of the two may have been saved.
+            names = (*names, _HEAD)
+        return next((stored for stored in names if stored in self._names), names[0])
 
     def _check(self) -> None:
         known = set()
         for name, entry in self._entries.items():
             stored = self._stored_name(name)
             known.add(stored)
-            if stored not in self._files:
+            if stored not in self._names:
                 raise ConvertError(f"{self.path}: tensor {stored} ({name}) is missing")
-            shape = tuple(self._slice(stored).get_shape())
+            shape = self._files.shape(stored)
             expected = entry.shape if self._foreign is None else self._foreign.stored_shape(name, entry.shape)
             if shape != expected:
                 raise ConvertError(f"{self.path}: tensor {stored} has shape {shape}, {name} needs {expected}")
+            if self._files.dtype(stored) not in _TYPES:
+                kind = str(self._files.dtype(stored)).removeprefix("torch.")
+                raise ConvertError(f"{self.path}: tensor {stored} is stored as {kind}: expected floating point numbers")
+        if self.config["tie_word_embeddings"] and _HEAD in self._names:
+            self._require_tied()
+            known.add(_HEAD)
         ignored = () if self._foreign is None else self._foreign.ignored
-        for stored in sorted(set(self._files) - known):
+        for stored in sorted(self._names - known):
             if not stored.endswith(ignored):
                 raise ConvertError(f"{self.path}: tensor {stored} is not part of this architecture")
 
+    def _require_tied(self) -> None:
+        """Many published models hold a copy of the embeddings as ``lm_head``; merging an adapter may have changed it.
 
-def _foreign(config: Mapping[str, Any], path: Path) -> Foreign | None:
+        Of what then counts, versions of transformers think differently.
+        """
+        embedding = self._stored_name(_EMBEDDING)
+        first, second = self._files.get(embedding), self._files.get(_HEAD)
+        wide = torch.promote_types(first.dtype, second.dtype)
+        if first.shape != second.shape or not torch.equal(first.to(wide), second.to(wide)):
+            raise ConvertError(
+                f"{self.path}: config.json ties the embeddings (tie_word_embeddings), but {_HEAD} differs from "
+                f"{embedding}: set tie_word_embeddings to false in config.json to keep it, or delete it from the file"
+            )
+
+
+def _architecture(path: Path) -> tuple[Mapping[str, Any], Foreign | None]:
+    """The fields of our format, and how tensors of another architecture are seen as ours."""
+    config = read_json(path / "config.json")
     kind = config.get("model_type")
     if kind == MODEL_TYPE:
-        groups = config["num_key_value_heads"]
-        if tuple(config["sla_skip_groups"]) != evenly_spread(len(config["sla_skip_groups"]), groups):
-            raise ConvertError(f"{path}: sla_skip_groups {config['sla_skip_groups']} are not spread evenly")
-        sla_of(config)
-        return None
+        return _ours(config, path), None
     if kind not in FOREIGN:
         raise ConvertError(f"{path}: model_type {kind}: expected {MODEL_TYPE}, {', '.join(FOREIGN)}")
-    return FOREIGN[kind](config)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+    theirs = foreign_config(path)
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"{path} cannot be read: {error}") from error
+        foreign = FOREIGN[kind](theirs)
+        ours = foreign.config(theirs)
+    except ConvertError as error:
+        raise ConvertError(f"{path / 'config.json'}: {error}") from error
+    _complete(ours, path)
+    return ours, foreign
 
 
-def _weight_files(path: Path) -> dict[str, Path]:
-    """Tensor -> the file that holds it."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({path / name for name in _read_json(index)["weight_map"].values()})
-    else:
-        files = [path / "model.safetensors"]
-    found: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                found |= dict.fromkeys(opened.keys(), file)
-        except (OSError, SafetensorError) as error:
-            raise ConvertError(f"{file} cannot be read: {error}") from error
+def _ours(config: Mapping[str, Any], path: Path) -> Config:
+    """A configuration of our format, with the defaults that transformers leaves out when it saves one."""
+    complete = _complete(config, path)
+    refuse_quantised(config, path)
+    found = dict(config) | {name: getattr(complete, name) for name in _FIELDS}
+    groups = found["num_key_value_heads"]
+    if tuple(found["sla_skip_groups"]) != evenly_spread(len(found["sla_skip_groups"]), groups):
+        raise ConvertError(f"{path}: sla_skip_groups {found['sla_skip_groups']} are not spread evenly")
+    sla_of(found)
     return found
+
+
+def _complete(config: Mapping[str, Any], path: Path) -> Any:
+    """The format's own object of ``config``.  Raises ``ConvertError`` for values outside of their ranges."""
+    from ...hf.configuration_sla_gpt import SlaGPTConfig
+
+    try:
+        return SlaGPTConfig.from_dict(dict(config))
+    except Exception as error:  # transformers' own checks have no common class.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConvertError(f"{path / 'config.json'}: {lines[-1].strip()}") from error

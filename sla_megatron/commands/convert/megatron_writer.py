@@ -12,30 +12,38 @@ from pathlib import Path
 
 import torch
 
+from ...common.errors import flag_of
 from .architecture import argv_from_config
 from .megatron_model import CONTENT, args_of, build, fill, megatron_alone
 from .megatron_reader import TRACKER
 from .source import Source
 from .stored_arguments import ROPE_FACTOR_HONOURED
 
+#: The folder of a checkpoint that no training wrote.
+RELEASE = "release"
 #: Megatron's default: rows of the vocabulary are padded to a multiple of it.
 VOCABULARY_MULTIPLE = 128
 
 
-def write_megatron(source: Source, folder: Path, dtype: torch.dtype, extra_flags: Sequence[str] = ()) -> Namespace:
+def write_megatron(
+    source: Source, folder: Path, dtype: torch.dtype, tokenizer: Namespace, extra_flags: Sequence[str] = ()
+) -> Namespace:
     """Write ``folder/release`` and the tracker file that names it; returns the arguments stored with it.
 
     Args:
         source: the weights.
         folder: exists and is empty.
         dtype: of the stored weights.
-        extra_flags: Megatron's, such as the tokenizer's.
+        tokenizer: its settings, which are stored too.
+        extra_flags: Megatron's.
     """
     with megatron_alone():
         from megatron.core import dist_checkpointing
 
         rows = vocabulary_rows(source)
-        args = args_of([*argv_from_config(source.config), *extra_flags], dtype)
+        args = args_of([*argv_from_config(source.config), *_flags(tokenizer), *extra_flags], dtype)
+        for name, value in vars(tokenizer).items():
+            setattr(args, name, value)
         args.padded_vocab_size = rows
         if args.use_rope_scaling:
             setattr(args, ROPE_FACTOR_HONOURED, True)
@@ -47,11 +55,17 @@ def write_megatron(source: Source, folder: Path, dtype: torch.dtype, extra_flags
             "num_floating_point_operations_so_far": 0,
             "model": fill(model, source, rows),
         }
-        release = folder / "release"
+        release = folder / RELEASE
         release.mkdir()
         dist_checkpointing.save(state, str(release), content_metadata=dict(CONTENT))
-    (folder / TRACKER).write_text("release")
+    (folder / TRACKER).write_text(RELEASE)
     return args
+
+
+def _flags(tokenizer: Namespace) -> list[str]:
+    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
+    given = {name: getattr(tokenizer, name) for name in names}
+    return [text for name, value in given.items() if value for text in (flag_of(name), str(value))]
 
 
 def vocabulary_rows(source: Source) -> int:

@@ -17,9 +17,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ...common.tokenizers import DEFAULTS, SENTENCEPIECE, TokenizerError, build, decode, is_path, tokenizer_name
-from .tokenizer_formats import UnsupportedModel, has_ties, save_tokenizer, symbols_of
+from ...common.tokenizers import (
+    DEFAULTS,
+    SENTENCEPIECE,
+    TokenizerError,
+    build,
+    decode,
+    is_path,
+    token_count,
+    tokenizer_name,
+)
+from .tokenizer_formats import UnsupportedModel, controls_of, has_ties, save_tokenizer, symbols_of
 
+#: Arguments that say where a tokenizer is.
+PATHS = ("tokenizer_model", "vocab_file", "merge_file")
 SUPPORTED = (*SENTENCEPIECE, "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer", "NullTokenizer")
 
 # The size of the vocabulary that GPT2BPETokenizer gets from the Hub.
@@ -61,13 +72,14 @@ _RANDOM_TEXTS = 200
 _RANDOM_LENGTH = 12
 
 
-def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None) -> str:
+def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None, special_as_text: bool = False) -> str:
     """Write the tokenizer that ``args`` name into ``folder``, such that ``AutoTokenizer`` loads it.
 
     Args:
         args: the arguments that Megatron stored with the checkpoint.
         folder: where the files go; it need not exist.
         model: where the tokenizer's model is now, if it has moved: a file, or a folder for Hugging Face tokenizers.
+        special_as_text: of a sentencepiece model: the names of special tokens in a text stay text, as in Megatron.
 
     Returns:
         One line that says what was carried, or that there is nothing to carry.
@@ -82,7 +94,7 @@ def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     try:
-        problem = _write(tokenizer, folder, settings.trust_remote_code)
+        problem = _write(tokenizer, folder, settings, special_as_text)
         if problem is not None:
             raise TokenizerError(f"{tokenizer_name(settings)} cannot be carried along: {problem}")
     except BaseException:
@@ -93,22 +105,36 @@ def carry_tokenizer(args: Namespace, folder: Path, model: str | None = None) -> 
     return f"{tokenizer_name(settings)}, {tokenizer.vocab_size} tokens{ties}"
 
 
-def _write(tokenizer: Any, folder: Path, trust_remote_code: bool) -> str | None:
+def _write(tokenizer: Any, folder: Path, settings: Namespace, special_as_text: bool) -> str | None:
     """Why what is now in ``folder`` is not ``tokenizer``; None if it is."""
     try:
-        save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder, getattr(settings, "max_position_embeddings", None), special_as_text)
     except UnsupportedModel as error:
         return f"it {error}"
-    return _first_difference(tokenizer, folder, trust_remote_code)
+    return _first_difference(tokenizer, folder, settings.trust_remote_code)
 
 
 def vocabulary_size(args: Namespace, model: str | None = None) -> int:
-    """How many tokens the tokenizer that ``args`` name has, without the rows that Megatron pads its embeddings by.
+    """How many tokens the model of ``args`` has, without the rows that Megatron pads its embeddings by.
+
+    As many as its tokenizer; a checkpoint made of a model with more, as many published ones have, says how many.
 
     Raises:
         TokenizerError: if the tokenizer cannot be read.
     """
-    return _megatron_tokenizer(_settings(args, model)).vocab_size
+    tokens = token_count(_megatron_tokenizer(_settings(args, model)))
+    named = getattr(args, "vocab_size", None) or 0
+    if args.tokenizer_type == "HuggingFaceTokenizer" and named <= (getattr(args, "padded_vocab_size", None) or 0):
+        return max(tokens, named)
+    return tokens
+
+
+def with_model(args: Namespace, model: str | None) -> Namespace:
+    """``args`` with the files of ``model``, where it is given.  Raises ``TokenizerError`` where there are none."""
+    if model is None:
+        return args
+    settings = _settings(args, model)
+    return Namespace(**vars(args) | {name: getattr(settings, name) for name in PATHS})
 
 
 def _settings(args: Namespace, model: str | None) -> Namespace:
@@ -167,9 +193,9 @@ def _megatron_tokenizer(settings: Namespace) -> Any:
     gpt2 = settings.tokenizer_type == "GPT2BPETokenizer"
     tokenizer = _megatron_gpt2(settings) if gpt2 else build(settings)
     rows = getattr(settings, "padded_vocab_size", None)
-    if rows is not None and tokenizer.vocab_size > rows:
+    if rows is not None and (tokens := token_count(tokenizer)) > rows:
         raise TokenizerError(
-            f"{tokenizer_name(settings)} has {tokenizer.vocab_size} tokens, the checkpoint's vocabulary {rows}: "
+            f"{tokenizer_name(settings)} has {tokens} tokens, the checkpoint's vocabulary {rows}: "
             "it is not the tokenizer of this checkpoint: --tokenizer-model PATH"
         )
     return tokenizer
@@ -219,13 +245,20 @@ def _special_difference(tokenizer: Any, saved: Any) -> str | None:
         # A token that there is not has the id -1 in some of Megatron's tokenizers.
         if (None if expected == -1 else expected) != given:
             return f"its {wanted} token would be {given}, Megatron's {name} is {expected}"
+    names = controls_of(tokenizer) if tokenizer.library == "sentencepiece" else []
+    for name in [] if saved.split_special_tokens else names:
+        expected, given = tokenizer._tokenizer.tokenizer.piece_to_id(name), saved.encode(f"a{name}")[-1]
+        if expected != given:
+            return f"the text {name} would be the token {given}, Megatron's is {expected}"
     return None
 
 
 def _text_difference(tokenizer: Any, saved: Any) -> str | None:
     unknown, ties = tokenizer.unk, has_ties(tokenizer)
+    # Megatron does not find a sentencepiece model's control tokens in text; all else has to be the same.
+    how = {"split_special_tokens": True} if tokenizer.library == "sentencepiece" else {}
     for text in _texts(tokenizer):
-        expected, given = list(tokenizer.tokenize(text)), list(saved(text)["input_ids"])
+        expected, given = list(tokenizer.tokenize(text)), list(saved(text, **how)["input_ids"])
         if expected != given and not (ties and sorted(expected) == sorted(given)):
             at = next((i for i, (a, b) in enumerate(zip(expected, given, strict=False)) if a != b), None)
             at = min(len(expected), len(given)) if at is None else at

@@ -1,8 +1,8 @@
 """Megatron's tokenizers as tokenizers of the ``tokenizers`` library, with the same ids.
 
-transformers' own converters guess at what sentencepiece's model file says outright: they drop its whitespace rules, let
-literal text such as ``</s>`` become a control token, and make merges out of pieces that are none.  What is read here
-from the file is therefore more than they read; the models, normalisers and decoders are the library's.
+transformers' own converters guess at what sentencepiece's model file says outright: they drop its whitespace rules, and
+make merges out of pieces that are none.  What is read here from the file is therefore more than they read; the models,
+normalisers and decoders are the library's.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 SPACE = "▁"
 # sentencepiece's trainer_spec.model_type.
 UNIGRAM, BPE = 1, 2
-# sentencepiece's piece types: only pieces of these two are ever found in text.
-NORMAL, USER_DEFINED = 1, 4
+# sentencepiece's piece types: it finds only pieces of the first and the last of these in text.
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 # A symbol is worth its length times the best score, less this; sentencepiece starts "the best score" at nearly 0.
 SYMBOL_SCORE = -0.1
 # Symbols hide from the character map behind characters of a plane that no map touches.
@@ -37,15 +37,23 @@ class UnsupportedModel(Exception):
     """Why a tokenizer has no equivalent, as the end of a sentence about it."""
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path, length: int | None = None, special_as_text: bool = False) -> None:
     """Write Megatron's ``tokenizer`` into ``folder`` as Hugging Face files.
+
+    Args:
+        tokenizer: Megatron's.
+        folder: exists.
+        length: tokens that the model takes, ``model_max_length``.
+        special_as_text: the names of special tokens in a text are not those tokens, as sentencepiece has it.
 
     Raises:
         UnsupportedModel: if it has no equivalent.
     """
     library = tokenizer._tokenizer
+    if special_as_text and tokenizer.library != "sentencepiece":
+        raise UnsupportedModel("finds its special tokens in text in Megatron too (--special-tokens-as-text)")
     if tokenizer.library == "sentencepiece":
-        _save_sentencepiece(tokenizer, folder)
+        _save_sentencepiece(tokenizer, folder, special_as_text)
     elif tokenizer.library == "tiktoken":
         equivalent = tiktoken_equivalent(library.token2id, library.special_tokens, library.tokenizer._pat_str)
         names = ("unk", "bos", "eos", "pad", "cls", "sep", "mask")
@@ -57,7 +65,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
             _drop_post_processor(folder)
     else:
         raise UnsupportedModel(f"is one of the library {tokenizer.library}")
-    _edit(folder / "tokenizer_config.json", dict.fromkeys(ORIGIN))
+    _edit(folder / "tokenizer_config.json", {**dict.fromkeys(ORIGIN), "model_max_length": length})
 
 
 def has_ties(tokenizer: Any) -> bool:
@@ -81,16 +89,27 @@ def symbols_of(tokenizer: Any) -> list[str]:
     return [piece.piece for piece in _proto(tokenizer).pieces if piece.type == USER_DEFINED]
 
 
-def _save_sentencepiece(tokenizer: Any, folder: Path) -> None:
+def controls_of(tokenizer: Any) -> list[str]:
+    """The control tokens of a sentencepiece model, such as ``</s>``."""
+    return [piece.piece for piece in _proto(tokenizer).pieces if piece.type == CONTROL]
+
+
+def _save_sentencepiece(tokenizer: Any, folder: Path, special_as_text: bool) -> None:
+    from tokenizers import AddedToken
+
     library = tokenizer._tokenizer
     if library.removed_extra_spaces and not library.ignore_extra_whitespaces:
         raise UnsupportedModel("keeps spaces (--tokenizer-sentencepiece-ignore-extra-whitespaces) its model removes")
     serialized = Path(tokenizer.path).read_bytes()
     equivalent = sentencepiece_equivalent(serialized)
+    # As in every model on the Hub a text, such as a chat template's, may name a control token.
+    names = controls_of(tokenizer)
+    equivalent.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     ids = {"unk": library.unk_id, "bos": library.bos_id, "eos": library.eos_id, "pad": library.pad_id}
     special = {f"{name}_token": library.tokenizer.id_to_piece(i) for name, i in ids.items() if i >= 0}
-    # Control tokens are never found in text: a document that mentions </s> does not end there.
-    _save_plain(equivalent, folder, tokenizer.chat_template, special, split_special_tokens=True)
+    # In Megatron they are never found: a document that mentions </s> does not end there.
+    more = {"split_special_tokens": True} if special_as_text else {}
+    _save_plain(equivalent, folder, tokenizer.chat_template, special, **more)
     # Converters to other formats, and Megatron itself, read the original.
     (folder / "tokenizer.model").write_bytes(serialized)
 

@@ -21,7 +21,7 @@ from ...model.recomputation import CHECKPOINTED_FORWARD
 from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
 from ...pipeline.transport import SCHEDULE_HELPERS, SCHEDULES
-from ...training.checkpoint_writer import RESULTS_QUEUE
+from ...training.checkpoint_writer import RESULTS_QUEUE, SAVE_CONFIG
 from ...upstream.compiled_helpers import COMPILE_HELPERS
 from ...upstream.seams import Reliance, Seam, SeamError, Wrapping
 
@@ -35,6 +35,7 @@ PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is b
 CORE_ATTENTION = "with --core-attention sdpa"
 LOCAL = "with --non-persistent-ckpt-type local, where checkpoints are loaded, with --sla or without"
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
+SAVE = "with --sla and --save, from our entry point, until upstream saves tokenizers itself"
 WHEEL = "with megatron-core's wheel, on any device: a checkout has the Makefile"
 CPU = "on the CPU"
 
@@ -78,6 +79,7 @@ def registry() -> list[Entry]:
         *_entries(CORE_ATTENTION, [FORWARD]),
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
+        *_entries(SAVE, [SAVE_CONFIG]),
         *_entries(ALWAYS, [PARSING]),
         *_entries(WHEEL, [COMPILE_HELPERS]),
         *_entries(CPU, replacements()),

@@ -178,3 +178,85 @@ def test_layers_without_live_groups_store_nothing() -> None:
     for cache in caches(model.config):
         model(tokens(), past_key_values=cache, use_cache=True)
         assert [layer.keys is None for layer in cache.layers] == [number > 3 for number in range(1, len(cache) + 1)]
+
+
+# Beyond the last learned position.
+
+
+def padded(model: SlaGPTForCausalLM) -> dict[str, Tensor]:
+    """Prompts of 6 and 3 tokens, the shorter one behind padding."""
+    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
+    return {"inputs": tokens(2, 6) * mask, "attention_mask": mask}
+
+
+def embedded(model: SlaGPTForCausalLM) -> dict[str, Tensor]:
+    return {"inputs_embeds": model.get_input_embeddings()(tokens(2, 6)).detach()}
+
+
+def assisted(model: SlaGPTForCausalLM) -> dict[str, Any]:
+    draft = build(tiny(num_hidden_layers=2, sla_skip_distances=[1]), seed=3)
+    return {"inputs": tokens(1, 6), "assistant_model": draft}
+
+
+def compiled(model: SlaGPTForCausalLM) -> dict[str, Any]:
+    config = CompileConfig(backend="eager", fullgraph=True)
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    return {"inputs": tokens(2, 6), "cache_implementation": "static", "compile_config": config}
+
+
+#: How a model is asked, of prompts of 6 tokens.
+ASKED: dict[str, Callable[[SlaGPTForCausalLM], dict[str, Any]]] = {
+    "with a cache": lambda model: {"inputs": tokens(2, 6)},
+    "without a cache": lambda model: {"inputs": tokens(2, 6), "use_cache": False},
+    "sampled": lambda model: {"inputs": tokens(2, 6), "do_sample": True},
+    "beams": lambda model: {"inputs": tokens(2, 6), "num_beams": 3},
+    "padded": padded,
+    "embeddings": embedded,
+    "a static cache": lambda model: {
+        **{"inputs": tokens(2, 6), "cache_implementation": "static", "disable_compile": True}
+    },
+    "compiled": compiled,
+    "assisted": assisted,
+    "looked up": lambda model: {"inputs": tokens(1, 6), "prompt_lookup_num_tokens": 2},
+    "the prompt in chunks": lambda model: {"inputs": tokens(2, 6), "prefill_chunk_size": 4},
+}
+LEARNED = {"position_embedding_type": "learned_absolute", "max_position_embeddings": 10}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ASKED)
+def test_generation_ends_at_the_last_learned_position(name: str) -> None:
+    """As many tokens as there are positions, and one that is not run; then the model's own words."""
+    model = model_of("full", **LEARNED)
+    asked = ASKED[name](model)
+    torch.manual_seed(5)
+    # A prompt of 6, four more, and the last, whose position nobody needs.
+    found = model.generate(**asked, min_new_tokens=5, max_new_tokens=5, pad_token_id=0)
+    assert found.shape[1] == (5 if "inputs_embeds" in asked else 11)
+    with pytest.raises(ValueError, match="^1[12] tokens, but positions are learned for max_position_embeddings=10$"):
+        model.generate(**ASKED[name](model), min_new_tokens=6, max_new_tokens=6, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_a_forward_pass_beyond_the_last_learned_position() -> None:
+    model = model_of("full", **LEARNED)
+    message = "^{} tokens, but positions are learned for max_position_embeddings=10$"
+    with pytest.raises(ValueError, match=message.format(12)):
+        model(tokens(2, 12))
+    with pytest.raises(ValueError, match=message.format(12)):
+        model.generate(tokens(2, 12), max_new_tokens=1)
+    with pytest.raises(ValueError, match=message.format(12)):
+        model(inputs_embeds=model.get_input_embeddings()(tokens(2, 12)))
+    with pytest.raises(ValueError, match=message.format(31)):
+        model(tokens(1, 2), position_ids=torch.tensor([[3, 30]]))
+    cache = model(tokens(2, 9), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=message.format(11)):
+        model(tokens(2, 2), past_key_values=cache)
+    # Padding has no position: a batch may be wider than the model's context.
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[:, :4] = 0
+    wide, narrow = model(tokens(2, 12), attention_mask=mask).logits, model(tokens(2, 12)[:, 4:]).logits
+    assert relative_error(wide[:, 4:], narrow) <= 1e-10
+    # Rotary embedding has no last position.
+    assert model_of("full", max_position_embeddings=10)(tokens(2, 12)).logits.shape[1] == 12
