@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ...common.files import write_json
 from ...common.replacing import file_identity
 from ...common.silence import without_announcements
-from ...common.tokenizers import tokenizer_name
 from ...common.splits import split_hint
+from ...common.tokenizers import tokenizer_name
 from .errors import DataError, file_errors
 from .known_tokenizer import Manifest, find_manifest
 from .merging import IndexedWriter, Part
