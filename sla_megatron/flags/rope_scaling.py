@@ -43,8 +43,9 @@ def require_same_rope_scaling(args: Namespace, saved: Namespace, may_change: boo
     if theirs is None or not args.use_rope_scaling or theirs == args.rope_scaling_factor:
         return
     was = f"{theirs:g}, which the model of the checkpoint has"
-    if saved.rope_scaling_factor != theirs:
-        was += f" (its {FLAG} {saved.rope_scaling_factor:g} did not reach it: Megatron 0.19 ignores the flag)"
+    stored = getattr(saved, "rope_scaling_factor", theirs)
+    if stored != theirs:
+        was += f" (its {FLAG} {stored:g} did not reach it: Megatron 0.19 ignores the flag)"
     if not may_change:
         raise FlagError(FLAG, f"{args.rope_scaling_factor:g}", f"{was}, or --finetune, to change it on purpose")
     if os.environ.get("RANK", "0") == "0":
