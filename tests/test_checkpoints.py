@@ -111,6 +111,7 @@ def _factor_requests(folder: Path) -> dict[str, dict[str, Any]]:
         "factor-ours-from-checkpoint-args": {"train_iters": LAST, "use_checkpoint_args": True} | ours,
         "factor-upstreams-from-checkpoint-args": {"train_iters": LAST, "use_checkpoint_args": True} | upstreams,
         "factor-ours-8-resumed": rope | ours,
+        "factor-ours-off-resumed": rope | ours | {"use_rope_scaling": None},
         "factor-upstreams-32-resumed": rope | factor | upstreams,
         "factor-upstreams-8-resumed": rope | upstreams,
         "factor-upstreams-32-finetuned": rope | factor | upstreams | {"finetune": True},
@@ -167,6 +168,7 @@ def test_same_settings_resume(loads: dict[str, dict[str, Any]], name: str) -> No
         ("checkpoint-args-but-distance", "--sla-skip-distance 3: expected 2 as in the checkpoint"),
         ("dense-to-sla", "--sla on: expected off as in the checkpoint"),
         ("newer-load-old", "--sla-skip-distance 2: expected 3 as in the checkpoint that is loaded"),
+        ("factor-ours-off-resumed", "--use-rope-scaling off: expected on as in the checkpoint that is loaded, or"),
         ("factor-ours-8-resumed", "--rope-scaling-factor 8: expected 32, which the model of the checkpoint has, or"),
         (
             "factor-upstreams-32-resumed",

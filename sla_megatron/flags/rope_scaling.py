@@ -22,7 +22,7 @@ FLAG = "--rope-scaling-factor"
 
 def model_factor(args: Namespace) -> float | None:
     """The factor in the model that was built from these arguments, as a checkpoint holds them; ``None``: no scaling."""
-    if not getattr(args, "use_rope_scaling", False):
+    if not getattr(args, "use_rope_scaling", False) or args.position_embedding_type != "rope":
         return None
     return float(args.rope_scaling_factor) if getattr(args, HONOURED, False) else UPSTREAMS
 
@@ -35,16 +35,21 @@ def adopt_rope_scaling(args: Namespace, saved: Namespace) -> None:
 
 
 def require_same_rope_scaling(args: Namespace, saved: Namespace, may_change: bool) -> None:
-    """Refuse to go on from ``saved``, a checkpoint's arguments, with another factor; say so where ``may_change``.
+    """Refuse to go on from ``saved``, a checkpoint's arguments, with another factor or none; say so if ``may_change``.
 
-    Whether there is any scaling at all is not compared: upstream lets a run turn it on.  Raises :class:`FlagError`.
+    A checkpoint without scaling may be gone on from with it, as upstream has it.  Raises :class:`FlagError`.
     """
     theirs = model_factor(saved)
-    if theirs is None or not args.use_rope_scaling or theirs == args.rope_scaling_factor:
+    if theirs is None or (args.use_rope_scaling and theirs == args.rope_scaling_factor):
+        return
+    if not args.use_rope_scaling:
+        if not may_change:
+            raise FlagError("--use-rope-scaling", "off", "on as in the checkpoint that is loaded, or --finetune")
         return
     was = f"{theirs:g}, which the model of the checkpoint has"
-    if saved.rope_scaling_factor != theirs:
-        was += f" (its {FLAG} {saved.rope_scaling_factor:g} did not reach it: Megatron 0.19 ignores the flag)"
+    stored = getattr(saved, "rope_scaling_factor", theirs)
+    if stored != theirs:
+        was += f" (its {FLAG} {stored:g} did not reach it: Megatron 0.19 ignores the flag)"
     if not may_change:
         raise FlagError(FLAG, f"{args.rope_scaling_factor:g}", f"{was}, or --finetune, to change it on purpose")
     if os.environ.get("RANK", "0") == "0":

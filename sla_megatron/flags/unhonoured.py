@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 from argparse import Namespace
 
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
 from ..common.errors import OFF, flag_of
 from ..cpu.backend import cpu_backend_is_active
 from . import rope_scaling
@@ -72,12 +70,6 @@ def _unknown_spec(args: Namespace) -> bool:
         # Of whatever kind: the module is the user's, and may do anything when it is imported.
         return True
     return False
-
-
-def _empty_middle(args: Namespace) -> bool:
-    """Whether a stage of ``--pipeline-model-parallel-layout``, neither the first nor the last, has no layer."""
-    stages = PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout)
-    return not all(stages[1:-1])
 
 
 _NO_EFFECT = (
@@ -228,12 +220,6 @@ _FAILS_LATE = (
         OFF,
         "no --logits-save-dir with a pipeline: all stages but the last have no logits",
         lambda args: args.pipeline_model_parallel_size > 1,
-    ),
-    Row(
-        "pipeline_model_parallel_layout",
-        (None,),
-        "a layer in each stage between the first and the last",
-        _empty_middle,
     ),
     Row(
         "full_validation",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from .data import get_batch
 #: A loss this many times the largest seen is called a spike, with --check-for-spiky-loss.
 _SPIKY_LOSS_FACTOR = 10
 
+#: The one of the process, which Megatron's trainer configures with ``--log-straggler``.
+_stragglers = StragglerDetector()
+
 
 def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tensor, Any]:
     """One microbatch's forward, as Megatron's schedules call it: the output and the function that makes it a loss."""
@@ -27,16 +31,22 @@ def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tenso
     repeat_report()
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    with _timed(of_data=True):
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
+    with _timed():
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
     return output, partial(language_model_loss, batch["loss_mask"])
+
+
+def _timed(of_data: bool = False) -> AbstractContextManager[Any]:
+    return _stragglers(bdata=of_data) if get_args().log_straggler else nullcontext()
 
 
 def language_model_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

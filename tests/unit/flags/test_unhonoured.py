@@ -84,8 +84,6 @@ REFUSED: dict[str, str] = {
     "--log-interval 0": "--log-interval 0: expected an integer >= 1",
     "--tensorboard-log-interval 0": "--tensorboard-log-interval 0: expected an integer >= 1",
     "--eval-interval 0": "--eval-interval 0: expected an integer >= 1",
-    "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|tttttt||tttttt|t|L": "--pipeline-model-"
-    "parallel-layout E|tttttt||tttttt|t|L: expected a layer in each stage between the first and the last",
     "--logits-save-dir logits --pipeline-model-parallel-size 2": "--logits-save-dir logits: expected no "
     "--logits-save-dir with a pipeline",
     "--full-validation": "--full-validation True: expected --multiple-validation-sets beside it, for one set too",
@@ -160,7 +158,7 @@ FINE = (
     "--attention-backend unfused",
     "--lr-decay-style WSD --lr-wsd-decay-iters 1",
     "--full-validation --multiple-validation-sets",
-    "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|tttttt|tttttt|L --global-batch-size 4",
+    "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 4",
 )
 
 

@@ -257,7 +257,8 @@ def test_the_tiny_model_keeps_what_is_spread(job_args: JobArgs) -> None:
 
 
 def test_alone_the_layout_is_one_stage(job_args: JobArgs) -> None:
-    args = job_args(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1, bf16=True)
+    masks = {"reset_attention_mask": True, "transformer_impl": "local", "no_masked_softmax_fusion": True}
+    args = job_args(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1, bf16=True, **masks)
     text = layout.layout(args, torch.distributed.HashStore(), 60, launched=False)
     assert text.startswith("one process, not the job's layout: loss 4.")
     assert not torch.distributed.is_initialized()
