@@ -36,6 +36,7 @@ from tests.support.tokenizers import hugging_face_folder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
+LLAMA32 = LLAMA3 | {"factor": 32.0}
 #: kind, fields of the model's configuration, and what is done to the saved folder.
 EQUAL: dict[str, tuple[str, dict[str, Any], Edit | None]] = {
     # The head.
@@ -87,6 +88,16 @@ EQUAL: dict[str, tuple[str, dict[str, Any], Edit | None]] = {
     "llama 3.1, rope of transformers 5": (
         "Llama",
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}, "max_position_embeddings": 9000},
+        None,
+    ),
+    "llama 3.2, rope of transformers 4": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA32}, "max_position_embeddings": 9000},
+        configured("rope_parameters", rope_theta=5e5, rope_scaling={"rope_type": "llama3", **LLAMA32}),
+    ),
+    "llama 3.2, rope of transformers 5": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA32}, "max_position_embeddings": 9000},
         None,
     ),
     "linear scaling, of transformers 3": (
