@@ -82,7 +82,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     runs = {
         "sentencepiece": spm,
         "hugging-face": {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": folder / "in/hf"},
-        "async": spm | {"async_save": True},
         "null": {"tokenizer_type": "NullTokenizer", "vocab_size": 127},
         "dense": spm | {"sla": None},
     }
@@ -96,7 +95,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, answers
 
 
-@pytest.mark.parametrize("name", ["sentencepiece", "hugging-face", "async"])
+@pytest.mark.parametrize("name", ["sentencepiece", "hugging-face"])
 def test_training_carries_its_tokenizer(name: str, trained: tuple[Path, dict[str, Any]], convert: Convert) -> None:
     """Each checkpoint has it, complete; an export needs nothing else, wherever the checkpoint is taken."""
     from transformers import AutoTokenizer
