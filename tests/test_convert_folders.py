@@ -5,6 +5,7 @@ What is expected of a folder is what ``AutoModelForCausalLM.from_pretrained`` co
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -31,9 +32,11 @@ from tests.support.foreign_models import (
     with_head,
     with_tokenizer,
 )
+from tests.support.tokenizers import hugging_face_folder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
+LLAMA32 = LLAMA3 | {"factor": 32.0}
 #: kind, fields of the model's configuration, and what is done to the saved folder.
 EQUAL: dict[str, tuple[str, dict[str, Any], Edit | None]] = {
     # The head.
@@ -85,6 +88,16 @@ EQUAL: dict[str, tuple[str, dict[str, Any], Edit | None]] = {
     "llama 3.1, rope of transformers 5": (
         "Llama",
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}, "max_position_embeddings": 9000},
+        None,
+    ),
+    "llama 3.2, rope of transformers 4": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA32}, "max_position_embeddings": 9000},
+        configured("rope_parameters", rope_theta=5e5, rope_scaling={"rope_type": "llama3", **LLAMA32}),
+    ),
+    "llama 3.2, rope of transformers 5": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA32}, "max_position_embeddings": 9000},
         None,
     ),
     "linear scaling, of transformers 3": (
@@ -204,3 +217,18 @@ def test_a_tokenizer_that_cannot_be_read(
     status, _, said = run(monkeypatch, capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out")
     assert status == 0 and re.fullmatch("sla-convert: the tokenizer is not carried along: .*\n", said)
     assert not (tmp_path / "out/release/tokenizer").exists()
+
+
+def test_code_in_a_folder_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A Llama's that says that it has a tokenizer and a model of its own."""
+    hugging_face_folder(tmp_path / "hf")
+    save_foreign(tmp_path / "hf", vocab_size=900)
+    (tmp_path / "hf/own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    edit_config(tmp_path / "hf", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    path = tmp_path / "hf/tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}))
+    assert run(monkeypatch, capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out/release/tokenizer/tokenizer.json").is_file()
+    assert not (tmp_path / "ran").exists()

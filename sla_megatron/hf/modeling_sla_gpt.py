@@ -12,6 +12,7 @@ This file goes into exported folders: it needs torch, transformers and the other
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -190,28 +191,30 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:].to(x.device)
         return (torch.arange(new, device=x.device) + past).unsqueeze(0)
 
-    def require_learned(self, position_ids: Tensor, length: int | None) -> None:
+    def require_learned(self, position_ids: Tensor, length: int) -> None:
         """Raise ``ValueError`` for a position beyond the last learned one, of which there is no embedding.
 
         Args:
             position_ids: of any shape.
-            length: tokens so far, where that is known without asking the device: none of them can be further on.
+            length: no position is further on; known without asking the device.
         """
         most = self.config.max_position_embeddings
         if self.has_rope or not position_ids.numel() or position_ids.device.type == "meta":
             return
         # Looking at positions would wait for the device in every step.
-        if position_ids.device.type != "cpu" and length is not None and length <= most:
+        if position_ids.device.type != "cpu" and length <= most:
             return
         highest = int(position_ids.max())
         if highest >= most:
             raise ValueError(f"{highest + 1} tokens, but positions are learned for max_position_embeddings={most}")
 
 
-def _length(position_ids: Tensor, past_key_values: Cache | None) -> int | None:
-    """Tokens past and new; ``None`` where only the device knows: a static cache's length is a tensor."""
+def _length(position_ids: Tensor, past_key_values: Cache | None) -> int:
+    """Tokens past and new, or as many as there can be: a static cache's length is a tensor on the device."""
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return past + position_ids.shape[-1] if isinstance(past, int) else None
+    if isinstance(past, int):
+        return past + position_ids.shape[-1]
+    return max(getattr(layer, "max_cache_len", sys.maxsize) for layer in past_key_values.layers)
 
 
 class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):

@@ -29,7 +29,7 @@ from ...common.tokenizers import (
     tokenizer_settings,
 )
 from ...flags.validation import parse_layers
-from .architecture import argv_from_config
+from .architecture import MODEL_TYPE, argv_from_config
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
 from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
@@ -40,6 +40,7 @@ from .source import Source
 from .stored_arguments import completed
 from .tokenizer import PATHS, carry_tokenizer, vocabulary_size, with_model
 from .tokenizer_place import placed
+from .weight_files import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -183,11 +184,12 @@ def _tokenizer_of(source: Source) -> tuple[Namespace, Any]:
     if source.args is not None:
         settings = Namespace(**tokenizer_settings(source.args))
     elif any((source.path / name).is_file() for name in TOKENIZER_FILES):
-        # transformers asks before it reads a folder that holds code, though the tokenizer needs none of it.
+        # transformers asks before it reads a folder that holds code, though our tokenizers need none of it.
+        is_ours = read_json(source.path / "config.json").get("model_type") == MODEL_TYPE
         settings = Namespace(
             **DEFAULTS
             | {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(source.path.absolute())}
-            | {"trust_remote_code": bool(list(source.path.glob("*.py"))), "vocab_size": size}
+            | {"trust_remote_code": is_ours and bool(list(source.path.glob("*.py"))), "vocab_size": size}
         )
     else:
         settings = Namespace(**DEFAULTS | {"tokenizer_type": "NullTokenizer", "vocab_size": size})

@@ -32,7 +32,7 @@ _TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HFSource:
-    """A :class:`~sla_megatron.commands.convert.source.Source` on a folder of safetensors.
+    """A :class:`~sla_megatron.commands.convert.source.Source` on a folder of safetensors, or of ``torch.save``'s files.
 
     Raises:
         ConvertError: for another architecture, or if the folder's tensors are not those that its ``config.json``
