@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +33,30 @@ CONTENT: Mapping[str, Any] = {"singleton_local_shards": False, "chained_optim_av
 _TYPE_FLAGS = {torch.float32: (), torch.bfloat16: ("--bf16",), torch.float16: ("--fp16",)}
 
 
+# Megatron sets them for a model's attention backend, and builds none where they are set otherwise.  They speak of
+# kernels that a CPU does not have, whoever set them: a job's script, or the model before.
+_OF_OTHER_KERNELS = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
+@contextmanager
+def _without_variables(names: Sequence[str]) -> Iterator[None]:
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
 @contextmanager
 def megatron_alone() -> Iterator[None]:
     """Within the block this process is a Megatron run of one rank, on the CPU."""
-    with warnings.catch_warnings(action="ignore"), megatron_device(["--device", "cpu"]):
+    with (
+        warnings.catch_warnings(action="ignore"),
+        _without_variables(_OF_OTHER_KERNELS),
+        megatron_device(["--device", "cpu"]),
+    ):
         import torch.distributed as dist
         from megatron.core import parallel_state, tensor_parallel
 
