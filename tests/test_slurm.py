@@ -370,8 +370,8 @@ def test_a_cancelled_job_stays_cancelled(slurm: Cluster, tmp_path: Path) -> None
     Watch(slurm, job, run).until("training")
     # Another that would save to the same folder meanwhile.
     run.with_name("second").mkdir()
-    checkpoints = {"CHECKPOINTS": str(run / "checkpoints")}
-    second = submit(slurm, run.with_name("second"), *FLAGS, nodes=1, PYTHON=python, **checkpoints)
+    more = {"CHECKPOINTS": str(run / "checkpoints"), "NPROC": "4"}
+    second = submit(slurm, run.with_name("second"), *FLAGS, nodes=1, PYTHON=python, **more)
     assert slurm.until(second, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
     assert f"slurm.sbatch: error: {run}/checkpoints: job {job} is training there: expected another RUN_DIR" in log(
         run.with_name("second")
