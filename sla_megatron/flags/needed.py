@@ -71,4 +71,11 @@ AT_START = (
         "a folder that can be made there",
         lambda args: not _can_be_made(args.tensorboard_dir),
     ),
+    # Megatron divides by it to count validation samples, --eval-iters 0 or not, and has no default.
+    Row(
+        "eval_interval",
+        (),
+        "an integer >= 1",
+        lambda args: args.eval_interval is None and not (args.full_validation or args.skip_train),
+    ),
 )

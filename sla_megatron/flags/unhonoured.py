@@ -209,10 +209,7 @@ _FAILS_LATE = (
         "--lr-wsd-decay-iters or --lr-wsd-decay-samples beside it",
         lambda args: args.lr_wsd_decay_iters is None and args.lr_wsd_decay_samples is None,
     ),
-    # Megatron divides by it, --eval-iters 0 or not, and has no default.
-    Row(
-        "eval_interval", (), "an integer >= 1", lambda args: (args.eval_interval or 0) < 1 and not args.full_validation
-    ),
+    Row("eval_interval", (None,), "an integer >= 1", lambda args: args.eval_interval < 1 and not args.full_validation),
     Row("log_interval", (100,), "an integer >= 1", lambda args: args.log_interval < 1),
     Row("tensorboard_log_interval", (1,), "an integer >= 1", lambda args: args.tensorboard_log_interval < 1),
     Row(

@@ -9,7 +9,7 @@ MODEL = (
     "--num-layers 12 --hidden-size 48 --num-attention-heads 12 --seq-length 16 --max-position-embeddings 16 "
     "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
     "--vocab-size 255 --save checkpoints --save-interval 1 --tensorboard-dir tensorboard "
-    "--data-cache-path cache --eval-interval 1"
+    "--data-cache-path cache"
 )
 GQA4 = "--group-query-attention --num-query-groups 4"
 INTEGERS, RANGES = "one or more integers >= 1", "layers within 1-12"

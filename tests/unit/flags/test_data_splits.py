@@ -167,7 +167,7 @@ def test_parts_without_tokens(
     written: list[object] = []
     monkeypatch.setattr(arguments, "set_global_variables", written.append)
     model = MODEL.replace("--mock-data", "").replace("--data-cache-path cache", "")
-    monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *model.split(), *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *model.split(), "--eval-interval", "1", *flags.split()])
     said = ""
     try:
         arguments.parse_and_validate_args(check=require_pretraining, check_validated=require_data_and_folders)
@@ -195,6 +195,7 @@ def test_parts_without_tokens(
     [
         ("--save file/checkpoints", "--save file/checkpoints: expected a folder that can be made there"),
         ("--tensorboard-dir file", "--tensorboard-dir file: expected a folder that can be made there"),
+        ("--lr 1e-3", "--eval-interval: expected an integer >= 1"),
     ],
 )
 def test_what_a_run_needs_to_start(

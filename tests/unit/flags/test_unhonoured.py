@@ -292,8 +292,7 @@ def test_rows_name_flags_and_their_defaults(quick: None) -> None:
     flags = {flag: action.dest for action in parser._actions for flag in action.option_strings}
     assert [row.name for row in (*ROWS, *NOT_INSTALLED, *AT_START) if flags.get(flag_of(row.name)) != row.name] == []
     default = parser.parse_args([])
-    # A run must say when it evaluates.
-    always = [row for row in (*ROWS, *NOT_INSTALLED) if row.name != "eval_interval"]
+    always = [row for row in (*ROWS, *NOT_INSTALLED)]
     shown = {row.name: getattr(default, row.name) for row in always}
     assert {name for row in always if getattr(value := shown[name := row.name], "name", value) not in row.fine} == set()
 
