@@ -195,7 +195,7 @@ def test_parts_without_tokens(
     [
         ("--save file/checkpoints", "--save file/checkpoints: expected a folder that can be made there"),
         ("--tensorboard-dir file", "--tensorboard-dir file: expected a folder that can be made there"),
-        ("--lr 1e-3", "--eval-interval: expected an integer >= 1"),
+        ("--lr 1e-3", "--eval-interval without a value: expected an integer >= 1"),
     ],
 )
 def test_what_a_run_needs_to_start(
