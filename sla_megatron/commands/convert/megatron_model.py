@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...common.errors import StartError
 from ...cpu.device import megatron_device
+from ...flags import rope_scaling
 from .assemble import Assembler
 from .errors import ConvertError
-from .stored_arguments import ROPE_FACTOR_HONOURED
 
 #: What the run that goes on will choose for itself; here it only has to be built.  The flags are Megatron's.
 _HERE = (
@@ -95,7 +95,7 @@ def build(args: Namespace) -> Any:
     # A copy: what a training run of ours writes into its arguments, for its checkpoints, is not to be found here.
     config = gpt_config_from_args(copy.copy(args))
     # Megatron does not hand the factor on; a run of ours does, and says so.
-    honoured = getattr(args, ROPE_FACTOR_HONOURED, False)
+    honoured = getattr(args, rope_scaling.HONOURED, False)
     config.rope_scaling_factor = args.rope_scaling_factor if honoured else GPTModelConfig.rope_scaling_factor
     # Every weight is about to be overwritten.
     config.transformer.perform_initialization = False

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from ...common.errors import flag_of
+from ...flags import rope_scaling
 from .architecture import argv_from_config
 from .megatron_model import CONTENT, args_of, build, fill, megatron_alone
 from .megatron_reader import TRACKER
 from .source import Source
-from .stored_arguments import ROPE_FACTOR_HONOURED
 
 #: The folder of a checkpoint that no training wrote.
 RELEASE = "release"
@@ -46,7 +46,7 @@ def write_megatron(
             setattr(args, name, value)
         args.padded_vocab_size = rows
         if args.use_rope_scaling:
-            setattr(args, ROPE_FACTOR_HONOURED, True)
+            setattr(args, rope_scaling.HONOURED, True)
         model = build(args)
         state = {
             "args": args,

@@ -13,12 +13,10 @@ from functools import cache
 from typing import Any
 
 from ...common.errors import flag_of
+from ...flags import rope_scaling
 from .errors import ConvertError
 from .harmless_arguments import HARMLESS
 from .model_arguments import FINE, MAPPED, ONLY_WITH, REFUSED
-
-#: What our training adds to a checkpoint's arguments where --rope-scaling-factor has reached the model.
-ROPE_FACTOR_HONOURED = "rope_scaling_factor_honoured"
 
 # Names of earlier versions, and today's.
 _RENAMED = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
@@ -54,7 +52,7 @@ def completed(stored: Namespace) -> Namespace:
     for old, new in _RENAMED.items():
         if old in given and new not in given:
             given[new] = given.pop(old)
-    args = Namespace(**{**megatron_defaults(), ROPE_FACTOR_HONOURED: False, **given})
+    args = Namespace(**{**megatron_defaults(), rope_scaling.HONOURED: False, **given})
     # As Megatron's validation does.  Checkpoints from before --position-embedding-type say so in this way alone.
     if args.use_rotary_position_embeddings:
         args.position_embedding_type = "rope"
