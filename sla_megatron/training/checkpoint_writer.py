@@ -83,8 +83,8 @@ def _carry_tokenizer(checkpoint: str) -> None:
     except AssertionError:
         # Not Megatron's trainer: something else saves in this process.
         return
-    # Another run of this process may be one without; other stores than file systems are upstream's own affair.
-    if not args.sla or "://" in checkpoint:
+    # Another run of this process may be one without, or upstream's own; other stores than file systems are upstream's own affair.
+    if not getattr(args, "sla", False) or "://" in checkpoint:
         return
     try:
         carry_files(args, tokenizer, Path(checkpoint))
