@@ -83,7 +83,7 @@ def _carry_tokenizer(checkpoint: str) -> None:
     except AssertionError:
         # Not Megatron's trainer: something else saves in this process.
         return
-    # Another run of this process may be one without, or upstream's own; other stores than file systems are upstream's own affair.
+    # Another run of this process may be upstream's own; other stores than file systems are its affair.
     if not getattr(args, "sla", False) or "://" in checkpoint:
         return
     try:
