@@ -18,6 +18,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from ...common.errors import FlagError, one_line_errors
 from ...common.flag_types import WITH_VALUE, OneLineParser, count
@@ -119,9 +120,8 @@ def _health(args: Namespace) -> int:
     if args.gpus:
         faults += _gpu_faults(args.gpus)
     try:
-        probe = args.run / f".probe.{node}.{os.getpid()}"
-        probe.write_text(node)
-        probe.unlink()
+        with NamedTemporaryFile("w", prefix=f".probe.{node}.", dir=args.run) as probe:
+            probe.write(node)
     except OSError as error:
         faults.append(f"{args.run} cannot be written: {error.strerror}")
     for fault in faults:
