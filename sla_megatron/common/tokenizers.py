@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import StartError
+from .replacing import unused_name
 from .silence import without_announcements
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -150,7 +151,7 @@ def carry_files(settings: Namespace, tokenizer: Any, checkpoint: Path) -> bool:
     if not any(files.values()) and not (is_folder and tokenizer is not None):
         return False
     folder = checkpoint / CARRIED
-    unfinished, replaced = (checkpoint / f".{CARRIED}.{what}-{os.getpid()}" for what in ("unfinished", "replaced"))
+    unfinished, replaced = (unused_name(folder, what) for what in ("unfinished", "replaced"))
     try:
         unfinished.mkdir()
         if is_folder:
