@@ -134,8 +134,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     # The tokenizer's end of a document.
     write_indexed(folder / "documents", documents=400, length=6, vocabulary=127, end=127)
     apart = _documents(folder, ("pp1", "pp2v2"))
-    argv = [word for word in apart["documents.sla.pp1"]["argv"] if not word.startswith("--reset-")]
-    apart["documents.one-mask.pp1"] = {"argv": argv, "pipeline": True}
+    one_mask = [word for word in apart["documents.sla.pp1"]["argv"] if not word.startswith("--reset-")]
+    apart["documents.one-mask.pp1"] = {"argv": one_mask, "pipeline": True}
     runs.add(seeds | plain | _requests(folder, TWO_RANKS) | apart, 2, folder / "two")
     runs.add(_requests(folder, FOUR_RANKS) | _documents(folder, ("pp4", "tp2pp2v2")), 4, folder / "four")
     return runs
