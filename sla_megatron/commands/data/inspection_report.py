@@ -79,7 +79,7 @@ def _report(prefix: str, args: argparse.Namespace, tokenizers: Tokenizers) -> tu
         print("", *(f"  {line}" for line in as_text(bins)), "", sep="\n")
         _show(index, known, args)
     if not faults and (hint := split_hint(index.sequences)):
-        print(f"  {hint}")
+        print(f"sla-data: {prefix}: {hint}", file=sys.stderr)
     for line in faults:
         print(f"  wrong: {line}")
     parts = "the index was" if args.no_scan else "the index and all tokens were"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,9 +64,9 @@ def _merge(args: Namespace) -> int:
             workdir.remove_work()
     print(f"{out}: {writer.documents:,} documents, {writer.tokens:,} tokens")
     for note in _notes(args.prefixes, found):
-        print(note)
+        print(f"sla-data: {note}", file=sys.stderr)
     if hint := split_hint(writer.documents):
-        print(hint)
+        print(f"sla-data: {out}: {hint}", file=sys.stderr)
     return 0
 
 

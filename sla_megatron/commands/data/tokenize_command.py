@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _report(job: Job, manifest: dict[str, Any]) -> None:
         prefix = job.prefix.with_name(output["prefix"])
         print(f"{shown}{prefix}: {output['documents']:,} documents, {output['tokens']:,} tokens")
         if name == "all" and (hint := split_hint(output["documents"])):
-            print(hint)
+            print(f"sla-data: {prefix}: {hint}", file=sys.stderr)
     text = manifest["text_bytes"] / max(manifest["tokens"], 1)
     print(f"{manifest['text_bytes']:,} bytes of text, {text:.2f} a token; {manifest['lines']:,} lines or rows read")
     for count, what in [(manifest["blank_lines"], "blank lines"), (manifest["duplicates"], "duplicates left out")]:

@@ -128,7 +128,7 @@ def test_joining_data_of_different_tokenizers(here: Path, capsys: pytest.Capture
     Path("other.json").unlink()
     capsys.readouterr()
     main(["merge", "one", "other", "one", "--output-prefix", "out"])
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "no manifest says which tokenizer made other" in said
     assert "one is the same data set as one: its documents are there twice" in said
     assert json.loads(Path("both.json").read_text())["documents"] == 40

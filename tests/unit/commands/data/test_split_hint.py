@@ -20,7 +20,7 @@ def printed(tmp_path: Path, capsys: pytest.CaptureFixture, megatron_imported: No
     def run(*argv: str) -> str:
         capsys.readouterr()
         main([str(word) for word in argv])
-        return capsys.readouterr().out
+        return capsys.readouterr().err
 
     return run
 
