@@ -11,7 +11,6 @@ import numpy
 from tqdm import tqdm
 
 from ...common.silence import without_announcements
-from ...common.splits import split_hint
 from .contents import Documents, document_figures, empty_sequences, scan
 from .errors import DataError
 from .histogram import Bin, as_text, check_plot, histogram, plot
@@ -78,8 +77,6 @@ def _report(prefix: str, args: argparse.Namespace, tokenizers: Tokenizers) -> tu
         bins = histogram(documents.lengths)
         print("", *(f"  {line}" for line in as_text(bins)), "", sep="\n")
         _show(index, known, args)
-    if not faults and (hint := split_hint(index.sequences)):
-        print(f"sla-data: {prefix}: {hint}", file=sys.stderr)
     for line in faults:
         print(f"  wrong: {line}")
     parts = "the index was" if args.no_scan else "the index and all tokens were"
