@@ -16,7 +16,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import record
 from examples.quickstart import workdir
 from sla_megatron.commands.convert import cli as convert
 from sla_megatron.commands.data import cli as data
@@ -291,24 +290,6 @@ def test_folders_of_others(here: Path) -> None:
         with pytest.raises(workdir.WorkdirError, match="^--out "):
             workdir.clear(folder)
         assert tree(here) == before
-
-
-def test_pictures_beside_a_benchmark_s_result(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """They go with a result that is replaced; another's picture stays."""
-    import argparse
-
-    out = tmp_path / "a.json"
-    out.with_suffix(".svg").write_text("mine")
-    parser = record.add_output_args(argparse.ArgumentParser(), "a")
-    args = parser.parse_args(["--out", str(out), "--overwrite"])
-    for there in (False, True):
-        if there:
-            out.write_text('{"mine": 1}')
-        with pytest.raises(SystemExit):
-            record.check_output(parser, args)
-        assert "a.svg is there, and of no benchmark" in capsys.readouterr().err
-    out.write_text('{"benchmark": "a"}')
-    record.check_output(parser, args)
 
 
 def on_data(draw: st.DrawFn) -> str:

@@ -63,6 +63,16 @@ def refuse(args: Namespace, refusals: Iterable[Refusal]) -> None:
             raise FlagError(flag_of(name), value, accepted)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, which in a traceback is what went wrong; or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 _command: ContextVar[str | None] = ContextVar("sla_command", default=None)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import StartError
+from .errors import StartError, first_line
 from .replacing import unused_name
 from .silence import without_announcements
 
@@ -41,8 +41,9 @@ DEFAULTS: dict[str, Any] = {
     "tokenizer_hf_no_include_special_tokens": False,
     "trust_remote_code": False,
 }
-#: Those that name files.
-TOKENIZER_PATHS = ("tokenizer_model", "vocab_file", "merge_file", "metadata_path")
+#: Those that say where a tokenizer is, and all that name files.
+MODEL_PATHS = ("tokenizer_model", "vocab_file", "merge_file")
+TOKENIZER_PATHS = (*MODEL_PATHS, "metadata_path")
 _HUB_TIMEOUT = 3.0
 
 #: Any of these makes a folder one with a Hugging Face tokenizer.
@@ -123,8 +124,7 @@ def build(settings: Namespace) -> Any:
         with warnings.catch_warnings(action="ignore"), _hub(needed=bool(hub_name) and not os.path.exists(hub_name)):
             return build_tokenizer(Namespace(**{**vars(settings), "pad_vocab_size": False}))
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise TokenizerError(f"{tokenizer_name(settings)} cannot be read: {reason}") from error
+        raise TokenizerError(f"{tokenizer_name(settings)} cannot be read: {first_line(error)}") from error
 
 
 def tokenizer_name(settings: Namespace) -> str:

@@ -19,6 +19,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import first_line
 from ..common.tokenizers import carry_files
 from ..upstream.seams import Reliance, Wrapping, wrap_once
 
@@ -89,5 +90,4 @@ def _carry_tokenizer(checkpoint: str) -> None:
     try:
         carry_files(args, tokenizer, Path(checkpoint))
     except Exception as error:  # transformers raises what it likes.
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        print(f"sla-megatron: the tokenizer is not in {checkpoint}: {reason}", file=sys.stderr, flush=True)
+        print(f"sla-megatron: the tokenizer is not in {checkpoint}: {first_line(error)}", file=sys.stderr, flush=True)

@@ -149,8 +149,9 @@ def _megatron_to_hf(args: argparse.Namespace) -> int:
 
     require_free(args.out, args.overwrite, [args.checkpoint])
     source = _checkpoint(args, args.checkpoint)
-    options = {"tokenizer_model": args.tokenizer_model, "special_as_text": args.special_tokens_as_text}
-    carried = megatron_to_hf(source, args.out, _dtype(args), args.max_shard_size, args.overwrite, **options)
+    carried = megatron_to_hf(
+        source, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.special_tokens_as_text
+    )
     print(f"{args.out}: written; tokenizer: {carried}")
     return _compare(args, source, args.out) if args.verify else 0
 

@@ -18,8 +18,10 @@ from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
 from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
+from ...common.errors import last_line
 from ...common.tokenizers import (
     DEFAULTS,
+    MODEL_PATHS,
     TOKENIZER_FILES,
     TOKENIZER_PATHS,
     TokenizerError,
@@ -33,12 +35,12 @@ from .architecture import MODEL_TYPE, argv_from_config
 from .errors import ConvertError
 from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
 from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
-from .megatron_reader import MegatronSource, checkpoint_folder, last_line
+from .megatron_reader import MegatronSource, checkpoint_folder
 from .megatron_writer import RELEASE, write_megatron
 from .output import finished_folder
 from .source import Source
 from .stored_arguments import completed
-from .tokenizer import PATHS, carry_tokenizer, vocabulary_size, with_model
+from .tokenizer import carry_tokenizer, vocabulary_size, with_model
 from .tokenizer_place import placed
 from .weight_files import read_json
 
@@ -62,7 +64,7 @@ def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Map
             raise ConvertError(f"--override {name}: neither Megatron nor the checkpoint has an argument of that name")
         setattr(args, name, value)
     tried: list[str] = []
-    if tokenizer_model is None and not {"tokenizer_type", *PATHS} & set(overrides or {}):
+    if tokenizer_model is None and not {"tokenizer_type", *MODEL_PATHS} & set(overrides or {}):
         args, tried = placed(args, folder)
     try:
         args = with_model(args, tokenizer_model)
@@ -101,7 +103,6 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * _GIB,
     overwrite: bool = False,
-    tokenizer_model: str | None = None,
     special_as_text: bool = False,
 ) -> str:
     """Write ``source`` as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns what was carried.
@@ -113,8 +114,7 @@ def megatron_to_hf(
         for entry in entries(source.config)
         if torch.Size(entry.shape).numel()
     ]
-    inputs = _read_by(source, tokenizer_model)
-    with finished_folder(out, overwrite, inputs) as folder, _progress(infos, "megatron-to-hf") as bar:
+    with finished_folder(out, overwrite, _read_by(source)) as folder, _progress(infos, "megatron-to-hf") as bar:
 
         def get(name: str) -> Tensor:
             tensor = source.get(name)
@@ -128,16 +128,16 @@ def megatron_to_hf(
         cut = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
         write_safetensors(folder / PADDING_FILE, cut, padding.__getitem__)
         try:
-            carried = carry_tokenizer(source.args, folder, tokenizer_model, special_as_text)
+            carried = carry_tokenizer(source.args, folder, special_as_text=special_as_text)
         except TokenizerError as error:
             raise ConvertError(str(error)) from error
         write_model_files(folder, source.config, infos[0].dtype, _special_ids(folder))
     return carried
 
 
-def _read_by(source: Source, tokenizer_model: str | None = None) -> list[Path]:
+def _read_by(source: Source) -> list[Path]:
     """Files and folders that a conversion of ``source`` reads."""
-    named = [tokenizer_model, *(getattr(source.args, name, None) for name in TOKENIZER_PATHS)]
+    named = [getattr(source.args, name, None) for name in TOKENIZER_PATHS]
     return [source.path, *(Path(name) for name in named if name)]
 
 

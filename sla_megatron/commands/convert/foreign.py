@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...common.errors import last_line
 from .architecture import MODEL_TYPE, Config
 from .errors import ConvertError
 
@@ -250,8 +251,7 @@ def foreign_config(folder: Path) -> Config:
     try:
         theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     except Exception as error:  # Of many kinds, and strict ones of no common class.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConvertError(f"{folder / 'config.json'} cannot be read: {lines[-1].strip()}") from error
+        raise ConvertError(f"{folder / 'config.json'} cannot be read: {last_line(error).strip()}") from error
     finally:
         logging.set_verbosity(level)
     refuse_quantised(theirs, folder)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...attention.sla_config import evenly_spread
+from ...common.errors import last_line
 from .architecture import MODEL_TYPE, Config
 from .errors import ConvertError
 from .foreign import FOREIGN, Foreign, foreign_config, refuse_quantised
@@ -152,5 +153,4 @@ def _complete(config: Mapping[str, Any], path: Path) -> Any:
     try:
         return SlaGPTConfig.from_dict(dict(config))
     except Exception as error:  # transformers' own checks have no common class.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConvertError(f"{path / 'config.json'}: {lines[-1].strip()}") from error
+        raise ConvertError(f"{path / 'config.json'}: {last_line(error).strip()}") from error

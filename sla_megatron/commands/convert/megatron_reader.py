@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ...common.checkpoint_folders import TRACKER
+from ...common.errors import last_line
 from .architecture import config_from_args
 from .errors import ConvertError
 from .mapping import GATE, KEY, QUERY, UP, VALUE, VOCABULARY, Entry, entries, qkv_rows
@@ -213,8 +214,3 @@ def stored_tensors(folder: Path, reader: FileSystemReader | None = None) -> dict
         for key, stored in metadata.state_dict_metadata.items()
         if isinstance(stored, TensorStorageMetadata) and not key.startswith(_NO_WEIGHTS)
     }
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an error's text, which in a traceback is what went wrong."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -19,6 +19,7 @@ from typing import Any
 
 from ...common.tokenizers import (
     DEFAULTS,
+    MODEL_PATHS,
     SENTENCEPIECE,
     TokenizerError,
     build,
@@ -29,8 +30,6 @@ from ...common.tokenizers import (
 )
 from .tokenizer_formats import UnsupportedModel, controls_of, has_ties, save_tokenizer, symbols_of
 
-#: Arguments that say where a tokenizer is.
-PATHS = ("tokenizer_model", "vocab_file", "merge_file")
 SUPPORTED = (*SENTENCEPIECE, "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer", "NullTokenizer")
 
 # The size of the vocabulary that GPT2BPETokenizer gets from the Hub.
@@ -134,7 +133,7 @@ def with_model(args: Namespace, model: str | None) -> Namespace:
     if model is None:
         return args
     settings = _settings(args, model)
-    return Namespace(**vars(args) | {name: getattr(settings, name) for name in PATHS})
+    return Namespace(**vars(args) | {name: getattr(settings, name) for name in MODEL_PATHS})
 
 
 def _settings(args: Namespace, model: str | None) -> Namespace:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
-from ...common.errors import flag_of
+from ...common.errors import flag_of, last_line
 from ...common.silence import silence
 from .errors import ConvertError
 from .megatron_model import build, sharded_state, sharded_tensors
-from .megatron_reader import MegatronSource, last_line, stored_tensors
+from .megatron_reader import MegatronSource, stored_tensors
 
 #: Arguments that are others here than in training, and change no function: one rank's, fp32's, and those of kernels
 #: that a CPU has.

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...common.errors import first_line
 from .errors import ConvertError
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
@@ -108,8 +109,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ConvertError(f"{file} holds more than tensors, or is none of torch.save: not loaded") from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConvertError(f"{file} cannot be read: {reason}") from error
+        raise ConvertError(f"{file} cannot be read: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise ConvertError(f"{file} holds a {type(found).__name__}: expected tensors by name")
     for name, value in found.items():

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...common.errors import first_line
 from ...common.replacing import file_identity
 from .blocks import Block, Cut
 from .documents import Document, Fault, read_documents
 from .errors import DataError
 from .manifests import made_by_sla_data
-from .sources import COMPRESSIONS, Source, Table, TextFile, first_line
+from .sources import COMPRESSIONS, Source, Table, TextFile
 
 FORMATS = ("jsonl", "text", "document", "parquet")
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}

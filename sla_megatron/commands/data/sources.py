@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import pyarrow
 import pyarrow.compute
 
+from ...common.errors import first_line
 from .blocks import Cut, cut_lines, cut_whole
 from .errors import DataError, file_errors
 
@@ -163,8 +164,3 @@ def _packed(batches: list[pyarrow.Array]) -> bytes:
     with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
     return sink.getvalue().to_pybytes()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -15,7 +15,6 @@ from .documents import FAULTS
 from .errors import DataError
 from .inputs import add_input_arguments, inputs_from_args
 from .tokenizing import SPLITS, Job, tokenize
-from .workdir import Workdir
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -96,4 +95,4 @@ def _report(job: Job, manifest: dict[str, Any]) -> None:
         if count:
             print(f"{count:,} {what}")
     for kind, count in manifest["faults"].items():
-        print(f"{count:,} left out: {FAULTS[kind]} ({kind} in {Workdir(job.prefix, ()).faults})")
+        print(f"{count:,} left out: {FAULTS[kind]} ({kind} in {job.workdir.faults})")

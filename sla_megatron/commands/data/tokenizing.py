@@ -72,6 +72,11 @@ class Job:
         named = zip(SPLITS, self.split, strict=False)
         return {name: self.prefix.with_name(f"{self.prefix.name}_{name}") for name, weight in named if weight}
 
+    @property
+    def workdir(self) -> Workdir:
+        """Where its work is kept, and its results go."""
+        return Workdir(self.prefix, tuple(self.outputs().values()))
+
     def settings(self) -> dict[str, Any]:
         """What the output depends on: with the same, work goes on; JSON can hold it."""
         versions = {name: importlib.metadata.version(name) for name in _LIBRARIES if _installed(name)}
@@ -117,8 +122,7 @@ def tokenize(job: Job, workers: int, overwrite: bool, say: Callable[[str], None]
         DataError: with one line, for whatever ends the job; finished shards stay.
         TokenizerError: if the tokenizer cannot be built.
     """
-    workdir = Workdir(job.prefix, tuple(job.outputs().values()))
-    settings = job.settings()
+    workdir, settings = job.workdir, job.settings()
     workdir.require_no_input([*job.inputs.files(), *map(Path, settings["tokenizer_files"])])
     with workdir.held():
         manifest = None if overwrite else workdir.finished(settings)

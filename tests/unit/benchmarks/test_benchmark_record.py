@@ -118,6 +118,21 @@ def test_output_is_replaced_when_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "new").is_dir()
 
 
+def test_pictures_beside_a_benchmark_s_result(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """They go with a result that is replaced; another's picture stays."""
+    out = tmp_path / "a.json"
+    out.with_suffix(".svg").write_text("mine")
+    parser, args = parsed(["--out", str(out), "--overwrite"])
+    for there in (False, True):
+        if there:
+            out.write_text('{"mine": 1}')
+        with pytest.raises(SystemExit):
+            record.check_output(parser, args)
+        assert "a.svg is there, and of no benchmark" in capsys.readouterr().err
+    out.write_text('{"benchmark": "a"}')
+    record.check_output(parser, args)
+
+
 def test_a_result_says_where_it_comes_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, args = parsed(["--out", str(tmp_path / "x.json")])
     args.layers, args.folder = 8, tmp_path
