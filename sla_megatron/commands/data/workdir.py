@@ -99,8 +99,10 @@ class Workdir:
             try:
                 yield
             finally:
-                if not self._lock.stat().st_size:
-                    self._lock.unlink(missing_ok=True)
+                # One that has content was somebody's before.
+                with contextlib.suppress(FileNotFoundError):
+                    if not self._lock.stat().st_size:
+                        self._lock.unlink()
 
     @property
     def _lock(self) -> Path:
