@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -11,14 +12,16 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from sla_megatron.commands.data.cli import main
+from sla_megatron.commands.data.workers import begin_preloading
 from tests.support.tokenizers import hugging_face_folder
 
 KILLS = 20
@@ -71,30 +74,31 @@ def test_workers_make_the_same_files(folder: Path, undisturbed: dict[str, bytes]
     assert contents(tmp_path / "large") == undisturbed
 
 
-@contextlib.contextmanager
-def forked(arguments: list[str]) -> Iterator[int]:
-    """The command in a process of its own that need not import anything again: its pid."""
-    with warnings.catch_warnings(action="ignore"):  # Other threads sleep here, and hold no locks.
-        pid = os.fork()
-    if not pid:
-        status = 1
-        with contextlib.suppress(BaseException):
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            main(arguments)
-            status = 0
-        os._exit(status)
-    yield pid
+def started(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """``target(*arguments)`` in a process of its own that need not import anything again.
+
+    It is a child of multiprocessing's server, which has no threads: one of this process, which has some, could find a
+    lock held for ever.
+    """
+    begin_preloading()
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def status(process: BaseProcess) -> int | None:
+    process.join(timeout=120)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
 
 
 def test_sigkill_at_any_moment(folder: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     """Each round ends with the same bytes; a round goes on from whatever the last kill left."""
     source = random.Random(1)
     arguments = command(folder, tmp_path / "out")
+    assert status(started(int)) == 0  # The server has imported all.
     begun = time.monotonic()
-    with forked(arguments) as pid:
-        assert os.waitpid(pid, 0)[1] == 0
+    assert status(started(main, arguments)) == 0
     whole = time.monotonic() - begun
     kills = rounds = 0
     shards_left: set[int] = set()
@@ -104,10 +108,12 @@ def test_sigkill_at_any_moment(folder: Path, undisturbed: dict[str, bytes], tmp_
             assert contents(tmp_path / "out") == undisturbed
             for path in tmp_path.glob("out*"):
                 path.unlink()
-        with forked(arguments) as pid:
-            time.sleep(source.uniform(0, whole / 2))
-            os.kill(pid, signal.SIGKILL)
-            kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
+        process = started(main, arguments)
+        time.sleep(source.uniform(0, whole))
+        process.kill()
+        ended = status(process)
+        assert ended in (0, -signal.SIGKILL), "the same command is refused"
+        kills += ended != 0
         shards_left.add(len(list(tmp_path.glob("out.sla-data/shards/*.json"))))
     main(arguments)
     assert contents(tmp_path / "out") == undisturbed
@@ -214,22 +220,22 @@ def test_memory_does_not_grow_with_the_input(folder: Path, tmp_path: Path) -> No
         (tmp_path / f"{times}" / "a.jsonl").write_bytes(text * times)
         (tmp_path / f"{times}" / "hf").symlink_to(folder / "hf")
         arguments = command(tmp_path / f"{times}", tmp_path / f"out{times}", shard_mb=0.2)
-        read, write = os.pipe()
-        with warnings.catch_warnings(action="ignore"):
-            pid = os.fork()
-        if not pid:
-            with contextlib.suppress(BaseException):
-                Path("/proc/self/clear_refs").write_text("5")  # The peak is counted anew.
-                before = memory("VmRSS")
-                main(arguments)
-                os.write(write, str(memory("VmHWM") - before).encode())
-            os._exit(0)
-        os.close(write)
-        os.waitpid(pid, 0)
-        peaks[times] = int(os.read(read, 100))
-        os.close(read)
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        warm_up = command(folder, tmp_path / f"warm{times}", shard_mb=0.2)
+        process = started(peak_of, theirs, warm_up, arguments)
+        assert ours.poll(120), "it hangs"
+        peaks[times] = ours.recv()
+        assert status(process) == 0
     # 7 MB more of text.
     assert peaks[10] < peaks[1] + 3e6, peaks
+
+
+def peak_of(connection: Connection, warm_up: list[str], arguments: list[str]) -> None:
+    main(warm_up)
+    Path("/proc/self/clear_refs").write_text("5")  # The peak is counted anew.
+    before = memory("VmRSS")
+    main(arguments)
+    connection.send(memory("VmHWM") - before)
 
 
 def memory(name: str) -> int:

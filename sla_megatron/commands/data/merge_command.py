@@ -44,6 +44,10 @@ def _merge(args: Namespace) -> int:
     known = _require_one_tokenizer(args.prefixes, found)
     settings = _settings(files, known)
     with workdir.held():
+        if not args.overwrite and workdir.finished(settings) is not None:
+            workdir.remove_work()
+            print(f"{workdir.manifest}: nothing to do")
+            return 0
         workdir.begin(settings, args.overwrite)
         try:
             with without_announcements():

@@ -141,17 +141,17 @@ class Workdir:
         if goes_on:
             _require_same(self.folder, begun, settings)
         self._require_place(overwrite or (goes_on and self._replaces.exists()))
-        if goes_on:
-            self.merged.mkdir(exist_ok=True)
-            return True
         with file_errors(str(self.folder)):
-            self.remove_work()
+            if not goes_on:
+                self.remove_work()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # First of all: by its settings the folder is known as ours, whenever this is ended.
+                write_json(self.folder / "settings.json", settings)
+                if overwrite:
+                    self._replaces.touch()
             for folder in (self.shards, self.merged):
-                folder.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                self._replaces.touch()
-            write_json(self.folder / "settings.json", settings)
-        return False
+                folder.mkdir(exist_ok=True)
+        return goes_on
 
     def _require_place(self, overwrite: bool) -> None:
         """Raise ``DataError`` for a file at one of this job's names that it may not replace.
@@ -196,9 +196,16 @@ class Workdir:
                 return read_json(self.folder / "settings.json")
             except (OSError, ValueError) as error:
                 raise DataError(f"{self.folder / 'settings.json'} cannot be read: {error}") from error
-        if os.path.lexists(self.folder) and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+        if os.path.lexists(self.folder) and not self._is_bare():
             raise DataError(f"{self.folder} is not sla-data's: expected it to be moved away")
         return None
+
+    def _is_bare(self) -> bool:
+        """Whether the folder holds nothing yet but, if its job was ended at once, its settings under another name."""
+        made = _MADE_IN["."]
+        return self.folder.is_dir() and all(
+            made.fullmatch(path.name) and path.name.startswith(".") and path.is_file() for path in self.folder.iterdir()
+        )
 
     def make_room(self) -> None:
         """When the new data are whole: remove the manifest, and the list of faults, that they replace."""
@@ -217,7 +224,9 @@ class Workdir:
     def _made_in(self, part: str) -> list[Path]:
         folder = self.folder / part
         there = sorted(folder.iterdir()) if folder.is_dir() else []
-        return [path for path in there if _MADE_IN[part].fullmatch(path.name) and not path.is_dir()]
+        made = [path for path in there if _MADE_IN[part].fullmatch(path.name) and not path.is_dir()]
+        # In the order of removal: a shard's record, by which it counts as finished, before its data; settings last.
+        return sorted(made, key=lambda path: (path.suffix == ".json") == (part == "."))
 
     def files(self, name: str) -> list[Path]:
         """The two files of the data set ``name`` beside the prefix."""
