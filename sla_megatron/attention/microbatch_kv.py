@@ -17,10 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 
-import torch
 from torch import Tensor
 
+from .mixing import mix
+from .mixing_plan import MixingPlan
 from .roles import BundleName
 
 
@@ -31,20 +33,23 @@ class Bundle:
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
 
-    def cut(self, sizes: Sequence[int]) -> Bundle:
-        """The same in pieces of ``sizes`` groups, which are views wherever its own pieces allow it."""
-        if [piece.shape[2] for piece in self.keys] == list(sizes):
-            return self
-        key, value = self.joined()
-        return Bundle(key.split(list(sizes), dim=2), value.split(list(sizes), dim=2))
-
     def joined(self) -> tuple[Tensor, Tensor]:
         """Key and value, each whole, in memory of their own: no views of a projection that they would keep alive."""
-        key, value = (
-            torch.cat(list(pieces), dim=2) if len(pieces) > 1 else pieces[0].contiguous()
-            for pieces in (self.keys, self.values)
+        pieces = (*self.keys, *self.values)
+        if len(pieces) == 2 and all(piece.is_contiguous() for piece in pieces):
+            return pieces
+        key, value = mix(
+            _whole(*(tuple(piece.shape[2] for piece in side) for side in (self.keys, self.values))), pieces
         )
         return key, value
+
+
+@lru_cache
+def _whole(keys: Sequence[int], values: Sequence[int]) -> MixingPlan:
+    """Pieces of these many groups put together."""
+    sizes = (*keys, *values)
+    heads = [(number, i) for number, size in enumerate(sizes) for i in range(size)]
+    return MixingPlan(sizes, (tuple(heads[: sum(keys)]), tuple(heads[sum(keys) :])))
 
 
 class MicrobatchKV:

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from ..upstream.seams import Reliance
 from .microbatch_kv import Bundle, current
-from .pieces import Pieces
+from .mixing import mix
+from .mixing_plan import LayerPlan, OwnHeads, projection_plan
 from .roles import BundleName, LayerRole
 from .sla_config import SLAConfig
 
@@ -40,49 +43,6 @@ QUERY_KEY_VALUE = Reliance(
 ROLE = Reliance(
     "megatron.core.transformer.attention:SelfAttention.__init__", "overridden by SLASelfAttention, to know its role"
 )
-
-
-class _KeepInGraph(torch.autograd.Function):
-    """Returns ``kept_for``, and in backward gives ``unused`` a gradient of zeros.
-
-    A parameter must get a gradient in every step: Megatron's data-parallel overlap waits for each one.  The key
-    normalisation of a layer whose keys nobody on this rank reads (``--sla-kv-projection full``) would get none.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, kept_for: Tensor, unused: Tensor) -> Tensor:
-        ctx.unused = (unused.shape, unused.dtype, unused.device)
-        return kept_for.view_as(kept_for)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.unused
-        return grad, torch.zeros(shape, dtype=dtype, device=device)
-
-
-class _Share(torch.autograd.Function):
-    """Returns ``tensor``, and views of those of its pieces, ``[s, b, groups, d]`` each, that later layers read.
-
-    What autograd itself would do with views of views is to fill each piece that nobody reads with zeros, put all pieces
-    together, and add that to the gradient of ``tensor``: some five passes over it.  This makes the sum in one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, sizes: Sequence[int], shared: Sequence[int]) -> tuple[Tensor, ...]:
-        ctx.sizes, ctx.shared = list(sizes), shared
-        pieces = tensor.split(ctx.sizes, dim=2)
-        return tensor.view_as(tensor), *(pieces[i] for i in shared)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *of_shared: Tensor) -> tuple[Tensor, None, None]:
-        given = dict(zip(ctx.shared, of_shared, strict=True))
-        whole = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-        for i, (own, out) in enumerate(zip(grad.split(ctx.sizes, 2), whole.split(ctx.sizes, 2), strict=True)):
-            if i in given:
-                torch.add(own, given[i], out=out)
-            else:
-                out.copy_(own)
-        return whole, None, None
 
 
 class SLASelfAttention(SelfAttention):
@@ -110,7 +70,10 @@ class SLASelfAttention(SelfAttention):
         self.role = LayerRole.of(sla, layer_number, self.world_size, get_pg_rank(self.tp_group))
         # A layer that keeps all of its K/V has the dense one's projection.
         self._pruned = pruned_away > 0
-        self._pieces = Pieces.of(self.role, merged=not self._pruned)
+        queries = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
+        self._projection, self._apart = OwnHeads.in_projection(self.role, queries), OwnHeads.apart(self.role)
+        #: By whether the layer's own heads are in one projection, and by the pieces of what it reads of others.
+        self._plans: dict[tuple[bool, Any], LayerPlan] = {}
         if not self.role.projected:
             # No key to normalise: the parameters would never get a gradient.
             self.k_layernorm = None
@@ -128,83 +91,71 @@ class SLASelfAttention(SelfAttention):
         """
         if not split_qkv:
             raise RuntimeError("skip-layer attention needs query, key and value apart: no --fused-single-qkv-rope")
+        has_role = bool(self.role.puts or self.role.takes)
+        normalises = any(not isinstance(norm, IdentityOp | None) for norm in (self.q_layernorm, self.k_layernorm))
+        if has_role and not (normalises or output_gate or self.config.test_mode):
+            return self._mixed(self._projection, [self._heads_of_projection(hidden_states, key_value_states)])
         if self._pruned:
-            return self._of_live_groups(hidden_states)
+            query, own, gate = *self._normalised(hidden_states), []
+        else:
+            query, *own, gate = self._upstreams(hidden_states, key_value_states, output_gate)
+        if not has_role:
+            return (query, *own, *gate)
+        key, value = self._mixed(self._apart, own)
+        # Not as a view beside keys and values that are none of its projection: see ``_mixed``.
+        return (query.contiguous() if self.role.takes else query, key, value, *gate)
+
+    def _upstreams(self, hidden_states: Tensor, key_value_states: Tensor | None, output_gate: bool) -> tuple[Any, ...]:
+        """Upstream's query, key, value, and a list with any gate."""
         query, key, value, *gate = super().get_query_key_value_tensors(
             hidden_states, key_value_states, output_gate=output_gate, split_qkv=True
         )
-        if self.role.puts and not self.role.takes:
-            key, value = self._share(key, value)
-        if self.role.takes:
-            own_keys, own_values = (tensor.split(self._pieces.own_sizes, dim=2) for tensor in (key, value))
-            self._put(own_keys, own_values)
-            if self.role.reads_nothing_of_its_own and self.k_layernorm is not None:
-                query = _KeepInGraph.apply(query, key)
-            key, value = self._read(own_keys, own_values)
-            # As a view it would keep the whole projection alive beside them.
-            query = query.contiguous()
-        return (query, key, value, *gate)
+        return query, key, value, gate
 
-    def _share(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Hand on what later layers read of this one, which reads all of it too; key and value as they were.
+    def _heads_of_projection(self, hidden_states: Tensor, key_value_states: Tensor | None = None) -> Tensor:
+        """Upstream's projection, with dead rows left out or not, as ``[s, b, heads of all kinds, d]``."""
+        if self._pruned:
+            projected, _ = self.linear_qkv(hidden_states)
+        else:
+            projected, _ = super().get_query_key_value_tensors(hidden_states, key_value_states, split_qkv=False)
+        return projected.reshape(*projected.shape[:2], -1, self.hidden_size_per_attention_head)
 
-        What is handed on are views of the projection, which autograd keeps anyway for this layer's own attention.
-        """
-        shared = sorted(i for indices in self._pieces.put_pieces.values() for i in indices)
-        key, *of_key = _Share.apply(key, self._pieces.own_sizes, shared)
-        value, *of_value = _Share.apply(value, self._pieces.own_sizes, shared)
-        own_keys, own_values = (dict(zip(shared, pieces, strict=True)) for pieces in (of_key, of_value))
-        for name, indices in self._pieces.put_pieces.items():
-            current().put(name, Bundle(*([own[i] for i in indices] for own in (own_keys, own_values))))
-        return key, value
-
-    def _put(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> None:
-        """Hand on what later layers read, of this layer's pieces ``[s, b, groups, d]``, where it reads a mixture.
-
-        Copies: views would keep the projection alive, which this layer's own attention does not.
-        """
-        for name, indices in self._pieces.put_pieces.items():
-            whole = ([torch.cat([own[i] for i in indices], dim=2)] for own in (own_keys, own_values))
-            current().put(name, Bundle(*whole))
-
-    def _read(self, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Key and value ``[s, b, groups, d]`` of all groups: own pieces and those of earlier layers, in one copy."""
-        kv = current()
-        bundles: dict[BundleName | None, Bundle] = {None: Bundle(own_keys, own_values)}
-        for name, sizes in self._pieces.taken_sizes.items():
-            bundles[name] = kv.take(name).cut(sizes)
-        key = torch.cat([bundles[origin].keys[i] for origin, i in self._pieces.read_pieces], dim=2)
-        value = torch.cat([bundles[origin].values[i] for origin, i in self._pieces.read_pieces], dim=2)
-        return key, value
-
-    def _of_live_groups(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Upstream's projection with the dead rows left out; a group's rows are ``q.. k v``, or ``q..`` where dead."""
-        mixed_qkv, _ = self.linear_qkv(hidden_states)
-        d = self.hidden_size_per_attention_head
-        query_rows = d * self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-        sizes, kinds = [], []
-        for group in range(self.num_query_groups_per_partition):
-            if kinds[-1:] == ["q"]:
-                # The queries of a dead group and of the next one are one piece.
-                sizes[-1] += query_rows
-            else:
-                sizes.append(query_rows)
-                kinds.append("q")
-            if group in self.role.projected:
-                sizes += [d, d]
-                kinds += "kv"
-        rows: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
-        for piece, kind in zip(mixed_qkv.split(sizes, dim=-1), kinds, strict=True):
-            rows[kind].append(piece)
-
-        query = torch.cat(rows["q"], dim=-1).unflatten(-1, (-1, d))
-        own_keys, own_values = ([piece.unsqueeze(2) for piece in rows[kind]] for kind in "kv")
+    def _normalised(self, hidden_states: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Query, and the keys and values of live groups if there are any, after upstream's norms."""
+        query, *own = mix(projection_plan(self._projection), [self._heads_of_projection(hidden_states)])
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
-        if self.k_layernorm is not None and own_keys:
-            own_keys = self.k_layernorm(torch.cat(own_keys, dim=2)).split(1, dim=2)
-        self._put(own_keys, own_values)
-        return (query, *self._read(own_keys, own_values))
+        if self.k_layernorm is not None and own:
+            own[0] = self.k_layernorm(own[0])
+        return query, own
+
+    def _mixed(self, heads: OwnHeads, own: list[Tensor]) -> tuple[Tensor, ...]:
+        """What attention reads, ``[s, b, heads, d]``: queries if they are among ``heads``, keys, values; the rest is put.
+
+        Where other layers' K/V are read, each has memory of its own, the queries too.  That is correctness under
+        Transformer Engine: its ``get_qkv_layout`` looks at the strides of keys and values alone, and would take a
+        strided query beside contiguous ones for contiguous.
+
+        Args:
+            heads: where the layer's own are.
+            own: its own tensors, whose heads those are.
+        """
+        kv = current()
+        bundles = [kv.take(name) for name in self.role.takes]
+        taken = tuple((_sizes(bundle.keys), _sizes(bundle.values)) for bundle in bundles)
+        pieces = [piece for bundle in bundles for side in (bundle.keys, bundle.values) for piece in side]
+        plan = self._plans.get((heads is self._projection, taken))
+        if plan is None:
+            plan = self._plans[heads is self._projection, taken] = LayerPlan.of(self.role, heads, taken)
+        outputs = iter(mix(plan.mixing, [*own, *pieces]))
+        read = tuple(islice(outputs, 3 if heads.query else 2))
+        for name, count in plan.handed_on.items():
+            kv.put(name, Bundle(tuple(islice(outputs, count)), tuple(islice(outputs, count))))
+        return read
+
+
+def _sizes(pieces: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(piece.shape[2] for piece in pieces)
 
 
 def _with_fewer_rows(linear_qkv: Any, rows: int) -> Any:
