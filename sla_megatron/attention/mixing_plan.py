@@ -77,7 +77,7 @@ class MixingPlan:
 
     @cached_property
     def gradient_views(self) -> tuple[Run | None, ...]:
-        """For each input the run of one output's gradient that is its own gradient, whole; ``None`` if there is none."""
+        """For each input the run of one output's gradient that is its own, whole; ``None`` if there is none."""
         return tuple(
             copies[0] if len(copies) == 1 and not sums and self._is_whole(copies[0], heads) else None
             for copies, sums, heads in zip(*self._gradients, self.inputs, strict=True)
@@ -226,23 +226,21 @@ class LayerPlan:
                     inputs.append(size)
         outputs = [own.query] if own.query else []
         outputs += [tuple(found[origin][part][i] for origin, i in role.read) for part in (0, 1)]
-        views, handed_on = not role.takes, {}
+        handed_on = {}
         for name, indices in role.puts.items():
             for heads in (own.key, own.value):
-                pieces = _pieces([heads[i] for i in indices], in_runs=views)
+                pieces = _pieces([(heads[i], role.projected[i]) for i in indices])
                 # Keys and values lie alike.
                 handed_on[name] = len(pieces)
                 outputs += pieces
-        return cls(MixingPlan(tuple(inputs), tuple(outputs), may_be_views=views), handed_on)
+        return cls(MixingPlan(tuple(inputs), tuple(outputs), may_be_views=not role.takes), handed_on)
 
 
-def _pieces(heads: Sequence[Head], in_runs: bool) -> list[tuple[Head, ...]]:
-    """``heads`` in one piece, or a piece for each run."""
-    if not in_runs:
-        return [tuple(heads)]
-    sizes = [run.count for run in _runs((*head, 0, place) for place, head in enumerate(heads))]
+def _pieces(heads: Sequence[tuple[Head, int]]) -> list[tuple[Head, ...]]:
+    """Heads, with their groups, cut so that each piece can be a view, and its gradient one of the reader's."""
+    sizes = [run.count for run in _runs((*head, 0, group) for head, group in heads)]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [tuple(heads[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    return [tuple(head for head, _ in heads[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
 
 def projection_plan(own: OwnHeads) -> MixingPlan:

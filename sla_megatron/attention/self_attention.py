@@ -28,7 +28,7 @@ from ..upstream.seams import Reliance
 from .microbatch_kv import Bundle, current
 from .mixing import mix
 from .mixing_plan import LayerPlan, OwnHeads, projection_plan
-from .roles import BundleName, LayerRole
+from .roles import LayerRole
 from .sla_config import SLAConfig
 
 QUERY_KEY_VALUE = Reliance(
@@ -130,7 +130,7 @@ class SLASelfAttention(SelfAttention):
         return query, own
 
     def _mixed(self, heads: OwnHeads, own: list[Tensor]) -> tuple[Tensor, ...]:
-        """What attention reads, ``[s, b, heads, d]``: queries if they are among ``heads``, keys, values; the rest is put.
+        """What attention reads, ``[s, b, heads, d]``: queries where they are among ``heads``, keys and values.
 
         Where other layers' K/V are read, each has memory of its own, the queries too.  That is correctness under
         Transformer Engine: its ``get_qkv_layout`` looks at the strides of keys and values alone, and would take a
