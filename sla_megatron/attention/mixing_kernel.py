@@ -48,7 +48,10 @@ def _say_once() -> None:
 def move(
     targets: Sequence[Tensor | None], sources: Sequence[Tensor | None], copies: Sequence[Run], sums: Sequence[Run]
 ) -> bool:
-    """As ``mixing.move``, in one launch; nothing, and False, where the tensors lie in more storages than it reaches."""
+    """As ``mixing.move``, in one launch; nothing, and False, where the tensors lie in more storages than it reaches.
+
+    Heads are all of one shape.  The table is found again by the identity of ``copies`` and ``sums``: make them once.
+    """
     storages: dict[int, int] = {}
     layout = tuple(tuple(_placed(tensor, storages) for tensor in tensors) for tensors in (targets, sources))
     if len(storages) > _ADDRESSES:

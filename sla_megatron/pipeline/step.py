@@ -69,7 +69,7 @@ class PipelineStep:
         for name in traffic.keeps:
             hidden_states = self.resident.keep(name, microbatch, kv.take(name).joined(), hidden_states)
         if traffic.leaves:
-            return pack(hidden_states, [kv.take(name).joined() for name in traffic.leaves], self.shape)
+            return pack(hidden_states, [kv.take(name) for name in traffic.leaves], self.shape)
         # The schedule frees what it has sent, which must not be a view.
         return make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
 

@@ -51,19 +51,13 @@ def test_putting_twice_raises_and_keeps_the_first() -> None:
     assert kv.take((3, 2)) is first
 
 
-def test_a_bundle_in_pieces_is_whole_or_as_it_was_cut() -> None:
-    """Pieces of the sizes that are asked for are the very ones; other sizes hold the same values."""
+def test_a_bundle_in_pieces_is_put_together() -> None:
+    """In the order of the groups; what is whole already is not copied."""
     keys = [torch.randn(2, 1, size, 4) for size in (1, 2, 1)]
     values = [-piece for piece in keys]
-    in_pieces = Bundle(keys, values)
-    found = in_pieces.cut((1, 2, 1))
-    assert found.keys is keys and found.values is values
-    key, value = in_pieces.joined()
+    key, value = Bundle(keys, values).joined()
     assert torch.equal(key, torch.cat(keys, dim=2)) and torch.equal(value, -key)
-    for bundle in (in_pieces, Bundle([key], [value])):
-        found = bundle.cut((3, 1))
-        assert [piece.shape[2] for piece in found.keys] == [3, 1]
-        assert torch.equal(torch.cat(found.keys, dim=2), key) and torch.equal(torch.cat(found.values, dim=2), value)
+    assert Bundle([key], [value]).joined() == (key, value)
 
 
 def test_a_whole_bundle_is_no_view_of_a_projection() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sla_megatron.attention.microbatch_kv import Bundle
 from sla_megatron.pipeline.payload import MicrobatchShape
 
 SHAPES = [
@@ -36,11 +37,15 @@ def parts(shape: MicrobatchShape) -> tuple[Tensor, dict[tuple[int, int], tuple[T
     return hidden, bundles
 
 
+def whole(*bundles: tuple[Tensor, Tensor]) -> list[Bundle]:
+    return [Bundle([key], [value]) for key, value in bundles]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shape_and_memory_of_a_payload(packing: ModuleType, shape: MicrobatchShape) -> None:
     """K/V widen the feature dimension; in memory the pieces lie whole, one after the other; nothing is added."""
     hidden, bundles = parts(shape)
-    payload = packing.pack(hidden, list(bundles.values()), shape)
+    payload = packing.pack(hidden, whole(*bundles.values()), shape)
     assert payload.shape[:2] == hidden.shape[:2]
     pieces = [hidden, *(tensor for bundle in bundles.values() for tensor in bundle)]
     assert payload.numel() == sum(piece.numel() for piece in pieces)
@@ -51,7 +56,7 @@ def test_shape_and_memory_of_a_payload(packing: ModuleType, shape: MicrobatchSha
 def test_there_and_back(packing: ModuleType, shape: MicrobatchShape) -> None:
     """What is unpacked is what was packed, and each piece's gradient comes back to it."""
     hidden, bundles = parts(shape)
-    sent = packing.pack(hidden, list(bundles.values()), shape)
+    sent = packing.pack(hidden, whole(*bundles.values()), shape)
     received = sent.detach().clone().requires_grad_()
     arrived_hidden, arrived = packing.unpack_and_empty(received, {(1, 3): 1, (2, 3): 2}, [(2, 3)], shape)
     assert torch.equal(arrived_hidden, hidden)
@@ -72,7 +77,7 @@ def test_a_piece_that_nobody_used_gets_zeros(packing: ModuleType) -> None:
     """The gradient payload is always whole."""
     shape = SHAPES[0]
     hidden, bundles = parts(shape)
-    received = packing.pack(hidden, [bundles[1, 3]], shape).detach().requires_grad_()
+    received = packing.pack(hidden, whole(bundles[1, 3]), shape).detach().requires_grad_()
     arrived, _ = packing.unpack_and_empty(received, {(1, 3): 1}, [], shape)
     arrived.sum().backward()
     expected = torch.cat([torch.ones(shape.hidden_elements), torch.zeros(shape.kv_elements(1))])
@@ -85,7 +90,7 @@ def test_a_payload_can_be_freed_once_sent(packing: ModuleType) -> None:
 
     shape = SHAPES[0]
     hidden, bundles = parts(shape)
-    payload = packing.pack(hidden, list(bundles.values()), shape)
+    payload = packing.pack(hidden, whole(*bundles.values()), shape)
     memory, gradient = StorageWeakRef(payload.untyped_storage()), torch.randn(payload.shape)
     deallocate_output_tensor(payload, True)
     assert memory.expired()
@@ -97,7 +102,7 @@ def test_an_unpacked_payload_lets_go_of_its_memory(packing: ModuleType) -> None:
     """With the bundles that were only read or sent on, it is freed; hidden states and copies outlive it."""
     shape = SHAPES[0]
     hidden, bundles = parts(shape)
-    payload = packing.pack(hidden, list(bundles.values()), shape).detach().requires_grad_()
+    payload = packing.pack(hidden, whole(*bundles.values()), shape).detach().requires_grad_()
     memory = StorageWeakRef(payload.untyped_storage())
     arrived_hidden, arrived = packing.unpack_and_empty(payload, {(1, 3): 1, (2, 3): 2}, [(2, 3)], shape)
     assert not memory.expired()
@@ -115,6 +120,6 @@ def test_other_shapes_raise_with_both(packing: ModuleType) -> None:
         packing.pack(hidden[1:], [], shape)
     short = [(bundles[1, 3][0], bundles[1, 3][1][1:])]
     with pytest.raises(RuntimeError, match=r"keys or values.*\(7, 2, 1, 3\), expected \(8, 2, 1, 3\)"):
-        packing.pack(hidden, short, shape)
+        packing.pack(hidden, whole(*short), shape)
     with pytest.raises(RuntimeError, match=r"payload.*\(8, 2, 6\), expected \(8, 2, 12\)"):
         packing.unpack_and_empty(hidden, {(1, 3): 1}, [], shape)
