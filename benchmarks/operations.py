@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["small", "small-rope-gqa"], metavar="NAME")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
-    parser.add_argument("--context", type=count("--context", 2), default=64, help="tokens (default: 64)")
+    parser.add_argument("--context", type=count("--context", 2), default=512, help="tokens (default: 512)")
     parser.add_argument("--no-decoding", action="store_true", help="leave the rows of decoding out")
     parser.add_argument("--rank-answer", type=Path, help=argparse.SUPPRESS)
     add_output_args(add_device_arg(parser), NAME)

@@ -25,6 +25,8 @@ from .record import ROOT
 #: Named models that are no preset: for a processor.
 SMALL_MODELS = {
     "tiny": "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --position-embedding-type learned_absolute",
+    "tiny-rope-gqa": "--num-layers 4 --hidden-size 96 --num-attention-heads 12 --group-query-attention "
+    "--num-query-groups 4 --position-embedding-type rope --normalization RMSNorm --disable-bias-linear",
     "small": "--num-layers 12 --hidden-size 384 --num-attention-heads 12 --position-embedding-type learned_absolute",
     "shallow": "--num-layers 4 --hidden-size 384 --num-attention-heads 12 --position-embedding-type learned_absolute",
     "small-rope-gqa": "--num-layers 12 --hidden-size 384 --num-attention-heads 12 --group-query-attention "

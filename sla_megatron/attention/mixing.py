@@ -13,6 +13,7 @@ Shapes: s sequence, b microbatch, d head size; all tensors are ``[s, b, heads, d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -40,10 +41,14 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, plan: MixingPlan, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        outputs = [
-            _room(inputs[0], len(heads)) if view is None else inputs[view.source][:, :, view.source_heads]
-            for heads, view in zip(plan.outputs, plan.views, strict=True)
-        ]
+        outputs = [None if view is None else inputs[view.source][:, :, view.source_heads] for view in plan.views]
+        s, b, _, d = inputs[0].shape
+        for room in plan.rooms:
+            shapes = [(s, b, len(plan.outputs[number]), d) for number in room]
+            memory = inputs[0].new_empty(sum(map(math.prod, shapes)))
+            pieces = memory.split([math.prod(shape) for shape in shapes])
+            for number, piece, shape in zip(room, pieces, shapes, strict=True):
+                outputs[number] = piece.view(shape)
         move(outputs, inputs, plan.copies)
         return tuple(outputs)
 

@@ -24,7 +24,7 @@ except ImportError:  # torch's CPU builds have none, nor have some platforms.
     triton = None
 
 #: Tensors (their storages) that one launch can reach.
-_ADDRESSES = 12
+_ADDRESSES = 16
 #: Elements that a program moves.
 _BLOCK = 4096
 
@@ -167,10 +167,10 @@ if triton is not None:
 
     @triton.jit
     def _kernel(
-        table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, batch, rows, WIDTH: tl.constexpr,
+        table, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, batch, rows, WIDTH: tl.constexpr,
         ELEMENT: tl.constexpr, MORE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        addresses = (a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11)
+        addresses = (a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15)
         row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         s, b, d = row // batch, row % batch, tl.arange(0, BLOCK)
         entry = table + tl.program_id(1) * ((2 + MORE) * 5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from .roles import BundleName, LayerRole
 
@@ -55,13 +56,24 @@ class MixingPlan:
     Args:
         inputs: how many heads each input has.
         outputs: for each output its heads, in order: which input, and which head of it.
-        may_be_views: whether an output may be a view of an input, where its heads lie so; else each has memory of its
-            own.
+        may_be_views: whether an output may be a view of an input, where its heads lie so.
+        together: after the outputs that have memory of their own each, how many of the next ones share a piece of it,
+            and of those after them: they are let go of together.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[tuple[Head, ...], ...]
     may_be_views: bool = False
+    together: tuple[int, ...] = ()
+
+    @cached_property
+    def rooms(self) -> tuple[tuple[int, ...], ...]:
+        """The outputs, by index, that are allocated together; views are in none."""
+        first = len(self.outputs) - sum(self.together)
+        ends = [first + sum(self.together[:i]) for i in range(len(self.together) + 1)]
+        parts = [range(i, i + 1) for i in range(first)] + [range(a, b) for a, b in pairwise(ends)]
+        rooms = [tuple(j for j in part if self.views[j] is None) for part in parts]
+        return tuple(room for room in rooms if room)
 
     @cached_property
     def views(self) -> tuple[Run | None, ...]:
@@ -233,7 +245,8 @@ class LayerPlan:
                 # Keys and values lie alike.
                 handed_on[name] = len(pieces)
                 outputs += pieces
-        return cls(MixingPlan(tuple(inputs), tuple(outputs), may_be_views=not role.takes), handed_on)
+        together = tuple(2 * count for count in handed_on.values())
+        return cls(MixingPlan(tuple(inputs), tuple(outputs), not role.takes, together), handed_on)
 
 
 def _pieces(heads: Sequence[tuple[Head, int]]) -> list[tuple[Head, ...]]:

@@ -59,6 +59,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator).cuda()
     positions = torch.arange(SEQUENCE, device="cuda").expand(BATCH, SEQUENCE)
 
+    misread = listen_at_core_attention(model)
     model.zero_grad_buffer()
     logits = tensor_parallel.gather_from_tensor_model_parallel_region(model(tokens, positions, None))
     torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
@@ -74,6 +75,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         # Nobody reads the weight at all (a key norm where every group skips): the gradient to expect is zero.
         tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         answer[name] = error(gradients[name], tensor.grad)
+    answer["misread by Transformer Engine"] = float(sum(misread))
     answer["dead rows"] = dead_rows(reference, exact, gradients)
     model.eval()
     with torch.no_grad():
@@ -86,6 +88,22 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     answer["before change"] = float(moved[:, :CHANGED_TOKEN].abs().max())
     answer["after change"] = float(moved[:, CHANGED_TOKEN:].abs().sum(-1).min())
     return answer
+
+
+def listen_at_core_attention(model: Any) -> list[bool]:
+    """For each call of a layer's core attention: whether TE would take what it gets to lie otherwise than it does."""
+    from tests.support.te_layout import lies_so, te_layout
+
+    misread: list[bool] = []
+
+    def hear(_: Any, arguments: tuple[Any, ...]) -> None:
+        misread.append(not lies_so(te_layout(*arguments[:3]), *arguments[:3]))
+
+    layers = [module for name, module in model.named_modules() if name.endswith("core_attention")]
+    assert len(layers) == LAYERS
+    for layer in layers:
+        layer.register_forward_pre_hook(hear)
+    return misread
 
 
 def error(found: Any, expected: Any) -> float:

@@ -1,0 +1,126 @@
+"""Which head goes where, against the formula that says who reads whose K/V."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sla_megatron.attention.microbatch_kv import Bundle, MicrobatchKV
+from sla_megatron.attention.mixing import mix, naive
+from sla_megatron.attention.mixing_plan import LayerPlan, MixingPlan, OwnHeads, Run
+from sla_megatron.attention.roles import LayerRole
+from sla_megatron.attention.sla_config import SLAConfig
+
+from ..strategies import sla_configs
+
+
+def test_the_default_pattern() -> None:
+    """NSSS NSSS NSSS: three pieces of keys and of values go from layer 1 to layer 10, as views."""
+    sla = SLAConfig(12, 12, (9,), 9)
+    source = LayerRole.of(sla, 1)
+    own = OwnHeads.in_projection(source, 1)
+    assert (own.inputs, own.query[:2], own.key[:2], own.value[:2]) == (
+        (36,),
+        ((0, 0), (0, 3)),
+        ((0, 1), (0, 4)),
+        ((0, 2), (0, 5)),
+    )
+    plan = LayerPlan.of(source, own, ())
+    assert plan.handed_on == {(1, 9): 3} and plan.mixing.copies == ()
+    assert plan.mixing.views[3:6] == tuple(Run(0, first, 3, 3 + i, 0, 1, 3) for i, first in enumerate((4, 16, 28)))
+    reader = LayerPlan.of(LayerRole.of(sla, 10), own, [((3, 3, 3), (3, 3, 3))])
+    assert reader.handed_on == {} and reader.mixing.views == (None, None, None)
+    # A piece's gradient is a view of that of the keys or values; the projection's is written.
+    views = reader.mixing.gradient_views
+    assert views[0] is None and [view.source for view in views[1:]] == [1, 1, 1, 2, 2, 2]
+    assert views[1].source_heads == slice(1, 4, 1)
+
+
+def test_a_layer_between_mixes_nothing() -> None:
+    role = LayerRole.of(SLAConfig(12, 12, (9,), 9), 5)
+    assert not role.takes and not role.puts
+
+
+def test_pruned_rows_are_queries_alone() -> None:
+    """Of four groups of two query heads the first alone projects K/V."""
+    own = OwnHeads.in_projection(LayerRole.of(SLAConfig(4, 4, (3,), 3, kv_projection="pruned"), 4), 2)
+    assert own.inputs == (10,) and own.key == ((0, 2),) and own.value == ((0, 3),)
+    assert own.query == tuple((0, i) for i in (0, 1, 4, 5, 6, 7, 8, 9))
+
+
+def model_heads(sla: SLAConfig, layer: int, queries: int) -> Tensor:
+    """A layer's projection, ``[1, 1, heads, 3]``: each head holds its layer, its group and its kind, K 1 and V 2."""
+    heads = []
+    for group in range(sla.num_query_groups):
+        heads += [[layer, group, 0]] * queries
+        if group in sla.projected_groups(layer):
+            heads += [[layer, group, 1], [layer, group, 2]]
+    return torch.tensor(heads, dtype=torch.float).reshape(1, 1, -1, 3)
+
+
+@given(sla_configs(), st.integers(1, 3), st.booleans(), st.booleans())
+def test_every_layer_reads_the_groups_that_the_formula_names(
+    sla: SLAConfig, queries: int, apart: bool, whole: bool
+) -> None:
+    """``apart``: keys and values come in tensors of their own; ``whole``: bundles pass through memory of their own."""
+    kv = MicrobatchKV()
+    for layer in range(1, sla.num_layers + 1):
+        role = LayerRole.of(sla, layer)
+        heads, own = OwnHeads.in_projection(role, queries), [model_heads(sla, layer, queries)]
+        if apart:
+            sides = [[index for _, index in side] for side in (heads.key, heads.value)]
+            own = [own[0][:, :, side] for side in sides if side]
+            heads = OwnHeads.apart(role)
+        bundles = [kv.take(name) for name in role.takes]
+        if whole:
+            bundles = [Bundle(*([tensor] for tensor in bundle.joined())) for bundle in bundles]
+        taken = [tuple([piece.shape[2] for piece in side] for side in (b.keys, b.values)) for b in bundles]
+        plan = LayerPlan.of(role, heads, taken)
+        pieces = [piece for bundle in bundles for side in (bundle.keys, bundle.values) for piece in side]
+        outputs = list(mix(plan.mixing, [*own, *pieces]))
+        if not apart:
+            assert [row[1:] for row in outputs.pop(0)[0, 0].tolist()] == [
+                [group, 0] for group in range(sla.num_query_groups) for _ in range(queries)
+            ]
+        key, value, *handed = outputs
+        expected = [[sla.source(layer, group), group] for group in range(sla.num_query_groups)]
+        for kind, tensor in ((1, key), (2, value)):
+            assert tensor[0, 0].tolist() == [[*each, kind] for each in expected]
+        for name, count in plan.handed_on.items():
+            kv.put(name, Bundle(handed[:count], handed[count : 2 * count]))
+            del handed[: 2 * count]
+        assert not handed
+    kv.require_empty()
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> MixingPlan:
+    """Any heads of any inputs in any order; some are read often, others never; empty inputs and outputs too."""
+    inputs = draw(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any))
+    heads = st.sampled_from([(i, head) for i, size in enumerate(inputs) for head in range(size)])
+    outputs = draw(st.lists(st.lists(heads, max_size=6).map(tuple), min_size=1, max_size=4))
+    return MixingPlan(tuple(inputs), tuple(outputs), draw(st.booleans()))
+
+
+@given(plans(), st.integers(0, 2**31))
+def test_any_plan_is_as_spelled_out(plan: MixingPlan, seed: int) -> None:
+    """Values, and the gradient of each input, of which all but the last have memory that was NaN before."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(2, 3, heads, 4, generator=generator, dtype=torch.float64) for heads in plan.inputs]
+    found, expected = ([tensor.clone().requires_grad_() for tensor in inputs] for _ in range(2))
+    # ``stack`` refuses an empty list.
+    filled = MixingPlan(plan.inputs, tuple(heads for heads in plan.outputs if heads))
+    outputs = [output for output in mix(plan, found) if output.shape[2]]
+    spelled_out = naive(filled, expected)
+    for output, other in zip(outputs, spelled_out, strict=True):
+        assert torch.equal(output, other)
+    if not outputs:
+        return
+    gradients = [torch.randn(output.shape, generator=generator, dtype=torch.float64) for output in outputs]
+    torch.autograd.backward(outputs, gradients)
+    torch.autograd.backward(spelled_out, gradients)
+    for tensor, other in zip(found, expected, strict=True):
+        gradient = torch.zeros_like(other) if other.grad is None else other.grad
+        torch.testing.assert_close(tensor.grad, gradient, rtol=1e-12, atol=1e-12)
