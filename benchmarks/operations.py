@@ -165,10 +165,13 @@ def of_a_step(steps: TrainingSteps, pipeline: bool) -> dict[str, Any]:
     """Operations by name, their number, bytes written and kept, in a step."""
     import torch
 
-    for _ in range(2):  # The first step makes what later ones find.
+    steps.step()  # It makes what later ones find.
+    with operation_counter() as before:
         steps.step()
     with operation_counter() as counter, kept_by_autograd(steps) as kept:
         steps.step()
+    if (before.operations, before.bytes_written) != (counter.operations, counter.bytes_written):
+        raise RuntimeError(f"two steps differ: {before.operations} and {counter.operations}")
     found = {"by_name": dict(counter.operations), "bytes_written": counter.bytes_written, "bytes_kept": kept["bytes"]}
     if pipeline:
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size()

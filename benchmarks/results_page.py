@@ -58,6 +58,14 @@ SECTIONS = (
         "python -m benchmarks.throughput --models gpt2-124m gpt2-350m --contexts 1024 4096 8192 16384 --rounds 30",
     ),
     Section(
+        "operations",
+        "Operations, counted",
+        "benchmarks.operations",
+        "What a step, or a decoded token, has torch start and write, exactly. A small model on a fast GPU takes the "
+        "time that starting its operations takes.",
+        "python -m benchmarks.operations",
+    ),
+    Section(
         "transport",
         "Pipelines",
         "benchmarks.transport",
@@ -147,6 +155,11 @@ autograd took some five: it filled what nobody else reads with zeros, put the pi
 a layer that joins its own K/V with an earlier layer's kept its queries as a view of its projection, and with it the
 keys and values in the projection that it had copied, or that nobody reads. Its queries are now copied as well where
 they are a view, and the projection is freed: the step's peak is dense's.
+""",
+    "operations-cpu": """\
+A layer that reads an earlier one left slicing, joining and filling with zeros to autograd, piece by piece. Now one
+function takes all of it, one operation each way (`attention/mixing.py`), and packing for a hop copies K/V from where
+they lie.
 """,
     "generation-cpu": """\
 Before, keys and values were kept in another order than that of the heads, so that each reader's were one slice, and

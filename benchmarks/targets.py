@@ -90,10 +90,20 @@ def before_and_after(name: str, before: Result, after: Result) -> Table:
 _HEADERS = {
     "throughput": (("model", "context", "attention", "layout"), ("speed / dense", "peak / dense")),
     "generation": (("prompt", "batch", "model"), ("decode / dense",)),
+    "operations": (("model", "layout", "variant, distance"), ("operations / consumer", "hidden states written")),
 }
 
 
 def _comparable(name: str, result: Result) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    if name == "operations":
+        return [
+            (
+                (row["model"], row["layout"], row["variant"]),
+                (f"{row['operations_beyond']:.2f}", f"{row['hidden_states_written_beyond']:.2f}"),
+            )
+            for row in result["rows"]
+            if "operations_beyond" in row and "layout" in row
+        ]
     if name == "throughput":
         return [
             (

@@ -64,7 +64,7 @@ STRIDES = ("contiguous", "padded", "batch first", "transposed")
 SIZES = ((8, 2, 16), (7, 3, 6), (1, 1, 20))
 
 
-def strided(shape: tuple[int, ...], how: str, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def strided(shape: tuple[int, ...], how: str, dtype: torch.dtype, generator: torch.Generator, device: str) -> Tensor:
     s, b, heads, d = shape
     random = {
         "contiguous": lambda: torch.randn(s, b, heads, d, generator=generator),
@@ -72,13 +72,9 @@ def strided(shape: tuple[int, ...], how: str, dtype: torch.dtype, generator: tor
         "batch first": lambda: torch.randn(b, heads, s, d, generator=generator).permute(2, 0, 1, 3),
         "transposed": lambda: torch.randn(s, b, d, heads, generator=generator).transpose(2, 3),
     }[how]()
-    return random.to(dtype).as_strided(random.shape, random.stride()) if how == "contiguous" else _cast(random, dtype)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same strides in another type."""
-    whole = torch.empty(tensor.untyped_storage().nbytes() // 4, dtype=dtype)
-    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(tensor)
+    # The same strides in another type.
+    whole = torch.empty(random.untyped_storage().nbytes() // random.itemsize, dtype=dtype, device=device)
+    return whole.as_strided(random.shape, random.stride(), random.storage_offset()).copy_(random)
 
 
 @contextmanager
@@ -91,12 +87,14 @@ def memory_full_of_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def largest_errors(plan: MixingPlan, how: str, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[float, float]:
+def largest_errors(
+    plan: MixingPlan, how: str, size: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> tuple[float, float]:
     """Of values and of gradients, against double precision."""
     generator = torch.Generator().manual_seed(1)
     s, b, d = size
     # In one tensor, as the pieces of a bundle are: the kernel reaches so many.
-    whole = strided((s, b, sum(plan.inputs), d), how, dtype, generator)
+    whole = strided((s, b, sum(plan.inputs), d), how, dtype, generator, device)
     inputs = list(whole.split(plan.inputs, dim=2))
     exact = [tensor.double().requires_grad_() for tensor in inputs]
     for tensor in inputs:
@@ -105,7 +103,7 @@ def largest_errors(plan: MixingPlan, how: str, size: tuple[int, int, int], dtype
     expected = naive(MixingPlan(plan.inputs, tuple(filter(None, plan.outputs))), exact)
     with memory_full_of_nan():
         found = [output for output, some in zip(mix(plan, inputs), outputs, strict=True) if some]
-        gradients = [strided(tuple(output.shape), how, dtype, generator) for output in found]
+        gradients = [strided(tuple(output.shape), how, dtype, generator, device) for output in found]
         torch.autograd.backward(found, gradients)
     torch.autograd.backward(expected, [gradient.double() for gradient in gradients])
     zero = torch.zeros(())
@@ -134,11 +132,11 @@ def cases() -> Iterator[tuple[str, str, tuple[int, int, int], torch.dtype]]:
                 yield name, next(strides), size, dtype
 
 
-def check_all() -> int:
+def check_all(device: str = "cpu") -> int:
     """Check the cases; how many they are."""
     checked = list(cases())
     for name, how, size, dtype in checked:
-        of_values, of_gradients = largest_errors(PLANS[name], how, size, dtype)
+        of_values, of_gradients = largest_errors(PLANS[name], how, size, dtype, device)
         # Written so that NaN fails.
         assert of_values == 0.0 and of_gradients <= TOLERANCES[dtype], (name, how, size, dtype)
     return len(checked)
