@@ -87,4 +87,4 @@ def test_pipelines(size: int, runs: Runs) -> None:
             assert_trains_as(runs, name, f"{model}.one", LOSS_TOLERANCE, GRADIENT_TOLERANCE)
             for answer in runs.answers[name]:
                 assert answer["alive"] == 0, name
-            print(f"{gpu.where()} {name}: losses {runs.figures(name)['loss']}")
+            print(f"{gpu.DEVICE} {name}: losses {runs.figures(name)['loss']}")
