@@ -65,7 +65,7 @@ def _on_gpus() -> list[Row]:
         _throughput("gpt2-124m", 4096, 4),
         _generation("124m", 30),
         _throughput("1b", 4096, 2),
-        Row("operations", _benchmark("operations", "gpu"), 60),
+        Row("operations", _benchmark("operations", "gpu", "--layouts", "1"), 60),
         Row("loss", _benchmark("loss", "gpu-124m", *loss), 120),
         _throughput("gpt2-124m", 16384, 1),
         _throughput("gpt2-350m", 4096, 4),
@@ -100,11 +100,12 @@ def _on_a_processor() -> list[Row]:
     tiny = ("--models", "tiny", "--contexts", "32", "--rounds", "2", "--warmup", "1", *cpu)
     loss = ("--model", "quickstart", "--iterations", "2", "--corpus-mb", "1", "--vocab-size", "512", *cpu)
     decoding = ("--model", "tiny", "--prompts", "8", "--tokens", "5", "--rounds", "2", "--seconds", "5", *cpu)
+    counted = ("--models", "tiny", "--context", "32", "--layouts", "1", "--no-decoding", *cpu)
     return [
         Row("checks", _tests("tests/test_gpu.py"), 60),
         Row("throughput", _benchmark("throughput", "cpu-tiny", *tiny), 15),
         Row("pipeline", _benchmark("throughput", "cpu-tiny-pipeline", *tiny, "--layouts", "2x1", "2x2"), 30),
-        Row("operations", _benchmark("operations", "cpu-tiny"), 30),
+        Row("operations", _benchmark("operations", "cpu-tiny", *counted), 30),
         Row("generation", _benchmark("generation", "cpu-tiny", *decoding), 15),
         Row("loss", _benchmark("loss", "cpu-tiny", *loss), 30),
     ]

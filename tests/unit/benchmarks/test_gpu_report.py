@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 import tarfile
 import time
@@ -16,8 +17,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks import loss, throughput, transport
 from benchmarks.gpu_report import rows as rows_of
 from benchmarks.gpu_report.rows import Row
+from benchmarks.record import ROOT
+from sla_megatron.common.presets import preset_flags
 
 WRITES = """
 import json, os, pathlib, sys, tempfile
@@ -236,13 +240,31 @@ def test_rows_are_commands_that_there_are() -> None:
     }
     # The wanted minutes are enough for all of one GPU's.
     assert sum(row.seconds for row in rows if row.gpus == 1) <= 11 * 60
-    root = Path(rows_of.__file__).resolve().parents[2]
     for each in (*rows, *rows_of.rows_for("cpu")):
         if each.command[1] == "pytest":
-            assert any((root / word).is_file() for word in each.command), each.name
+            assert any((ROOT / word).is_file() for word in each.command), each.name
         elif each.command[1] != "benchmarks.operations":
-            assert (root / f"{each.command[1].replace('.', '/')}.py").is_file(), each.name
+            assert (ROOT / f"{each.command[1].replace('.', '/')}.py").is_file(), each.name
             assert each.command[-2] == "--out" and each.command[-1].startswith(rows_of.FOLDER)
+
+
+def test_the_benchmarks_take_the_flags_of_their_rows() -> None:
+    """No GPU is needed to find that a row could not start: sizes that do not divide, a name that there is not."""
+    checked = set()
+    for each in (*rows_of.rows_for("cuda"), *rows_of.rows_for("cpu")):
+        name, flags = each.command[1].removeprefix("benchmarks."), list(each.command[2:])
+        if name == "throughput":
+            throughput.check(throughput.make_parser(), throughput.make_parser().parse_args(flags))
+        elif name == "transport":
+            shapes = transport.shapes_of(transport._parser().parse_args(flags))
+            assert {shape.ranks for shape in shapes} == {each.gpus} and len(shapes) >= 2
+        elif name == "loss":
+            args = loss.make_parser().parse_args(flags)
+            assert args.model == loss.QUICKSTART or preset_flags(args.model)
+        else:
+            continue
+        checked.add(each.name)
+    assert len(checked) >= 14
 
 
 def test_sockets_fit_into_a_long_path(report: Callable[..., Any], tmp_path: Path, command: ModuleType) -> None:
@@ -252,6 +274,13 @@ def test_sockets_fit_into_a_long_path(report: Callable[..., Any], tmp_path: Path
         folder.begin("some")
         assert len(str(folder.tmp)) < 80 and folder.tmp.is_dir()
     assert not folder.tmp.exists()
+
+
+def test_it_speaks_before_it_imports_what_takes_seconds() -> None:
+    heavy = {"torch", "megatron", "numpy", "matplotlib"}
+    code = f"import sys, benchmarks.gpu_report.__main__; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_the_mark_is_found_in_processes_alone() -> None:
