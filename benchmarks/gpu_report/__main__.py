@@ -133,6 +133,8 @@ def run_all(rows: Sequence[Row], folder: Folder, machine: dict[str, Any], device
             say(f"{row.name}: starts, about {row.seconds:.0f} s")
             outcome = run(row, folder.begin(row.name), given, seconds, say)
             folder.record(row.name, status=outcome.status, seconds=outcome.seconds, said=outcome.said, **about)
+            # Now, too: the machine may be gone before the end.
+            folder.pack()
             say(f"{row.name}: {outcome.status} in {outcome.seconds:.0f} s: {outcome.said}")
 
 
