@@ -1,6 +1,6 @@
 """Loss of a short training run, dense against ``--sla``, on text that every machine has.
 
-    python -m benchmarks.loss --model gpt2-124m --context 1024 --iterations 200    # one GPU, about two minutes
+    python -m benchmarks.loss --model gpt2-124m --context 1024 --iterations 150    # one GPU, about two minutes
     python -m benchmarks.loss --model quickstart --device cpu
 
 Each variant is trained by Megatron's own trainer through the entry point, one after the other on one rank: the same

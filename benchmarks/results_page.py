@@ -95,7 +95,7 @@ SECTIONS = (
         "Loss of a short run",
         "benchmarks.loss",
         "Dense and skip-layer, one run of each, from the same seed on the same batches.",
-        "python -m benchmarks.loss --model gpt2-124m --context 1024 --iterations 200 --global-batch-size 32",
+        "python -m benchmarks.loss --model gpt2-124m --context 1024 --iterations 150 --global-batch-size 32",
     ),
     Section(
         "encoder",

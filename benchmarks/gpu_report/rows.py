@@ -58,7 +58,7 @@ def _generation(label: str, seconds: int, *flags: str) -> Row:
 
 
 def _on_gpus() -> list[Row]:
-    loss = ("--model", "gpt2-124m", "--context", "1024", "--iterations", "200", "--global-batch-size", "32")
+    loss = ("--model", "gpt2-124m", "--context", "1024", "--iterations", "150", "--global-batch-size", "32")
     return [
         Row("checks", _tests("tests/test_gpu.py"), 120),
         *_on_several_gpus(),
@@ -66,7 +66,7 @@ def _on_gpus() -> list[Row]:
         _generation("124m", 30),
         _throughput("1b", 4096, 2),
         Row("operations", _benchmark("operations", "gpu", "--layouts", "1"), 60),
-        Row("loss", _benchmark("loss", "gpu-124m", *loss), 120),
+        Row("loss", _benchmark("loss", "gpu-124m", *loss), 130),
         _throughput("gpt2-124m", 16384, 1),
         _throughput("gpt2-350m", 4096, 4),
         _throughput("gpt2-124m", 1024, 16),

@@ -138,5 +138,5 @@ def _marked(token: str) -> Iterator[int]:
 def last_line(log: Path) -> str:
     """The last line of what was printed that says something; shortened."""
     lines = log.read_bytes()[-20_000:].decode(errors="replace").splitlines()
-    said = (re.sub(r"\s+", " ", line).strip() for line in reversed(lines))
+    said = (re.sub(r"\s+", " ", line).strip(" =") for line in reversed(lines))
     return next((line for line in said if re.search(r"\w", line)), "")[:160]
