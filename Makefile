@@ -7,12 +7,15 @@ PYTHON ?=
 QUICKSTART_ARGS ?=
 # Passed on to pytest, such as PYTEST_ARGS="-k quickstart -x".
 PYTEST_ARGS ?=
+# How long `make gpu-report` may take, and what is passed on to it, such as GPU_REPORT_ARGS="--rows checks loss".
+MINUTES ?= 10
+GPU_REPORT_ARGS ?=
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 
-.PHONY: help venv quickstart test lint gpu-check clean
+.PHONY: help venv quickstart test lint gpu-check gpu-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +38,9 @@ lint: $(STAMP) ## check style, formatting, and which folder imports which
 
 gpu-check: $(STAMP) ## run the tests that need a CUDA GPU
 	@$(RUN) pytest -m gpu -rA $(PYTEST_ARGS)
+
+gpu-report: $(STAMP) ## use a GPU for MINUTES (10): checks, speed, decoding, loss, all in one archive
+	@$(RUN) benchmarks.gpu_report --minutes $(MINUTES) $(GPU_REPORT_ARGS)
 
 clean: ## remove caches and build output; keeps .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -99,6 +99,13 @@ SECTIONS = (
         "sla-sweep run examples/sweep/paper.yaml --out runs/paper",
     ),
     Section(
+        "loss",
+        "Loss of a short run",
+        "benchmarks.loss",
+        "Dense and skip-layer, one run of each, from the same seed on the same batches.",
+        "python -m benchmarks.loss --model gpt2-124m --context 1024 --iterations 150 --global-batch-size 32",
+    ),
+    Section(
         "encoder",
         "Another domain: a bidirectional encoder",
         "examples.encoder.report",

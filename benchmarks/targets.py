@@ -18,7 +18,7 @@ def targets(results: dict[str, list[Result]]) -> Table:
     for title, aim, name, figures in _TARGETS:
         cells = [_worst(results.get(name, []), on_gpu, aim, figures) for on_gpu in (False, True)]
         rows.append((title, aim, *cells))
-    note = "The worst of all rows that were measured, by its median; and of how many rows the median reaches the aim."
+    note = "The worst of all rows of this page, by its median; and of how many rows the median reaches the aim."
     return Table("Ratios to dense", ("target", "aim", "CPU", "GPU"), rows, (0, 1), note)
 
 

@@ -63,10 +63,13 @@ def settle(flags: Sequence[str]) -> Namespace:
 
     from sla_megatron.cpu.device import add_device_arg
     from sla_megatron.flags.arguments import settled_args
+    from sla_megatron.flags.fused_kernels import switch_off_missing_kernels
 
     before, sys.argv = sys.argv, ["benchmark", *flags]
     try:
-        args = settled_args(add_device_arg, args_defaults={"tokenizer_type": "NullTokenizer"})
+        args = settled_args(
+            add_device_arg, args_defaults={"tokenizer_type": "NullTokenizer"}, check=switch_off_missing_kernels
+        )
     finally:
         sys.argv = before
     args.padded_vocab_size = calculate_padded_vocab_size(

@@ -183,13 +183,23 @@ def _seconds_table(rows: list[dict[str, Any]], device: str) -> Table:
                     f"{hop['hop']} ({hop['source_rank']} to {hop['target_rank']})",
                     str(hop["seconds"]["sla"]["n"]),
                     *(shown({k: v * 1e3 for k, v in hop["seconds"][way].items()}) for way in WAYS),
+                    f"{planned_seconds(hop) * 1e3:.3f}",
                     *(f"{hop['seconds_over_sla'][way]['median']:.3f}" for way in WAYS if way != "sla"),
                 )
             )
     ratios = [f"{label} / SLA" for way, label in WAYS.items() if way != "sla"]
-    header = ("layout", "hop", "runs", *(f"{label}, ms" for label in WAYS.values()), *ratios)
-    note = "Half of a round trip of a tensor of the payload's size between the two ranks. Median (least-most)."
+    header = ("layout", "hop", "runs", *(f"{label}, ms" for label in WAYS.values()), "SLA, planned", *ratios)
+    note = (
+        "Half of a round trip of a tensor of the payload's size between the two ranks. Median (least-most). Planned: "
+        "the planner's time for SLA's bytes at the rate of the dense transfer."
+    )
     return Table(f"Seconds a hop: {device}", header, cells, left=(0, 1), note=note)
+
+
+def planned_seconds(hop: dict[str, Any]) -> float:
+    """``sla-plan``'s time of the hop (``Rates``, without latency), the link being as fast as the dense transfer was."""
+    rate = hop["hidden_bytes"] / hop["seconds"]["dense"]["median"]
+    return (hop["hidden_bytes"] + hop["kv_planned_bytes"]) / rate
 
 
 def _step_table(rows: list[dict[str, Any]], device: str) -> Table:

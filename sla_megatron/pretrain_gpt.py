@@ -16,6 +16,7 @@ import multiprocessing
 import signal
 import sys
 import time
+from argparse import Namespace
 
 # Nothing heavier is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
 from .common.errors import one_line_errors
@@ -51,17 +52,22 @@ def _pretrain() -> None:
     from .cpu.device import add_device_arg
     from .flags.arguments import megatron_refusals, parse_and_validate_args
     from .flags.entry_point import require_data_and_folders, require_pretraining
+    from .flags.fused_kernels import switch_off_missing_kernels
     from .model.builder import gpt_config_from_args
     from .model.report import report_model
     from .training.checkpoint_writer import carry_tokenizer_along, shield_checkpoint_writer
     from .training.data import train_valid_test_datasets
     from .training.loss import forward_step
 
+    def check(args: Namespace) -> None:
+        require_pretraining(args)
+        switch_off_missing_kernels(args)
+
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     args = parse_and_validate_args(
         extra_args_provider=add_device_arg,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
-        check=require_pretraining,
+        check=check,
         check_validated=require_data_and_folders,
     )
     with one_line_errors(), megatron_refusals():

@@ -75,12 +75,12 @@ def _documents(folder: Path, layouts: Iterable[str]) -> dict[str, dict[str, Any]
     for layout in layouts:
         split = LAYOUTS[layout].argv() if layout in LAYOUTS else {"tensor_model_parallel_size": 1}
         for name, flags in DOCUMENT_MODELS.items():
-            request = {"argv": _flags("gqa-full-short", folder, **data | flags | split), "pipeline": True}
+            request = {"argv": model_flags("gqa-full-short", folder, **data | flags | split), "pipeline": True}
             requests[f"documents.{name}.{layout}"] = request
     return requests
 
 
-def _flags(model: str, folder: Path, **flags: Any) -> list[str]:
+def model_flags(model: str, folder: Path, **flags: Any) -> list[str]:
     base = {"train_iters": STEPS, "lr": 1e-3, "eval_interval": STEPS, "no_load_optim": True, "no_load_rng": True}
     return argv(**MODELS[model].argv() | base | {"load": folder / model, "finetune": True} | flags)
 
@@ -88,7 +88,7 @@ def _flags(model: str, folder: Path, **flags: Any) -> list[str]:
 def _requests(folder: Path, layouts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     requests = {}
     for model, layout in [case for case in CASES if case[1] in layouts]:
-        request = {"argv": _flags(model, folder, **LAYOUTS[layout].argv()), "pipeline": True}
+        request = {"argv": model_flags(model, folder, **LAYOUTS[layout].argv()), "pipeline": True}
         requests[f"{model}.{layout}"] = request
         if (model, layout) in REPEATED:
             requests[f"{model}.{layout}.repeated"] = request
@@ -128,7 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
     runs = Runs(folder)
     plain = {
-        f"{model}.pp1": {"argv": _flags(model, folder, tensor_model_parallel_size=1), "pipeline": True}
+        f"{model}.pp1": {"argv": model_flags(model, folder, tensor_model_parallel_size=1), "pipeline": True}
         for model in MODELS
     }
     # The tokenizer's end of a document.
@@ -144,29 +144,36 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_trains_as_without_a_pipeline(runs: Runs, model: str, layout: str) -> None:
     """Five steps: loss, gradient norm and evaluations; and every parameter's gradient in the first."""
-    _assert_trains_as(runs, f"{model}.{layout}", f"{model}.pp1")
+    assert_trains_as(runs, f"{model}.{layout}", f"{model}.pp1")
 
 
 @pytest.mark.parametrize("layout", DOCUMENT_LAYOUTS)
 @pytest.mark.parametrize("model", DOCUMENT_MODELS)
 def test_every_stage_keeps_documents_apart(runs: Runs, model: str, layout: str) -> None:
     """``--reset-attention-mask`` means on each stage what it means without a pipeline; and it does mean something."""
-    _assert_trains_as(runs, f"documents.{model}.{layout}", f"documents.{model}.pp1")
+    assert_trains_as(runs, f"documents.{model}.{layout}", f"documents.{model}.pp1")
     apart, mixed = (runs.figures(f"documents.{name}.pp1")["loss"] for name in ("sla", "one-mask"))
     assert apart != pytest.approx(mixed, rel=100 * LOSS_TOLERANCE)
 
 
-def _assert_trains_as(runs: Runs, name: str, reference: str) -> None:
+def assert_trains_as(
+    runs: Runs,
+    name: str,
+    reference: str,
+    loss_tolerance: float = LOSS_TOLERANCE,
+    gradient_tolerance: float = GRADIENT_TOLERANCE,
+) -> None:
+    """Losses, gradient norms and evaluations of all steps, and every gradient of the first; ``test_gpus.py``'s too."""
     found, plain = runs.figures(name), runs.figures(reference)
     assert len(found["loss"]) == STEPS
     for what in ("loss", "grad_norm", "evaluations"):
-        assert found[what] == pytest.approx(plain[what], rel=LOSS_TOLERANCE), what
+        assert found[what] == pytest.approx(plain[what], rel=loss_tolerance), what
     gradients, expected = runs.gradients(name), runs.gradients(reference)
     assert set(expected) <= set(gradients)
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, gradient in expected.items():
         error = (gradients[name].double() - gradient).norm()
-        assert error <= GRADIENT_TOLERANCE * gradient.norm() + NOTHING * whole, name
+        assert error <= gradient_tolerance * gradient.norm() + NOTHING * whole, name
 
 
 @pytest.mark.parametrize(("model", "layout"), REPEATED)

@@ -12,7 +12,16 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[2]
 
 #: Recorded where they are installed.
-PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "numpy", "sentencepiece", "tokenizers")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "transformer-engine",
+    "apex",
+    "numpy",
+    "sentencepiece",
+    "tokenizers",
+)
 
 
 def commit() -> str:

@@ -32,11 +32,18 @@ def free_ports(count: int) -> list[int]:
     return list(found)
 
 
+#: What Megatron and torch leave in this process, when a test imports them; a rank has what the user set of it, such as
+#: a choice of Transformer Engine's kernels.
+_LEFT_BEHIND = ("NVTE_", "TORCHINDUCTOR_")
+_OF_THE_USER = {name: value for name, value in os.environ.items() if name.startswith(_LEFT_BEHIND)}
+
+
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What torchrun sets for a rank, and the repository on the path."""
-    # The last two are left behind in this process by Megatron and torch.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "NVTE_", "TORCHINDUCTOR_"))}
-    return inherited | {
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", *_LEFT_BEHIND))}
+    return {
+        **inherited,
+        **_OF_THE_USER,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

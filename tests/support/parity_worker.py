@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -29,6 +30,8 @@ def main(folder: Path, compare: Callable[[dict[str, Any]], dict[str, Any]]) -> N
         import torch
         from megatron.core import parallel_state
 
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
         answers = {}
         for size in sorted({case["tp"] for case in request.values()}):
@@ -41,17 +44,39 @@ def main(folder: Path, compare: Callable[[dict[str, Any]], dict[str, Any]]) -> N
             (folder / "answer0.json").write_text(json.dumps(answers))
 
 
-def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """One model against the reference; every number is ``|found - expected| / |expected|`` over the whole tensor."""
+def run_case(case: dict[str, Any]) -> dict[str, float]:
+    """One model against the reference; every number is ``|found - expected| / |expected|`` over the whole tensor.
+
+    With ``draws`` of weights and tokens, the root of the mean square over them.
+    """
+    import torch
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    reference, model, full_shapes = build(case)
+    generator = torch.Generator().manual_seed(17)
+    answers = [compare(reference, model, full_shapes, generator) for _ in range(case.get("draws", 1))]
+    return {
+        name: {"dead rows": max, "before change": max, "after change": min}.get(name, root_mean_square)(
+            [answer[name] for answer in answers]
+        )
+        for name in answers[0]
+    }
+
+
+def root_mean_square(values: list[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / len(values))
+
+
+def compare(reference: Any, model: Any, full_shapes: dict[str, Any], generator: Any) -> dict[str, float]:
+    """The errors for weights and tokens that are drawn from ``generator``."""
     import torch
     from megatron.core import tensor_parallel
     from megatron.core.distributed import finalize_model_grads
 
     from tests.support import sharding
 
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    reference, model, full_shapes = build(case)
-    generator = torch.Generator().manual_seed(17)
+    model.train()
     weights = sharding.random_weights(full_shapes, generator)
     sharding.load(model, weights)
 
@@ -159,7 +184,8 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         num_heads=HEADS,
         num_groups=case["groups"],
         head_size=HEAD_SIZE,
-        distances=tuple(case["distances"]),
+        # Another source than the model's: a mistake that a test is to find.
+        distances=tuple(case.get("reference_distances", case["distances"])),
         num_skip_groups=case["skip_groups"],
         pruned=case["projection"] == "pruned",
         rope=case["rope"],

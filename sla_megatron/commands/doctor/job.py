@@ -24,9 +24,11 @@ def job_args(place: Place, num_gpus: int | None, on_cpu: bool) -> Namespace:
     """
     from ...flags.arguments import fewest_gpus, settled_args
     from ...flags.entry_point import require_pretraining
+    from ...flags.fused_kernels import switch_off_missing_kernels
 
     def check(args: Namespace) -> None:
         require_pretraining(args)
+        switch_off_missing_kernels(args)
         if place.launched:
             args.rank, args.world_size = place.rank, place.world_size
             if num_gpus not in (None, place.world_size):

@@ -53,14 +53,7 @@ def transformer_engine(args: Namespace, device: str) -> str:
 
 
 def apex(args: Namespace, device: str) -> str:
-    """Apex is there where a flag cannot do without it; Megatron replaces the rest of it by itself."""
-    has_fused_gradients = find_spec("fused_weight_gradient_mlp_cuda") is not None
-    if device == "cuda" and args.transformer_impl == "local" and args.gradient_accumulation_fusion:
-        if not has_fused_gradients:
-            raise Fault(
-                "its fused_weight_gradient_mlp_cuda is not installed: expected it with --transformer-impl local, or "
-                "--no-gradient-accumulation-fusion"
-            )
+    """Whether Apex is there: where it is not, the entry point switches its kernels off, Megatron replaces the rest."""
     installed = _installed("apex", "apex")
     if installed is not None:
         return installed

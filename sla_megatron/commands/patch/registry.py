@@ -16,6 +16,7 @@ from ...attention.sla_config import SLAConfig
 from ...cpu.replacements import replacements
 from ...flags.arguments import PARSING
 from ...flags.checkpoint_settings import CHECKED_ON_LOADING
+from ...flags.fused_kernels import APEX, FUSED_GRADIENTS, FUSED_ROTARY
 from ...model import builder, transformer_block
 from ...model.recomputation import CHECKPOINTED_FORWARD
 from ...model.transformer_block import BERT_MODEL, transformer_block_seam
@@ -37,6 +38,7 @@ LOCAL = "with --non-persistent-ckpt-type local, where checkpoints are loaded, wi
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
 SAVE = "with --sla and --save, from our entry point, until upstream saves tokenizers itself"
 WHEEL = "with megatron-core's wheel, on any device: a checkout has the Makefile"
+KERNELS = "from our entry point on a GPU, with --sla or without"
 CPU = "on the CPU"
 
 
@@ -81,6 +83,7 @@ def registry() -> list[Entry]:
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(SAVE, [SAVE_CONFIG]),
         *_entries(ALWAYS, [PARSING]),
+        *_entries(KERNELS, [FUSED_GRADIENTS, APEX, FUSED_ROTARY]),
         *_entries(WHEEL, [COMPILE_HELPERS]),
         *_entries(CPU, replacements()),
     ]

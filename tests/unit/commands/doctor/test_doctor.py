@@ -100,7 +100,6 @@ def test_transformer_engine_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatc
 
 def test_apex_where_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "find_spec", lambda name: None)
-    assert "--no-gradient-accumulation-fusion" in fault_of(versions.apex, implementation("local", True), "cuda")
     assert versions.apex(implementation("local"), "cuda") == "not installed; torch's norms and optimizers are used"
     with pytest.raises(Skipped):
         versions.apex(implementation("local", True), "cpu")
