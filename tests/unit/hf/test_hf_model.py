@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from sla_megatron.hf.attention_sla_gpt import Pieces, SlaGPTNorm, apply_rotary, rotary_frequencies
+from sla_megatron.hf.attention_sla_gpt import SlaGPTNorm
 from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
+from sla_megatron.hf.pieces_sla_gpt import Pieces
+from sla_megatron.hf.rotary_sla_gpt import SlaGPTRotaryEmbedding, apply_rotary
 from tests.reference import ReferenceGPT
 
 from .hf_models import LENGTH, VOCABULARY, build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
@@ -262,11 +264,11 @@ def test_dense_model_is_gpt2(ours: str, theirs: str) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("percent", [0.25, 1.0])
 def test_rotary_embedding_turns_complex_numbers(interleaved: bool, percent: float) -> None:
-    config = tiny(head_dim=16, rotary_percent=percent, rope_theta=100.0)
-    x, dim = torch.randn(2, 3, LENGTH, 16, dtype=torch.float64), config.rotary_dim
-    positions = torch.arange(LENGTH, dtype=torch.float64)
-    angles = positions[:, None] * rotary_frequencies(config, x.device).double()
-    turned = apply_rotary(x, angles.cos()[None, None], angles.sin()[None, None], interleaved)
+    config = tiny(head_dim=16, rotary_percent=percent, rope_theta=100.0, rotary_interleaved=interleaved)
+    x, dim = torch.randn(2, LENGTH, 3, 16, dtype=torch.float64), config.rotary_dim
+    positions = torch.arange(LENGTH, dtype=torch.float64)[:, None]
+    cos, sin = SlaGPTRotaryEmbedding(config)(x, positions.T)
+    turned = apply_rotary(x, cos, sin, interleaved)
 
     pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + dim // 2) for i in range(dim // 2)]
     expected = x.clone()

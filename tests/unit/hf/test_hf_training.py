@@ -198,11 +198,11 @@ def test_projections_that_nobody_reads_are_not_computed() -> None:
     assert operations(full) == operations(pruned)
     with torch.no_grad():
         expected = full(tokens()).logits
-    # Layers 5 and 6 read keys and values of one group in four.
+    # Layers 5 and 6 read keys and values of one group in four, which are projected together or not at all.
     seen: list[tuple[int, ...]] = []
     for layer in full.model.layers:
         layer.self_attn.k_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    more = 2 * (2 * LENGTH) * 32 * (3 * 4)
+    more = 2 * 2 * (2 * LENGTH) * 32 * (3 * 4)
     assert operations(full) == operations(pruned) + 2 * more
     assert seen == [(2, LENGTH, 16)] * 6
     with torch.no_grad():
