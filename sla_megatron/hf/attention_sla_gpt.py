@@ -190,11 +190,11 @@ class SlaGPTAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """One call for each layer that is read, on views of its keys and values: blocks become part of the batch.
 
-        For a single token, at every length of the cache.  Counted, one call on a joined copy is no fewer operations (two
-        copies, here a call and a copy of the output) and writes 2 G S d elements more; where groups do not keep their
-        order, it is two or three fewer.  Measured (12 heads of 8 and of 64, one thread of a processor), it is nowhere
-        faster: by the views that it takes, 77 us against 57 with 16 tokens and out of order, and as long in order;
-        with 1024, 433 against 237.
+        For a single token, at every length of the cache.  Counted, one call on a joined copy is no fewer operations
+        (two copies; here, a call and a copy of the output) and writes 2 G S d elements more; where groups do not keep
+        their order, it is two or three fewer.  Measured (12 heads of 8 and of 64, one thread of a processor), there is
+        no length at which it is faster, by the views that it takes: with 16 tokens as long, 77 us against 57 out of
+        order; with 1024, 433 against 237.
         """
         batch, by_index = query.shape[0], is_eager_inference()
         rows = batch * self.blocks
