@@ -207,13 +207,24 @@ def test_logits_and_every_gradient_are_the_reference_s(index: int) -> None:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+        # Of 16 positions, which 40 tokens exceed.
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0},
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "short_factor": [1.0 + i / 9 for i in range(8)],
+            "long_factor": [2.0 + i for i in range(8)],
+        },
     ],
-    ids=["plain", "linear", "llama3"],
+    ids=["plain", "linear", "llama3", "dynamic", "yarn", "longrope"],
 )
 def test_dense_model_is_llama(scaling: dict | None) -> None:
     config = tiny(
         head_dim=16, normalization="RMSNorm", attention_bias=False, mlp_bias=False, gated_mlp=True, hidden_act="silu",
         tie_word_embeddings=False, rope_theta=500.0, rope_scaling=scaling, sla_skip_distances=[], sla_skip_groups=[],
+        max_position_embeddings=16 if scaling is not None and scaling["rope_type"] == "dynamic" else 64,
     )  # fmt: skip
     model = build(config)
     shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -228,7 +239,8 @@ def test_dense_model_is_llama(scaling: dict | None) -> None:
     batch = tokens(length=40)
     with torch.no_grad():
         # Llama rounds norms and angles to fp32.
-        assert relative_error(model(batch).logits, llama.eval()(batch).logits) <= 1e-5
+        for each in (batch, batch[:, :9]):
+            assert relative_error(model(each).logits, llama.eval()(each).logits) <= 1e-5
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("gelu_pytorch_tanh", "gelu_new"), ("relu", "relu"), ("silu", "silu")])
