@@ -26,6 +26,9 @@ from .rotary_sla_gpt import apply_rotary
 #: Keys and values.
 KV = tuple[Tensor, Tensor]
 
+#: Bytes of keys and values up to which they are copied for one token, rather than read where they are.
+MOST_COPIED = 512 * 1024
+
 
 class SlaGPTNorm(nn.Module):
     """LayerNorm or RMSNorm of the last dimension, computed in fp32 at least."""
@@ -45,15 +48,16 @@ class SlaGPTNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[.., size]`` to ``[.., size]``."""
-        shape = self.weight.shape
-        if not self.zero_centered and x.dtype == self.weight.dtype:
+        weight = self.weight
+        shape = weight.shape
+        if not self.zero_centered and x.dtype == weight.dtype:
             # torch's own have fp32 inside, and are one operation each where there is a kernel.
             if self.bias is None:
-                return nn.functional.rms_norm(x, shape, self.weight, self.eps)
-            return nn.functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
+                return nn.functional.rms_norm(x, shape, weight, self.eps)
+            return nn.functional.layer_norm(x, shape, weight, self.bias, self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         # Added in fp32: in bf16, 1 + weight would lose most of the weight.
-        weight = self.weight.to(dtype) + 1 if self.zero_centered else self.weight.to(dtype)
+        weight = weight.to(dtype) + 1 if self.zero_centered else weight.to(dtype)
         wide = x.to(dtype)
         if self.bias is not None:
             return nn.functional.layer_norm(wide, shape, weight, self.bias.to(dtype), self.eps).to(x.dtype)
@@ -105,6 +109,8 @@ class SlaGPTAttention(nn.Module):
         self.head_dim = d = config.head_dim
         self.num_key_value_groups = per_group = config.num_attention_heads // config.num_key_value_heads
         self.scaling = d**-0.5
+        # What each token needs of the configuration: transformers' own takes its time to find a field.
+        self.num_groups, self.is_interleaved = config.num_key_value_heads, config.rotary_interleaved
 
         # The configuration counts layers from 1.
         number, period = layer_idx + 1, config.period
@@ -118,9 +124,9 @@ class SlaGPTAttention(nn.Module):
         self.query_pieces = Pieces(list(reads.values()), period, per_group)
         projected = [g for g in config.projected_groups(number) if g < period]
         self.stored_pieces = Pieces([[projected.index(g) for g in stored]], len(projected)) if stored else None
-        #: Where most weights of keys and values are of groups that nobody reads, the rows of those that are.
+        #: Where at most half of the groups are read, the rows of those that are.
         self.live_rows: LiveRows | None = None
-        if stored and 2 * len(stored) <= len(projected):
+        if stored and 2 * len(stored) <= period:
             order = [block * len(projected) + projected.index(g) for block in range(self.blocks) for g in stored]
             self.live_rows = LiveRows([group * d + i for group in order for i in range(d)])
 
@@ -166,35 +172,52 @@ class SlaGPTAttention(nn.Module):
         else:
             stores = [tuple(t.to(query.device) for t in source) for source in sources]
             stores += [own] if self.reads_own else []
-            in_parts = query.shape[2] == 1 and not self.kv_pieces.is_identity
+            in_parts = query.shape[2] == 1 and not self.kv_pieces.is_identity and not self._is_short(stores[0][0])
             attend_to = self._attend_to_parts if in_parts else self._attend_to_whole
             output, weights = attend_to(attend, query, stores, attention_mask)
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights, own
 
+    def _is_short(self, key: Tensor) -> bool:
+        """Whether one token's attention takes one call, on copies of the keys and values of ``key``'s ``[b, N, S, d]``.
+
+        Counted: two copies and a call, or as many calls as layers are read and a copy of their outputs, so the same for
+        two layers; the former writes all of G, S and d, the latter reads the cache alone.  Measured, one thread of a
+        processor, microseconds, (KiB that are copied: one call, two):
+
+        - 12 heads of 8:  (96: 48, 60)  (192: 60, 70)  (384: 82, 84)  (768: 125, 117)
+        - 12 heads of 64: (96: 47, 59)  (384: 72, 72)  (768: 94, 89)  (3072: 220, 152)
+        - the same in 4 groups: (128: 44, 75)  (512: 93, 113)  (1024: 141, 148)  (2048: 254, 238)
+
+        Where groups are torn apart, putting them in their order takes one call longer at every length: 77 and 57 with
+        16 tokens.
+        """
+        copied = 2 * key.shape[0] * key.shape[2] * self.num_groups * self.head_dim * key.element_size()
+        return copied <= MOST_COPIED and not self.kv_pieces.is_torn
+
     def _attend_to_whole(
         self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One call, on the keys and values together: a copy of both, little beside what several tokens make of them."""
+        """One call, on copies of the keys and values together: little beside what several tokens make of them."""
         key, value = (self._joined(tensors) for tensors in zip(*stores, strict=True))
         return attend(query, key, value, mask)
 
     def _joined(self, stores: Sequence[Tensor]) -> Tensor:
         """What is read of each, ``[b, N, S, d]``, as ``[b, G, S, d]``."""
-        blocks = [
-            t.unflatten(1, (self.blocks, -1)).narrow(2, *place) for t, place in zip(stores, self.places, strict=True)
-        ]
-        return self.kv_pieces.put_back(blocks, 2).flatten(1, 2)
+        dim = 1 if self.blocks == 1 else 2
+        parts = []
+        for store, (first, count) in zip(stores, self.places, strict=True):
+            block = store if self.blocks == 1 else store.unflatten(1, (self.blocks, -1))
+            # A view that changes nothing would cost time too.
+            parts.append(block if count == block.shape[dim] else block.narrow(dim, first, count))
+        joined = self.kv_pieces.put_back(parts, dim)
+        return joined if self.blocks == 1 else joined.flatten(1, 2)
 
     def _attend_to_parts(
         self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """One call for each layer that is read, on views of its keys and values: blocks become part of the batch.
 
-        For a single token, at every length of the cache.  Counted, one call on a joined copy is no fewer operations
-        (two copies; here, a call and a copy of the output) and writes 2 G S d elements more; where groups do not keep
-        their order, it is two or three fewer.  Measured (12 heads of 8 and of 64, one thread of a processor), there is
-        no length at which it is faster, by the views that it takes: with 16 tokens as long, 77 us against 57 out of
-        order; with 1024, 433 against 237.
+        For a single token, whose time is mostly that of reading the cache: copying a long one would double that.
         """
         batch, by_index = query.shape[0], is_eager_inference()
         rows = batch * self.blocks
@@ -246,14 +269,14 @@ class SlaGPTAttention(nn.Module):
 
     def _rotate(self, query: Tensor, key: Tensor | None, rotary: KV) -> tuple[Tensor, Tensor | None]:
         """Both turned, ``[b, s, heads, d]``."""
-        rotate = partial(apply_rotary, cos=rotary[0], sin=rotary[1], interleaved=self.config.rotary_interleaved)
+        interleaved = self.is_interleaved
         if key is None:
-            return rotate(query), None
+            return apply_rotary(query, *rotary, interleaved), None
         if query.shape[1] == 1 and is_eager_inference():
             # Of one token, the time is that of starting operations: together, half as many, and one more.
-            both = rotate(torch.cat((query, key), dim=2))
-            return both.split([query.shape[2], key.shape[2]], dim=2)
-        return rotate(query), rotate(key)
+            both = apply_rotary(torch.cat((query, key), dim=2), *rotary, interleaved)
+            return both.split_with_sizes([query.shape[2], key.shape[2]], dim=2)
+        return apply_rotary(query, *rotary, interleaved), apply_rotary(key, *rotary, interleaved)
 
     def _heads(self, x: Tensor) -> Tensor:
         """``[b, s, heads * d]`` to ``[b, s, heads, d]``."""

@@ -40,6 +40,8 @@ class Pieces:
         self.taken = [len(order) * width for order in orders]
         self.is_identity = len(orders) == 1 and self.order == list(range(total * width))
         self.is_torn = any(len(pieces) > 1 for pieces in self.pieces)
+        #: The orders, by where they begin.
+        self.by_place = sorted(range(len(orders)), key=lambda number: self.pieces[number])
         self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def take(self, x: Tensor, dim: int, by_index: bool = False) -> list[Tensor]:
@@ -49,7 +51,7 @@ class Pieces:
         if self.is_torn and by_index:
             taken = x.index_select(dim, self._index(x.device)[0])
             return [taken] if len(self.taken) == 1 else list(taken.split(self.taken, dim))
-        split = x.split(self.sizes, dim)
+        split = x.split_with_sizes(self.sizes, dim)
         return [_cat([split[piece] for piece in pieces], dim) for pieces in self.pieces]
 
     def put_back(self, outputs: Sequence[Tensor], dim: int, by_index: bool = False) -> Tensor:
@@ -58,6 +60,8 @@ class Pieces:
             return outputs[0]
         if self.is_torn and by_index:
             return _cat(outputs, dim).index_select(dim, self._index(outputs[0].device)[1])
+        if not self.is_torn:
+            return torch.cat([outputs[order] for order in self.by_place], dim)
         found: dict[int, Tensor] = {}
         for output, pieces in zip(outputs, self.pieces, strict=True):
             parts = [output] if len(pieces) == 1 else output.split([self.sizes[piece] for piece in pieces], dim)
@@ -75,8 +79,9 @@ class Pieces:
 class LiveRows:
     """The rows of a layer's K/V weights that some layer reads, keys' and values' together: one projection for both.
 
-    A copy, at most half as large as those weights.  It is made with each prompt and serves the tokens that follow:
-    gathering it for each of them would cost more than their projection.  In no state dict, copy or pickle of the model.
+    A copy, at most half as large as those of all groups.  It is made with each prompt and serves the tokens that
+    follow: gathering it for each of them would cost more than their projection.  In no state dict, copy or pickle of
+    the model.
 
     Args:
         rows: their numbers, in the order in which the layer's keys and values are kept; of keys as of values.

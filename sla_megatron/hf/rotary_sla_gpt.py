@@ -112,7 +112,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
     """
     turned, kept = x, None
     if cos.shape[-1] < x.shape[-1]:
-        turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+        turned, kept = x.split_with_sizes([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     if interleaved:
         swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
