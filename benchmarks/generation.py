@@ -1,16 +1,19 @@
-"""Decoding with the Hugging Face model: tokens a second and bytes of cache, skip-layer against dense.
+"""Decoding with the Hugging Face model: tokens a second and bytes of cache, skip-layer against dense and its peer.
 
     python -m benchmarks.generation --model gpt2-124m --prompts 128 1024 4096
 
-Three models of one shape with random weights, dense, ``full`` and ``pruned``, generate greedily in turns in one process
-(so the machine's drift cancels); a round is one turn of each, in an order that rotates.  The first rounds
-(``--warmup``) are left out: until each model has had each place of the order, the heap still grows.  Decoding is timed
-from the first new token to the last, prefill from the call to the first token; ratios are of the rounds' pairs.  The
-cache is measured after the last token, from the tensors that it holds, and must be of the size that the definition
-gives: each live (layer, group) once.  If not, the command ends with status 1.
+Four models of one shape with random weights, dense, ``full``, ``pruned`` and, as a peer, transformers' own Llama or
+GPT-2, generate greedily in turns in one process (so the machine's drift cancels); a round is one turn of each, in an
+order that rotates.  The first rounds (``--warmup``) are left out: until each model has had each place of the order, the
+heap still grows.  Decoding is timed from the first new token to the last, prefill from the call to the first token;
+ratios are of the rounds' pairs.  The cache is measured after the last token, from the tensors that it holds, and must
+be of the size that the definition gives: each live (layer, group) once.  If not, the command ends with status 1.
 
 With ``--compile`` the cache is of fixed size and each new token is a compiled step, as transformers does by itself on a
 GPU; a compiler that has to break the model's graph ends the command.  Compiling falls into the warm-up.
+
+``--seconds`` bounds the time of each row: after one round that is timed, no other begins that would end later.  How
+many were timed is each figure's ``n``.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import argparse
 import gc
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,13 @@ from sla_megatron.common.flag_types import count
 
 from .heap import keep_freed_memory
 from .models import SHAPES, VARIANTS, hf_config
+from .peers import peer_model
 from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
 
 DTYPES = ("fp32", "bf16")
+
+#: Those that take turns.
+MODELS = (*VARIANTS, "peer")
 
 
 def main() -> None:
@@ -46,6 +54,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=count("--tokens", 2), default=33, help="new tokens (default: 33)")
     parser.add_argument("--rounds", type=count("--rounds"), default=9, help="that are timed (default: 9)")
     parser.add_argument("--warmup", type=count("--warmup", 0), default=3, help="rounds left out (default: 3)")
+    parser.add_argument(
+        "--seconds", type=count("--seconds"), metavar="S", help="of each row at most; default: as needed"
+    )
     parser.add_argument("--compile", action="store_true", help="a static cache and compiled decoding steps")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 without one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is")
@@ -80,14 +91,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for length in args.prompts:
         for batch in args.batches:
+            started = time.perf_counter()
             # New models for each: one keeps its static cache, and its compiled steps, at the longest prompt's size.
             torch.compiler.reset()
             torch.manual_seed(1)
             positions = length + args.tokens
-            models = {variant: build(args.model, variant, positions, dtype, args.device) for variant in VARIANTS}
+            models = {variant: build(args.model, variant, positions, dtype, args.device) for variant in MODELS}
             vocabulary = SHAPES[args.model]["vocab_size"]
             prompt = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(1))
-            rows.append(measure_one(models, prompt.to(args.device), args))
+            rows.append(measure_one(models, prompt.to(args.device), args, started))
             print(f"prompt {length}, batch {batch}: {ratio_line(rows[-1])}", flush=True)
     return rows
 
@@ -96,7 +108,9 @@ def build(name: str, variant: str, positions: int, dtype: Any, device: str) -> A
     """A model with random weights, in evaluation mode."""
     from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 
-    return SlaGPTForCausalLM(hf_config(name, variant, positions)).to(dtype).to(device).eval()
+    is_peer = variant == "peer"
+    model = peer_model(name, positions) if is_peer else SlaGPTForCausalLM(hf_config(name, variant, positions))
+    return model.to(dtype).to(device).eval()
 
 
 class Clock:
@@ -112,24 +126,44 @@ class Clock:
         pass
 
 
-def measure_one(models: dict[str, Any], prompt: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of one prompt, ``[batch, length]``."""
+def rounds(args: argparse.Namespace, started: float) -> Iterator[tuple[int, bool]]:
+    """The number of each round, from 0, and whether it is timed: those of the warm-up are not.
+
+    Where another round would take more than is left of ``--seconds`` since ``started``, none follows, or if none was
+    timed yet, one that is.
+    """
+    took, timed = 0.0, 0
+    for number in range(args.warmup + args.rounds):
+        began = time.perf_counter()
+        is_late = number > 0 and args.seconds is not None and began + took > started + args.seconds
+        if is_late and timed:
+            return
+        is_timed = is_late or number >= args.warmup
+        yield number, is_timed
+        took, timed = time.perf_counter() - began, timed + is_timed
+
+
+def measure_one(models: dict[str, Any], prompt: Any, args: argparse.Namespace, started: float) -> dict[str, Any]:
+    """All rounds of one prompt, ``[batch, length]``.  ``started``: when the row's time began."""
     batch, length = prompt.shape
-    prefill: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    decode: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    prefill: dict[str, list[float]] = {variant: [] for variant in models}
+    decode: dict[str, list[float]] = {variant: [] for variant in models}
     cache: dict[str, int] = {}
     how = static_and_compiled() if args.compile else {}
-    for turn in range(args.warmup + args.rounds):
-        first = turn % len(VARIANTS)
-        for variant in (*VARIANTS[first:], *VARIANTS[:first]):
+    for turn, is_timed in rounds(args, started):
+        first = turn % len(models)
+        for variant in (*list(models)[first:], *list(models)[:first]):
             gc.collect()
             seconds, cache[variant] = generate(models[variant], prompt, args.tokens, how)
-            if turn >= args.warmup:
+            if is_timed:
                 prefill[variant].append(seconds[0])
                 decode[variant].append(seconds[1])
     rate = batch * (args.tokens - 1)
+    # The peer caches what the dense model does.
+    configs = {variant: models["dense" if variant == "peer" else variant].config for variant in models}
     return {
         "model": args.model,
+        "peer": type(models["peer"]).__name__,
         "prompt": length,
         "batch": batch,
         "new_tokens": args.tokens,
@@ -141,18 +175,20 @@ def measure_one(models: dict[str, Any], prompt: Any, args: argparse.Namespace) -
                 "prefill_seconds": spread(prefill[variant]),
                 "cache_bytes": cache[variant],
                 # Of the last token nothing is cached: it is never run.
-                "formula_bytes": formula_bytes(models[variant].config, batch, length + args.tokens - 1, args.dtype),
+                "formula_bytes": formula_bytes(configs[variant], batch, length + args.tokens - 1, args.dtype),
             }
-            for variant in VARIANTS
+            for variant in models
         },
         "decode_ratio": {v: spread(_ratios(decode["dense"], decode[v])) for v in VARIANTS[1:]},
         "prefill_ratio": {v: spread(_ratios(prefill["dense"], prefill[v])) for v in VARIANTS[1:]},
         "cache_ratio": {v: cache[v] / cache["dense"] for v in VARIANTS[1:]},
+        "decode_over_peer": {v: spread(_ratios(decode["peer"], decode[v])) for v in VARIANTS},
+        "prefill_over_peer": {v: spread(_ratios(prefill["peer"], prefill[v])) for v in VARIANTS},
     }
 
 
 def _ratios(dense: list[float], other: list[float]) -> list[float]:
-    """Speed of the other, dense = 1, round by round, from their seconds."""
+    """Speed of the other, dense (or the peer) = 1, round by round, from their seconds."""
     return [a / b for a, b in zip(dense, other, strict=True)]
 
 
@@ -207,7 +243,7 @@ def formula_bytes(config: Any, batch: int, positions: int, dtype: str) -> int:
 
 def ratio_line(row: dict[str, Any]) -> str:
     """For the progress."""
-    parts = []
+    parts = [f"dense {row['decode_over_peer']['dense']['median']:.3f} of {row['peer']}'s speed"]
     for variant in VARIANTS[1:]:
         speed, cache = row["decode_ratio"][variant]["median"], row["cache_ratio"][variant]
         parts.append(f"{variant} {speed:.3f} of dense's speed, {cache:.4f} of its cache")
@@ -216,36 +252,60 @@ def ratio_line(row: dict[str, Any]) -> str:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """One row for each prompt, batch and model."""
+    first = result["rows"][0]
+    # Earlier results have no peer.
+    has_peer = "peer" in first
     rows = []
     for row in result["rows"]:
+        dense_bytes = row["variants"]["dense"]["cache_bytes"]
         for variant, figures in row["variants"].items():
-            is_dense = variant == "dense"
-            rows.append(
-                (
-                    variant,
-                    str(row["prompt"]),
-                    str(row["batch"]),
-                    str(figures["decode_tokens_per_second"]["n"]),
-                    shown(figures["decode_tokens_per_second"], 2),
-                    "1" if is_dense else shown(row["decode_ratio"][variant]),
-                    shown(figures["prefill_seconds"]),
-                    "1" if is_dense else shown(row["prefill_ratio"][variant]),
-                    f"{figures['cache_bytes'] / 1e6:.3f}",
-                    "1" if is_dense else f"{row['cache_ratio'][variant]:.4f}",
-                    "equal" if figures["cache_bytes"] == figures["formula_bytes"] else str(figures["formula_bytes"]),
-                )
-            )
-    first = result["rows"][0]
-    header = ("model", "prompt", "batch", "runs", "decode, tokens/s", "/ dense", "prefill, s", "speed / dense")
+            cells = [
+                row["peer"] if variant == "peer" else variant,
+                str(row["prompt"]),
+                str(row["batch"]),
+                str(figures["decode_tokens_per_second"]["n"]),
+                shown(figures["decode_tokens_per_second"], 2),
+                _against(row["decode_ratio"], variant, "dense"),
+                shown(figures["prefill_seconds"]),
+                _against(row["prefill_ratio"], variant, "dense"),
+                f"{figures['cache_bytes'] / 1e6:.3f}",
+                "1" if variant == "dense" else f"{figures['cache_bytes'] / dense_bytes:.4f}",
+                "equal" if figures["cache_bytes"] == figures["formula_bytes"] else str(figures["formula_bytes"]),
+            ]
+            if has_peer:
+                cells.insert(6, _against(row["decode_over_peer"], variant, "peer"))
+            rows.append(tuple(cells))
+    decode = ("decode, tokens/s", "/ dense", "/ peer") if has_peer else ("decode, tokens/s", "/ dense")
+    note = "Median (least-most). Ratios above 1 are faster than dense, and are medians over pairs of one round."
+    if has_peer:
+        note += " The peer is transformers' own model of the same shape."
     return [
         Table(
             f"Generation: {first['model']}, {first['dtype']}, {first['new_tokens']} new tokens, "
             f"{'compiled, ' if first.get('compiled') else ''}{result['machine']['device']}",
-            (*header, "cache, MB", "/ dense", "formula"),
+            (
+                "model",
+                "prompt",
+                "batch",
+                "runs",
+                *decode,
+                "prefill, s",
+                "speed / dense",
+                "cache, MB",
+                "/ dense",
+                "formula",
+            ),
             rows,
-            note="Median (least-most). Ratios above 1 are faster than dense, and are medians over pairs of one round.",
+            note=note,
         )
     ]
+
+
+def _against(ratios: dict[str, dict[str, float]], variant: str, base: str) -> str:
+    """A cell: the ratio of ``variant``, where there is one."""
+    if variant == base:
+        return "1"
+    return shown(ratios[variant]) if variant in ratios else ""
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

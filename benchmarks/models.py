@@ -21,16 +21,25 @@ _LLAMA = {
     "tie_word_embeddings": False,
 }
 
-#: Name -> fields of ``SlaGPTConfig``: models of ``launch/presets``; ``tiny``, for tests; ``narrow``, which shows on a
-#: processor what decoding on a GPU is made of: its time is mostly that of starting operations.
+#: Name -> fields of ``SlaGPTConfig``: models of ``launch/presets``; ``tiny``, for tests; ``narrow`` and
+#: ``narrow-llama``, which show on a processor what decoding on a GPU is made of: their time is mostly that of starting
+#: operations.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         **(_GPT2 | {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}),
         "max_position_embeddings": 64,
     },
     "narrow": _GPT2 | {"vocab_size": 500, "hidden_size": 96, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "narrow-llama": {
+        **(_LLAMA | {"vocab_size": 500, "hidden_size": 96, "num_hidden_layers": 12, "num_attention_heads": 12}),
+        **{"num_key_value_heads": 4, "intermediate_size": 256},
+    },
     "gpt2-124m": _GPT2 | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "gpt2-350m": _GPT2 | {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "llama-124m": {
+        **(_LLAMA | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
+        **{"num_key_value_heads": 4, "intermediate_size": 2048},
+    },
     "1b": {
         **(_LLAMA | {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16}),
         **{"num_key_value_heads": 8, "intermediate_size": 7168, "max_position_embeddings": 4096},

@@ -53,20 +53,25 @@ def _peak(result: Result) -> list[Any]:
 
 
 def _decode(narrow: bool, compiled: bool) -> Callable[[Result], list[Any]]:
-    """Of the model that is so narrow that its time is that of starting operations, or of all others."""
+    """Of the models that are so narrow that their time is that of starting operations, or of all others."""
     return lambda result: [
         ratio
         for row in result["rows"]
         # Results of before there was --compile do not say.
-        if (row["model"] == "narrow", row.get("compiled", False)) == (narrow, compiled)
+        if (row["model"].startswith("narrow"), row.get("compiled", False)) == (narrow, compiled)
         for ratio in row["decode_ratio"].values()
     ]
+
+
+def _over_peer(result: Result) -> list[Any]:
+    return [row["decode_over_peer"]["dense"] for row in result["rows"] if "decode_over_peer" in row]
 
 
 _TARGETS = (
     ("training, `pruned`, tokens/s", ">= 1.00", "throughput", _speed("pruned")),
     ("training, `full`, tokens/s", ">= 0.97", "throughput", _speed("full")),
     ("training, peak memory", "<= 1.02", "throughput", _peak),
+    ("generation, dense against transformers' own model", ">= 1.00", "generation", _over_peer),
     ("generation, decoded tokens/s", ">= 1.00", "generation", _decode(narrow=False, compiled=False)),
     ("the same, compiled", ">= 1.00", "generation", _decode(narrow=False, compiled=True)),
     ("where all time is that of starting operations", ">= 1.00", "generation", _decode(narrow=True, compiled=False)),

@@ -134,13 +134,15 @@ def test_generation(compiled: bool, tmp_path: Path) -> None:
         assert row["compiled"] == compiled
         # Keys and values, 2 prompts, their tokens and all new ones but the last, heads of 16, fp32.
         group = 2 * 2 * (row["prompt"] + 4) * 16 * 4
-        for variant, groups in (("dense", 16), ("full", 13), ("pruned", 13)):
+        for variant, groups in (("dense", 16), ("full", 13), ("pruned", 13), ("peer", 16)):
             figures = row["variants"][variant]
             assert figures["cache_bytes"] == figures["formula_bytes"] == groups * group
             assert figures["decode_tokens_per_second"]["n"] == figures["prefill_seconds"]["n"] == 3
         for variant in ("full", "pruned"):
             assert row["cache_ratio"][variant] == 13 / 16
             assert row["decode_ratio"][variant]["n"] == row["prefill_ratio"][variant]["n"] == 3
+        assert row["peer"] == "GPT2LMHeadModel"
+        assert {figures["n"] for figures in row["decode_over_peer"].values()} == {3}
 
 
 def test_convert(tmp_path: Path) -> None:
@@ -165,6 +167,7 @@ def test_convert(tmp_path: Path) -> None:
         ("throughput", ["--rounds", "0"], "--rounds 0: expected an integer of 1 or more"),
         ("transport", ["--layers", "6", "--ranks", "4"], "--layers 6: expected a multiple of --ranks 4"),
         ("generation", ["--rounds", "none"], "--rounds none: expected an integer of 1 or more"),
+        ("generation", ["--seconds", "0"], "--seconds 0: expected an integer of 1 or more"),
         ("generation", ["--compile", "--warmup", "0"], "--warmup 0: expected 1 or more with --compile"),
         ("convert", ["--folder", "no/such"], "--folder no/such: expected a folder that is there"),
     ],

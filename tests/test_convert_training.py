@@ -108,6 +108,12 @@ def test_the_command(trained: Path, tmp_path: Path, convert: Callable[..., tuple
     assert re.search(r"logits equal; relative error \d\.\d\de-0[678], largest difference", printed)
     assert len(list((tmp_path / "out").glob("model-0*.safetensors"))) > 5
 
+    # Without dead rows, against Megatron's model, which has them.
+    status, printed = convert("megatron-to-hf", checkpoint, tmp_path / "pruned", "--verify", "--prune")
+    assert status == 0 and "logits equal" in printed
+    sizes = [sum(file.stat().st_size for file in (tmp_path / which).glob("model*")) for which in ("out", "pruned")]
+    assert sizes[1] < sizes[0]
+
     from transformers import AutoModelForCausalLM
 
     from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron

@@ -1,4 +1,4 @@
-"""SLA-GPT's attention, and the norm and rotary embedding that it needs.
+"""SLA-GPT's attention, and the norm that it needs.
 
 Shapes: b batch, s new tokens, S all tokens (past and new), h hidden, d head size, H query heads, G key/value groups,
 P groups that a layer has K/V weights for, N groups whose K/V it keeps (live ones, in the configuration's stored order),
@@ -9,10 +9,8 @@ This file goes into exported folders: it needs torch, transformers and ``configu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,9 +20,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_sla_gpt import SlaGPTConfig
+from .pieces_sla_gpt import LiveRows, Pieces, is_eager_inference
+from .rotary_sla_gpt import apply_rotary
 
 #: Keys and values.
 KV = tuple[Tensor, Tensor]
+
+#: Bytes of keys and values up to which they are copied for one token, rather than read where they are.
+MOST_COPIED = 512 * 1024
 
 
 class SlaGPTNorm(nn.Module):
@@ -45,117 +48,23 @@ class SlaGPTNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[.., size]`` to ``[.., size]``."""
+        weight = self.weight
+        shape = weight.shape
+        if not self.zero_centered and x.dtype == weight.dtype:
+            # torch's own have fp32 inside, and are one operation each where there is a kernel.
+            if self.bias is None:
+                return nn.functional.rms_norm(x, shape, weight, self.eps)
+            return nn.functional.layer_norm(x, shape, weight, self.bias, self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         # Added in fp32: in bf16, 1 + weight would lose most of the weight.
-        weight = self.weight.to(dtype) + 1 if self.zero_centered else self.weight.to(dtype)
+        weight = weight.to(dtype) + 1 if self.zero_centered else weight.to(dtype)
         wide = x.to(dtype)
         if self.bias is not None:
-            return nn.functional.layer_norm(wide, weight.shape, weight, self.bias.to(dtype), self.eps).to(x.dtype)
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * weight).to(x.dtype)
-
-
-# Rotary embedding.
-
-
-def rotary_frequencies(config: SlaGPTConfig, device: torch.device) -> Tensor:
-    """Angle per position of each pair, ``[rotary_dim / 2]``, fp32.
-
-    Computed where it is used: a buffer would be left empty by loading through the meta device, and rounded by
-    ``model.to(torch.bfloat16)``.
-    """
-    dim = config.rotary_dim
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    slowed = frequencies / scaling["factor"]
-    if scaling["rope_type"] == "linear":
-        return slowed
-    # Llama 3: wavelengths short against the original context are kept, long ones are stretched, and it is linear in
-    # the number of turns within that context in between.
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(slowed, frequencies, kept)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first elements of each head.  x ``[b, heads, s, d]``; cos, sin ``[b or 1, 1, s, rotary_dim / 2]``."""
-    turned, kept = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+            return nn.functional.layer_norm(wide, shape, weight, self.bias.to(dtype), self.eps).to(x.dtype)
+        return nn.functional.rms_norm(wide, shape, weight, self.eps).to(x.dtype)
 
 
 # Attention.
-
-
-class Pieces:
-    """Takes heads out in another order.
-
-    By views, and a concatenation where neighbours are torn apart; but for a single token, in generation, one operation
-    with an index does that: its time is mostly that of starting operations.  The index is no buffer, which would have
-    to be filled after loading: each device's is made when it is first used.
-
-    Args:
-        orders: lists of head indices; together each index at most once.
-        total: how many heads there are.
-        width: how many elements of the tensor's dimension belong to one index.
-    """
-
-    def __init__(self, orders: Sequence[Sequence[int]], total: int, width: int = 1) -> None:
-        starts = {0} | {order[0] for order in orders} | {order[-1] + 1 for order in orders}
-        starts |= {cut for order in orders for a, b in pairwise(order) if b != a + 1 for cut in (a + 1, b)}
-        starts = sorted(starts - {total})
-        self.sizes = [(b - a) * width for a, b in pairwise([*starts, total])]
-        piece_of = {start: piece for piece, start in enumerate(starts)}
-        self.pieces = [[piece_of[index] for index in order if index in piece_of] for order in orders]
-
-        #: For each element of the tensors that ``take`` gives, one after the other, where it is taken from.
-        self.order = [index * width + i for order in orders for index in order for i in range(width)]
-        self.taken = [len(order) * width for order in orders]
-        self.is_identity = len(orders) == 1 and self.order == list(range(total * width))
-        self.is_torn = any(len(pieces) > 1 for pieces in self.pieces)
-        self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def take(self, x: Tensor, dim: int, by_index: bool = False) -> list[Tensor]:
-        """One tensor per order."""
-        if self.is_identity:
-            return [x]
-        if self.is_torn and by_index:
-            taken = x.index_select(dim, self._index(x.device)[0])
-            return [taken] if len(self.taken) == 1 else list(taken.split(self.taken, dim))
-        split = x.split(self.sizes, dim)
-        return [_cat([split[piece] for piece in pieces], dim) for pieces in self.pieces]
-
-    def put_back(self, outputs: Sequence[Tensor], dim: int, by_index: bool = False) -> Tensor:
-        """The tensors that ``take`` gave (or others of their sizes), together in the original order."""
-        if self.is_identity:
-            return outputs[0]
-        if self.is_torn and by_index:
-            return _cat(outputs, dim).index_select(dim, self._index(outputs[0].device)[1])
-        found: dict[int, Tensor] = {}
-        for output, pieces in zip(outputs, self.pieces, strict=True):
-            parts = [output] if len(pieces) == 1 else output.split([self.sizes[piece] for piece in pieces], dim)
-            found.update(zip(pieces, parts, strict=True))
-        return _cat([found[piece] for piece in sorted(found)], dim)
-
-    def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``order`` and its inverse."""
-        if device not in self._indices:
-            order = torch.tensor(self.order)
-            self._indices[device] = (order.to(device), order.argsort().to(device))
-        return self._indices[device]
-
-
-def _is_eager_inference() -> bool:
-    """Neither are gradients wanted, which an index made in inference mode could not serve, nor does a compiler fuse."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -200,6 +109,8 @@ class SlaGPTAttention(nn.Module):
         self.head_dim = d = config.head_dim
         self.num_key_value_groups = per_group = config.num_attention_heads // config.num_key_value_heads
         self.scaling = d**-0.5
+        # What each token needs of the configuration: transformers' own takes its time to find a field.
+        self.num_groups, self.is_interleaved = config.num_key_value_heads, config.rotary_interleaved
 
         # The configuration counts layers from 1.
         number, period = layer_idx + 1, config.period
@@ -213,11 +124,11 @@ class SlaGPTAttention(nn.Module):
         self.query_pieces = Pieces(list(reads.values()), period, per_group)
         projected = [g for g in config.projected_groups(number) if g < period]
         self.stored_pieces = Pieces([[projected.index(g) for g in stored]], len(projected)) if stored else None
-        #: Where most weights of keys and values are of groups that nobody reads, the rows of those that are.
-        self.live_rows: Pieces | None = None
-        if stored and 2 * len(stored) <= len(projected):
+        #: Where at most half of the groups are read, the rows of those that are.
+        self.live_rows: LiveRows | None = None
+        if stored and 2 * len(stored) <= period:
             order = [block * len(projected) + projected.index(g) for block in range(self.blocks) for g in stored]
-            self.live_rows = Pieces([order], self.blocks * len(projected), d)
+            self.live_rows = LiveRows([group * d + i for group in order for i in range(d)])
 
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * d, bias=bias)
@@ -242,14 +153,13 @@ class SlaGPTAttention(nn.Module):
             hidden_states: ``[b, s, h]``.
             sources: of each earlier layer that this one reads, ascending, the keys and values that it keeps, ``[b, N,
                 S, d]`` each.
-            rotary: cosine and sine, each ``[b or 1, 1, s, rotary_dim / 2]``.
+            rotary: cosine and sine, each ``[b or 1, s, 1, rotary_dim]``.
 
         Returns:
             the output ``[b, s, h]``; the weights ``[b, H, s, S]`` where the implementation gives them; the layer's own
             keys and values, ``[b, N, S, d]`` each, ``None`` where nothing reads them.
         """
-        query = self._position(self._heads(self.q_proj(hidden_states)), self.q_norm, rotary)
-        own = self._project_kv(hidden_states, rotary)
+        query, own = self._project(hidden_states, rotary)
         if own is not None and past_key_values is not None:
             own = past_key_values.update(*own, self.layer_idx)
 
@@ -262,33 +172,54 @@ class SlaGPTAttention(nn.Module):
         else:
             stores = [tuple(t.to(query.device) for t in source) for source in sources]
             stores += [own] if self.reads_own else []
-            in_parts = query.shape[2] == 1 and not self.kv_pieces.is_identity
+            in_parts = query.shape[2] == 1 and not self.kv_pieces.is_identity and not self._is_short(stores[0][0])
             attend_to = self._attend_to_parts if in_parts else self._attend_to_whole
             output, weights = attend_to(attend, query, stores, attention_mask)
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights, own
 
+    def _is_short(self, key: Tensor) -> bool:
+        """Whether one token's attention takes one call, on copies of the keys and values of ``key``'s ``[b, N, S, d]``.
+
+        Counted: two copies and a call, or as many calls as layers are read and a copy of their outputs, so the same for
+        two layers; the former writes all of G, S and d, the latter reads the cache alone.  Measured, one thread of a
+        processor, microseconds, (KiB that are copied: one call, two):
+
+        - 12 heads of 8:  (96: 48, 60)  (192: 60, 70)  (384: 82, 84)  (768: 125, 117)
+        - 12 heads of 64: (96: 47, 59)  (384: 72, 72)  (768: 94, 89)  (3072: 220, 152)
+        - the same in 4 groups: (128: 44, 75)  (512: 93, 113)  (1024: 141, 148)  (2048: 254, 238)
+
+        Where groups are torn apart, putting them in their order takes one call longer at every length: 77 and 57 with
+        16 tokens.
+        """
+        copied = 2 * key.shape[0] * key.shape[2] * self.num_groups * self.head_dim * key.element_size()
+        return copied <= MOST_COPIED and not self.kv_pieces.is_torn
+
     def _attend_to_whole(
         self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One call, on the keys and values together: a copy of both, little beside what several tokens make of them."""
+        """One call, on copies of the keys and values together: little beside what several tokens make of them."""
         key, value = (self._joined(tensors) for tensors in zip(*stores, strict=True))
         return attend(query, key, value, mask)
 
     def _joined(self, stores: Sequence[Tensor]) -> Tensor:
         """What is read of each, ``[b, N, S, d]``, as ``[b, G, S, d]``."""
-        blocks = [
-            t.unflatten(1, (self.blocks, -1)).narrow(2, *place) for t, place in zip(stores, self.places, strict=True)
-        ]
-        return self.kv_pieces.put_back(blocks, 2).flatten(1, 2)
+        dim = 1 if self.blocks == 1 else 2
+        parts = []
+        for store, (first, count) in zip(stores, self.places, strict=True):
+            block = store if self.blocks == 1 else store.unflatten(1, (self.blocks, -1))
+            # A view that changes nothing would cost time too.
+            parts.append(block if count == block.shape[dim] else block.narrow(dim, first, count))
+        joined = self.kv_pieces.put_back(parts, dim)
+        return joined if self.blocks == 1 else joined.flatten(1, 2)
 
     def _attend_to_parts(
         self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """One call for each layer that is read, on views of its keys and values: blocks become part of the batch.
 
-        For a single token, whose time is mostly that of reading the cache: copying it would double that.
+        For a single token, whose time is mostly that of reading the cache: copying a long one would double that.
         """
-        batch, by_index = query.shape[0], _is_eager_inference()
+        batch, by_index = query.shape[0], is_eager_inference()
         rows = batch * self.blocks
         queries = self.query_pieces.take(query.reshape(rows, -1, *query.shape[2:]), 1, by_index)
         if mask is not None:
@@ -307,34 +238,52 @@ class SlaGPTAttention(nn.Module):
         weights = self.query_pieces.put_back([result[1] for result in results], 1, by_index)
         return output, weights.reshape(batch, -1, *weights.shape[2:])
 
-    def _project_kv(self, hidden_states: Tensor, rotary: KV | None) -> KV | None:
-        """The keys and values that some layer reads: ``[b, N, s, d]`` each, in the stored order."""
-        if self.stored_pieces is None:
-            return None
-        key, value = (self._project(projection, hidden_states) for projection in (self.k_proj, self.v_proj))
-        return self._position(key, self.k_norm, rotary), value.transpose(1, 2)
+    def _project(self, hidden_states: Tensor, rotary: KV | None) -> tuple[Tensor, KV | None]:
+        """The queries ``[b, H, s, d]``, and keys and values that some layer reads, ``[b, N, s, d]`` in stored order."""
+        query = self._heads(self.q_proj(hidden_states))
+        query = query if self.q_norm is None else self.q_norm(query)
+        key, value = self._project_kv(hidden_states)
+        key = key if key is None or self.k_norm is None else self.k_norm(key)
+        if rotary is not None:
+            query, key = self._rotate(query, key, rotary)
+        return query.transpose(1, 2), None if key is None else (key.transpose(1, 2), value.transpose(1, 2))
 
-    def _project(self, projection: nn.Module, hidden_states: Tensor) -> Tensor:
-        """``[b, s, h]`` to ``[b, s, N, d]``, in the stored order."""
-        if self.live_rows is not None and _is_eager_inference() and _is_plain(projection):
-            weight, bias = (
-                None if whole is None else self.live_rows.take(whole, 0, by_index=True)[0]
-                for whole in (projection.weight, projection.bias)
-            )
-            return self._heads(nn.functional.linear(hidden_states, weight, bias))
-        projected = projection(hidden_states)
+    def _project_kv(self, hidden_states: Tensor) -> KV | tuple[None, None]:
+        """``[b, s, N, d]`` each."""
+        if self.stored_pieces is None:
+            return None, None
+        projections = (self.k_proj, self.v_proj)
+        if self.live_rows is not None:
+            if is_eager_inference() and all(map(_is_plain, projections)):
+                weight, bias = self.live_rows.of(projections, afresh=hidden_states.shape[1] > 1)
+                return self._heads(nn.functional.linear(hidden_states, weight, bias)).chunk(2, dim=2)
+            if not torch.compiler.is_compiling():
+                self.live_rows.drop()
+        key, value = (self._heads(projection(hidden_states)) for projection in projections)
         if self.stored_pieces.is_identity:
-            return self._heads(projected)
-        blocks = projected.unflatten(-1, (self.blocks, -1, self.head_dim))
-        by_index = hidden_states.shape[1] == 1 and _is_eager_inference()
-        [stored] = self.stored_pieces.take(blocks, 3, by_index)
-        return stored.flatten(2, 3)
+            return key, value
+        by_index = hidden_states.shape[1] == 1 and is_eager_inference()
+        taken = (self.stored_pieces.take(x.unflatten(2, (self.blocks, -1)), 3, by_index)[0] for x in (key, value))
+        key, value = (x.flatten(2, 3) for x in taken)
+        return key, value
+
+    def _rotate(self, query: Tensor, key: Tensor | None, rotary: KV) -> tuple[Tensor, Tensor | None]:
+        """Both turned, ``[b, s, heads, d]``."""
+        interleaved = self.is_interleaved
+        if key is None:
+            return apply_rotary(query, *rotary, interleaved), None
+        if query.shape[1] == 1 and is_eager_inference():
+            # Of one token, the time is that of starting operations: together, half as many, and one more.
+            both = apply_rotary(torch.cat((query, key), dim=2), *rotary, interleaved)
+            return both.split_with_sizes([query.shape[2], key.shape[2]], dim=2)
+        return apply_rotary(query, *rotary, interleaved), apply_rotary(key, *rotary, interleaved)
 
     def _heads(self, x: Tensor) -> Tensor:
         """``[b, s, heads * d]`` to ``[b, s, heads, d]``."""
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def _position(self, x: Tensor, norm: nn.Module | None, rotary: KV | None) -> Tensor:
-        """Normalise and rotate: ``[b, s, heads, d]`` to ``[b, heads, s, d]``."""
-        x = (x if norm is None else norm(x)).transpose(1, 2)
-        return x if rotary is None else apply_rotary(x, *rotary, self.config.rotary_interleaved)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """``to``, ``half`` and their like: not to hold the old memory until the next token."""
+        if self.live_rows is not None:
+            self.live_rows.drop()
+        return super()._apply(fn, recurse)

@@ -21,9 +21,13 @@ CHOICES = {
     "position_embedding_type": ("learned_absolute", "rope"),
     "sla_kv_projection": ("full", "pruned"),
 }
-#: Rotary scaling -> the fields it needs, all positive numbers.
+#: Rotary scaling -> the fields it needs, all positive numbers.  transformers computes with them, and with more that
+#: have defaults there.
 ROPE_SCALING_FIELDS = {
     "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
@@ -41,7 +45,8 @@ class SlaGPTConfig(PreTrainedConfig):
         position_embedding_type: ``learned_absolute`` or ``rope``.
         rotary_percent: the share of each head, from its start, that rotary embedding turns.
         rotary_interleaved: it turns neighbouring pairs (GPT-J) rather than the two halves (Llama, GPT-NeoX).
-        rope_scaling: ``None``, ``{"rope_type": "linear", "factor": f}`` or ``{"rope_type": "llama3", ..}``.
+        rope_scaling: ``None``, ``{"rope_type": "linear", "factor": f}``, or likewise ``llama3``, ``dynamic``, ``yarn``
+            or ``longrope`` with the fields that transformers knows.
         attention_bias: bias of the q, k and v projections.
         attention_output_bias: bias of the output projection; default as ``attention_bias``.
         gated_mlp: ``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``.
@@ -240,12 +245,25 @@ class SlaGPTConfig(PreTrainedConfig):
             f"a share of head_dim={self.head_dim} that is an even number of elements",
         )
         if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("rope_type") if isinstance(self.rope_scaling, dict) else None
-            wanted = "None or a dict with rope_type linear or llama3 and its factors, positive numbers"
-            fields = ROPE_SCALING_FIELDS.get(kind, ("rope_type",))
-            values = [self.rope_scaling.get(name) for name in fields] if isinstance(self.rope_scaling, dict) else [None]
-            positive = all(isinstance(value, int | float) and value > 0 for value in values)
-            self._require(positive, "rope_scaling", wanted)
+            self._check_rope_scaling()
+
+    def _check_rope_scaling(self) -> None:
+        *kinds, last = ROPE_SCALING_FIELDS
+        wanted = f"None or a dict with rope_type {', '.join(kinds)} or {last} and its factors, positive numbers"
+        scaling = self.rope_scaling
+        kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
+        self._require(kind in ROPE_SCALING_FIELDS, "rope_scaling", wanted)
+        values = [scaling.get(name) for name in ROPE_SCALING_FIELDS[kind]]
+        if kind == "longrope":
+            for name in ("short_factor", "long_factor"):
+                factors = scaling.get(name)
+                is_long = isinstance(factors, list) and len(factors) == self.rotary_dim // 2
+                self._require(
+                    is_long, "rope_scaling", f"a dict whose {name} is a list of {self.rotary_dim // 2} numbers"
+                )
+                values += factors
+        positive = all(isinstance(value, int | float) and value > 0 for value in values)
+        self._require(positive, "rope_scaling", wanted)
 
     @property
     def rotary_dim(self) -> int:

@@ -28,8 +28,9 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_sla_gpt import SlaGPTAttention, SlaGPTNorm, rotary_frequencies
+from .attention_sla_gpt import SlaGPTAttention, SlaGPTNorm
 from .configuration_sla_gpt import SlaGPTConfig
+from .rotary_sla_gpt import SlaGPTRotaryEmbedding
 
 
 class SlaGPTMLP(nn.Module):
@@ -121,7 +122,9 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
         # No padding_idx: models are often trained with a padding token that also ends documents.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.has_rope = config.position_embedding_type == "rope"
-        if not self.has_rope:
+        if self.has_rope:
+            self.rotary_emb = SlaGPTRotaryEmbedding(config)
+        else:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList([SlaGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SlaGPTNorm(config, config.hidden_size)
@@ -146,11 +149,11 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
+        if is_counted := position_ids is None:
             position_ids = self._position_ids(x, attention_mask, past_key_values)
         # A graph has no place for it; what generation runs is looked at before.
         if not torch.compiler.is_compiling():
-            self.require_learned(position_ids, _length(position_ids, past_key_values))
+            self.require_learned(position_ids, _length(position_ids, past_key_values), is_counted)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -158,13 +161,8 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rotary = None
-        if self.has_rope:
-            # Cosine and sine, ``[b or 1, 1, s, rotary_dim / 2]`` each, in x's precision.
-            angles = position_ids[:, None, :, None].float() * rotary_frequencies(self.config, x.device)
-            angles = angles.to(torch.promote_types(x.dtype, torch.float32))
-            rotary = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        else:
+        rotary = self.rotary_emb(x, position_ids) if self.has_rope else None
+        if not self.has_rope:
             x = x + self.embed_positions(position_ids)
 
         # Reader -> the keys and values that earlier layers projected for it; dropped once it has read them.
@@ -191,18 +189,19 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:].to(x.device)
         return (torch.arange(new, device=x.device) + past).unsqueeze(0)
 
-    def require_learned(self, position_ids: Tensor, length: int) -> None:
+    def require_learned(self, position_ids: Tensor, length: int, is_counted: bool = False) -> None:
         """Raise ``ValueError`` for a position beyond the last learned one, of which there is no embedding.
 
         Args:
             position_ids: of any shape.
             length: no position is further on; known without asking the device.
+            is_counted: that is certain, as they were counted here.
         """
         most = self.config.max_position_embeddings
         if self.has_rope or not position_ids.numel() or position_ids.device.type == "meta":
             return
         # Looking at positions would wait for the device in every step.
-        if position_ids.device.type != "cpu" and length <= most:
+        if length <= most and (is_counted or position_ids.device.type != "cpu"):
             return
         highest = int(position_ids.max())
         if highest >= most:

@@ -2,6 +2,7 @@
 
 sla-convert megatron-to-hf checkpoints exported --verify
 sla-convert hf-to-megatron exported checkpoints-again
+sla-convert prune exported pruned
 sla-convert dense-to-sla dense-checkpoints sla-checkpoints --sla-skip-distance 9
 sla-convert describe checkpoints
 sla-convert verify checkpoints exported
@@ -37,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("megatron-to-hf", help="a checkpoint, however it was sharded, to a folder")
     export.add_argument("checkpoint", type=Path, help="the --save folder, or one iter_* of it")
     export.add_argument("out", type=Path)
-    export.add_argument("--max-shard-size", type=_shard_bytes, default="5GB", help="such as 500MB; default 5GB")
+    _add_shard_size(export)
+    export.add_argument("--prune", action="store_true", help="of a full model: without the K/V rows that nobody reads")
     export.add_argument(
         "--special-tokens-as-text",
         action="store_true",
@@ -54,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("out", type=Path)
     _add_output_options(back)
     back.set_defaults(command=_hf_to_megatron)
+
+    slim = commands.add_parser("prune", help="a full export without the rows of its K/V weights that nobody reads")
+    slim.add_argument("export", type=Path)
+    slim.add_argument("out", type=Path)
+    _add_shard_size(slim)
+    _add_output_options(slim)
+    slim.set_defaults(command=_prune)
 
     start = commands.add_parser(
         "dense-to-sla", help="a dense checkpoint to one that pretraining goes on from with --sla"
@@ -84,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
 
 class _Raw(argparse.RawDescriptionHelpFormatter):
     pass
+
+
+def _add_shard_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-shard-size", type=_shard_bytes, default="5GB", help="such as 500MB; default 5GB")
 
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -146,11 +159,13 @@ def _dtype(args: argparse.Namespace) -> Any:
 def _megatron_to_hf(args: argparse.Namespace) -> int:
     from .commands import megatron_to_hf
     from .output import require_free
+    from .prune import Pruned
 
     require_free(args.out, args.overwrite, [args.checkpoint])
     source = _checkpoint(args, args.checkpoint)
+    written = Pruned(source) if args.prune else source
     carried = megatron_to_hf(
-        source, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.special_tokens_as_text
+        written, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.special_tokens_as_text
     )
     print(f"{args.out}: written; tokenizer: {carried}")
     return _compare(args, source, args.out) if args.verify else 0
@@ -166,6 +181,19 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
     hf_to_megatron(source, args.out, _dtype(args), args.overwrite)
     print(f"{args.out}: written; --load starts from it at iteration 0, without optimizer state")
     return _compare(args, open_megatron(args.out), args.hf) if args.verify else 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from .output import require_free
+    from .prune import prune
+
+    require_free(args.out, args.overwrite, [args.export])
+    print(f"{args.out}: written; {prune(args.export, args.out, _dtype(args), args.max_shard_size, args.overwrite)}")
+    if not args.verify:
+        return 0
+    from .verify import compare_exports
+
+    return _verdict(args, args.export, args.out, compare_exports(args.export, args.out))
 
 
 def _dense_to_sla(args: argparse.Namespace) -> int:
@@ -190,13 +218,19 @@ def _describe(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace, source: Any, folder: Path) -> int:
-    from .verify import THRESHOLD, compare
+    from .verify import compare
+
+    return _verdict(args, source.path, folder, compare(source, folder))
+
+
+def _verdict(args: argparse.Namespace, path: Path, folder: Path, found: Any) -> int:
+    """Print how far the logits are apart; the exit status."""
+    from .verify import THRESHOLD
 
     threshold = THRESHOLD if args.threshold is None else args.threshold
-    found = compare(source, folder)
     verdict = "equal" if found.relative <= threshold else f"NOT equal (threshold {threshold:g})"
     print(
-        f"{source.path} against {folder}: logits {verdict}; relative error {found.relative:.2e}, "
+        f"{path} against {folder}: logits {verdict}; relative error {found.relative:.2e}, "
         f"largest difference {found.largest:.2e}"
     )
     return 0 if found.relative <= threshold else 1

@@ -38,6 +38,7 @@ from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
 from .megatron_reader import MegatronSource, checkpoint_folder
 from .megatron_writer import RELEASE, write_megatron
 from .output import finished_folder
+from .prune import live_rows
 from .source import Source
 from .stored_arguments import completed
 from .tokenizer import carry_tokenizer, vocabulary_size, with_model
@@ -242,11 +243,11 @@ class WithSLA:
             "sla_kv_projection": kv_projection or "full",
         }
         try:
-            self._sla = sla_of(chosen)
+            sla = sla_of(chosen)
         except ValueError as error:
             raise ConvertError(str(error)) from error
         self.dense, self.path, self.args = dense, dense.path, dense.args
-        self.config = chosen | {"sla_layers": list(self._sla.consumer_layers)}
+        self.config = chosen | {"sla_layers": list(sla.consumer_layers)}
         self._entries = {entry.hf: entry for entry in entries(self.config)}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -258,9 +259,7 @@ class WithSLA:
         tensor, entry = self.dense.get(name), self._entries[name]
         if entry.part not in (KEY, VALUE):
             return tensor
-        head = self.config["head_dim"]
-        live = self._sla.projected_groups(entry.layer + 1)
-        return torch.cat([tensor[group * head : (group + 1) * head] for group in live])
+        return live_rows(tensor, self.config, entry.layer)
 
     def padding(self, name: str) -> Tensor | None:
         """The dense model's."""

@@ -97,8 +97,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_model_files(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, special: Mapping[str, Any]) -> None:
-    """``config.json``, ``generation_config.json`` and the model's code.  ``special``: token ids."""
+def model_kind(dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of ``config.json`` by which transformers finds the model's code, and its type."""
     module = "modeling_sla_gpt"
     auto_map = {
         "AutoConfig": "configuration_sla_gpt.SlaGPTConfig",
@@ -106,10 +106,19 @@ def write_model_files(folder: Path, config: Mapping[str, Any], dtype: torch.dtyp
         "AutoModelForCausalLM": f"{module}.SlaGPTForCausalLM",
     }
     name = str(dtype).removeprefix("torch.")
+    return {"architectures": ["SlaGPTForCausalLM"], "auto_map": auto_map, "dtype": name}
+
+
+def write_model_files(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, special: Mapping[str, Any]) -> None:
+    """``config.json``, ``generation_config.json`` and the model's code.  ``special``: token ids."""
     # transformers warns of a field of this name, even of an empty one.
     fields = {field: value for field, value in config.items() if field != "rope_scaling" or value is not None}
-    kind = {"architectures": ["SlaGPTForCausalLM"], "auto_map": auto_map, "dtype": name}
-    write_json(folder / "config.json", kind | fields | dict(special))
+    write_json(folder / "config.json", model_kind(dtype) | fields | dict(special))
     write_json(folder / "generation_config.json", {"do_sample": False} | dict(special))
+    write_code(folder)
+
+
+def write_code(folder: Path) -> None:
+    """The model's code."""
     for file in CODE_FILES:
         shutil.copyfile(_HF_CODE / file, folder / file)

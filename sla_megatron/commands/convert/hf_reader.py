@@ -54,6 +54,11 @@ class HFSource:
         self._entries = {entry.hf: entry for entry in entries(config)}
         self._check()
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is an export, not another architecture."""
+        return self._foreign is None
+
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
         return self._files.dtype(self._stored_name(name))

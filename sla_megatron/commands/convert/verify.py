@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,29 +51,45 @@ def compare(source: MegatronSource, folder: Path, num_sequences: int = 2, seed: 
     """
     size = source.config["vocab_size"]
     # Rows beyond the tokens are padding, on either side.
-    common = min(size, _hf_vocabulary(folder))
+    common = min(size, _hf_config(folder).vocab_size)
+    is_learned = source.args.position_embedding_type == "learned_absolute"
     # One model at a time: either may fill the memory.
     with megatron_model(source) as logits:
-        texts = [(*text, logits(*text)) for text in _texts(source, common, num_sequences, seed)]
+        made = _texts(common, source.args.max_position_embeddings, is_learned, num_sequences, seed)
+        texts = [(*text, logits(*text)) for text in made]
     if any(expected[..., common:].any() for *_, expected in texts):
         raise ConvertError(f"{folder}: a vocabulary of {common}; the checkpoint has weights for {size} tokens")
-    found: list[Comparison] = []
     with _hf_model(folder) as logits:
-        for tokens, start, theirs in texts:
-            expected = theirs[..., :common].double()
-            difference = logits(tokens, start)[..., :common].double() - expected
-            found.append(Comparison(float(difference.norm() / expected.norm()), float(difference.abs().max())))
+        return _furthest((logits(tokens, start)[..., :common], theirs[..., :common]) for tokens, start, theirs in texts)
+
+
+def compare_exports(folder: Path, out: Path, num_sequences: int = 2, seed: int = 1) -> Comparison:
+    """Likewise, of two folders of the same vocabulary: ``out``'s against ``folder``'s."""
+    config = _hf_config(folder)
+    is_learned = config.position_embedding_type == "learned_absolute"
+    made = _texts(config.vocab_size, config.max_position_embeddings, is_learned, num_sequences, seed)
+    with _hf_model(folder) as logits:
+        texts = [(*text, logits(*text)) for text in made]
+    with _hf_model(out) as logits:
+        return _furthest((logits(tokens, start), expected) for tokens, start, expected in texts)
+
+
+def _furthest(pairs: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
+    """Of found and expected logits, those that are furthest apart."""
+    found: list[Comparison] = []
+    for actual, expected in pairs:
+        difference = actual.double() - expected.double()
+        found.append(Comparison(float(difference.norm() / expected.double().norm()), float(difference.abs().max())))
     # What is not a number is neither larger nor smaller than one.
     return max(found, key=lambda one: math.inf if math.isnan(one.relative) else one.relative)
 
 
-def _texts(source: MegatronSource, vocabulary: int, count: int, seed: int) -> Iterator[tuple[Tensor, int]]:
-    """Tokens ``[b, s]`` and the position of the first.
+def _texts(vocabulary: int, whole: int, is_learned: bool, count: int, seed: int) -> Iterator[tuple[Tensor, int]]:
+    """Tokens ``[b, s]`` and the position of the first, of a model with ``whole`` positions.
 
     Short ones, one as long as the model takes, up to ``LONGEST``, and one that ends at the last learned position.
     """
     generator = torch.Generator().manual_seed(seed)
-    whole = source.args.max_position_embeddings
 
     def tokens(number: int, length: int) -> Tensor:
         return torch.randint(vocabulary, (number, length), generator=generator)
@@ -80,7 +97,7 @@ def _texts(source: MegatronSource, vocabulary: int, count: int, seed: int) -> It
     yield tokens(count, min(whole, SHORT)), 0
     if whole > SHORT:
         yield tokens(1, min(whole, LONGEST)), 0
-    if whole > LONGEST and source.args.position_embedding_type == "learned_absolute":
+    if whole > LONGEST and is_learned:
         yield tokens(1, SHORT), whole - SHORT
 
 
@@ -123,10 +140,10 @@ def _hf_model(folder: Path) -> Iterator[Logits]:
         yield logits
 
 
-def _hf_vocabulary(folder: Path) -> int:
+def _hf_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=True).vocab_size
+    return AutoConfig.from_pretrained(folder, trust_remote_code=True)
 
 
 def _positions(tokens: Tensor, start: int) -> Tensor:

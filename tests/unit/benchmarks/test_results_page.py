@@ -114,6 +114,15 @@ def test_decoding_has_a_target_for_each_kind() -> None:
     ]
 
 
+def test_decoding_has_a_target_against_transformers_own_model() -> None:
+    """Of results that have a peer."""
+    old = {"model": "narrow", "decode_ratio": {}}
+    new = old | {"decode_over_peer": {"dense": {"n": 3, "median": 1.2, "min": 0.8, "max": 1.1}, "full": {}}}
+    found = targets({"generation": [{"machine": {"device": "cpu"}, "rows": [old, new]}]})
+    by_name = {cells[0]: cells for cells in found.rows}
+    assert by_name["generation, dense against transformers' own model"][2] == "1.200 (0.800-1.100); 1 of 1"
+
+
 def test_before_and_after_pairs_the_rows_that_both_have() -> None:
     before = result(DENSE, row("full", 0.95, 1100), commit="old")
     found = before_and_after("throughput", before, result(DENSE, FULL, PRUNED, commit="new"))

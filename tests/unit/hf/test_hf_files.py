@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -15,7 +16,8 @@ import torch
 import transformers
 from hypothesis import given
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import sla_megatron.hf
 from sla_megatron.attention.sla_config import SLAConfig
@@ -25,6 +27,10 @@ from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM, SlaGPTModel
 from ..strategies import sla_configs
 from .hf_models import build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
 
+LONG = {
+    **{"rope_type": "longrope", "original_max_position_embeddings": 32},
+    **{"short_factor": [1.0, 2.0], "long_factor": [2.0, 3.0]},
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -124,6 +130,12 @@ def test_the_paper_s_model_keeps_groups_in_their_order() -> None:
         ({"rotary_percent": 0.3}, "rotary_percent must be a share of head_dim=4 that is an even number"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling must be None or a dict"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling must be None or a dict"),
+        ({"rope_scaling": {"rope_type": "su"}}, "rope_scaling must be None or a dict with rope_type linear, dynamic, "),
+        (
+            {"rope_scaling": LONG | {"long_factor": [1.0]}},
+            "rope_scaling must be a dict whose long_factor is a list of 2 numbers; it is",
+        ),
+        ({"rope_scaling": LONG | {"short_factor": [1.0, "2"]}}, "rope_scaling must be None or a dict"),
         ({"rope_scaling": {**LLAMA3, "factor": -1}}, "rope_scaling must be None or a dict"),
         ({"rope_scaling": 2.0}, "rope_scaling must be None or a dict"),
         ({"sla_skip_distances": [0]}, r"sla_skip_distances must be integers >= 1; it is \[0\]"),
@@ -239,6 +251,21 @@ def test_a_saved_model_is_loaded_bit_for_bit(index: int, dtype: torch.dtype, tmp
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frequencies_are_fp32_however_a_model_came_by_its_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """transformers' own frequencies; loading makes a model without memory first, which leaves buffers empty."""
+    kind = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    theirs = LlamaConfig(hidden_size=32, num_attention_heads=8, rope_parameters=kind | {"rope_theta": 1e4})
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    model = build(tiny(rope_scaling=kind), dtype=dtype)
+    model.save_pretrained(tmp_path)
+    loaded = SlaGPTForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    for each in (model, loaded, copy.deepcopy(loaded), loaded.double().half().to(dtype), model.to("meta")):
+        found = each.model.rotary_emb.inv_freq
+        assert found.dtype == torch.float32 and not any("freq" in name for name in each.state_dict())
+        assert found.is_meta or found.equal(expected)
+
+
 @pytest.mark.parametrize("zero_centered", [False, True])
 def test_weights_that_a_folder_lacks_are_initialised(zero_centered: bool, tmp_path: Path) -> None:
     """Loading makes the model without memory and fills it: what is not in the file too."""
@@ -304,7 +331,7 @@ def test_the_code_of_a_folder_needs_torch_and_transformers_only() -> None:
         imported = re.findall(r"^\s*(?:from|import) (\.?\w*)", path.read_text(), re.MULTILINE)
         others = {name.split(".")[0] for name in imported if name[0] != "."} - set(sys.stdlib_module_names)
         assert others <= {"torch", "transformers"}, (path, others)
-        assert {name for name in imported if name[0] == "."} <= {".configuration_sla_gpt", ".attention_sla_gpt"}
+        assert all(re.fullmatch(r"\.\w+_sla_gpt", name) for name in imported if name[0] == ".")
 
 
 @pytest.mark.skipif(not transformers.utils.is_accelerate_available(), reason="needs accelerate")

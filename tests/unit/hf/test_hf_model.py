@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from sla_megatron.hf.attention_sla_gpt import Pieces, SlaGPTNorm, apply_rotary, rotary_frequencies
+from sla_megatron.hf.attention_sla_gpt import SlaGPTNorm
 from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
+from sla_megatron.hf.pieces_sla_gpt import Pieces
+from sla_megatron.hf.rotary_sla_gpt import SlaGPTRotaryEmbedding, apply_rotary
 from tests.reference import ReferenceGPT
 
 from .hf_models import LENGTH, VOCABULARY, build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
@@ -205,13 +207,24 @@ def test_logits_and_every_gradient_are_the_reference_s(index: int) -> None:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+        # Of 16 positions, which 40 tokens exceed.
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0},
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "short_factor": [1.0 + i / 9 for i in range(8)],
+            "long_factor": [2.0 + i for i in range(8)],
+        },
     ],
-    ids=["plain", "linear", "llama3"],
+    ids=["plain", "linear", "llama3", "dynamic", "yarn", "longrope"],
 )
 def test_dense_model_is_llama(scaling: dict | None) -> None:
     config = tiny(
         head_dim=16, normalization="RMSNorm", attention_bias=False, mlp_bias=False, gated_mlp=True, hidden_act="silu",
         tie_word_embeddings=False, rope_theta=500.0, rope_scaling=scaling, sla_skip_distances=[], sla_skip_groups=[],
+        max_position_embeddings=16 if scaling is not None and scaling["rope_type"] == "dynamic" else 64,
     )  # fmt: skip
     model = build(config)
     shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -226,7 +239,8 @@ def test_dense_model_is_llama(scaling: dict | None) -> None:
     batch = tokens(length=40)
     with torch.no_grad():
         # Llama rounds norms and angles to fp32.
-        assert relative_error(model(batch).logits, llama.eval()(batch).logits) <= 1e-5
+        for each in (batch, batch[:, :9]):
+            assert relative_error(model(each).logits, llama.eval()(each).logits) <= 1e-5
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("gelu_pytorch_tanh", "gelu_new"), ("relu", "relu"), ("silu", "silu")])
@@ -262,11 +276,11 @@ def test_dense_model_is_gpt2(ours: str, theirs: str) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("percent", [0.25, 1.0])
 def test_rotary_embedding_turns_complex_numbers(interleaved: bool, percent: float) -> None:
-    config = tiny(head_dim=16, rotary_percent=percent, rope_theta=100.0)
-    x, dim = torch.randn(2, 3, LENGTH, 16, dtype=torch.float64), config.rotary_dim
-    positions = torch.arange(LENGTH, dtype=torch.float64)
-    angles = positions[:, None] * rotary_frequencies(config, x.device).double()
-    turned = apply_rotary(x, angles.cos()[None, None], angles.sin()[None, None], interleaved)
+    config = tiny(head_dim=16, rotary_percent=percent, rope_theta=100.0, rotary_interleaved=interleaved)
+    x, dim = torch.randn(2, LENGTH, 3, 16, dtype=torch.float64), config.rotary_dim
+    positions = torch.arange(LENGTH, dtype=torch.float64)[:, None]
+    cos, sin = SlaGPTRotaryEmbedding(config)(x, positions.T)
+    turned = apply_rotary(x, cos, sin, interleaved)
 
     pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + dim // 2) for i in range(dim // 2)]
     expected = x.clone()

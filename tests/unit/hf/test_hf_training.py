@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sla_megatron.hf import attention_sla_gpt
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 
 from .hf_models import LENGTH, VOCABULARY, build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
@@ -169,6 +171,7 @@ def test_many_tokens_take_one_call_a_layer(name: str, mode: str, monkeypatch: py
 def test_a_token_takes_one_call_a_source_on_views_of_the_cache(
     name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attention_sla_gpt, "MOST_COPIED", 0)
     model = patterned(name, mode)
     config = model.config
     with torch.no_grad():
@@ -186,6 +189,29 @@ def test_a_token_takes_one_call_a_source_on_views_of_the_cache(
         assert call["query"].numel() == 2 * 2 * len(groups) * 4
 
 
+@pytest.mark.parametrize("mode", ["full", "pruned"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_short_cache_is_copied_for_a_token_up_to_the_limit(
+    name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the one call that then is, and with the same result; torn groups are never copied."""
+    model = patterned(name, mode)
+    with torch.no_grad():
+        cache = model(tokens(), use_cache=True).past_key_values
+    found: dict[int, tuple[int, Tensor]] = {}
+    # Keys and values of 2 sequences, 12 tokens, 4 groups of 4 elements in fp64.
+    for limit in (size := 2 * 2 * (LENGTH + 1) * 4 * 4 * 8, size - 1):
+        monkeypatch.setattr(attention_sla_gpt, "MOST_COPIED", limit)
+        asked = {"input_ids": tokens(2, 1, seed=3), "past_key_values": copy.deepcopy(cache)}
+        made, out = calls(model, monkeypatch, **asked)
+        found[limit] = (len(made), out.logits)
+    parts = sum(len(model.config.reads_in_block(layer)) for layer in range(1, 7))
+    torn = sum(layer.self_attn.kv_pieces.is_torn for layer in model.model.layers)
+    assert found[size - 1][0] == parts
+    assert found[size][0] == 6 if not torn else found[size][0] > 6
+    assert relative_error(found[size][1], found[size - 1][1]) <= 1e-12
+
+
 def operations(model: SlaGPTForCausalLM) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens())
@@ -198,11 +224,11 @@ def test_projections_that_nobody_reads_are_not_computed() -> None:
     assert operations(full) == operations(pruned)
     with torch.no_grad():
         expected = full(tokens()).logits
-    # Layers 5 and 6 read keys and values of one group in four.
+    # Layers 5 and 6 read keys and values of one group in four, which are projected together or not at all.
     seen: list[tuple[int, ...]] = []
     for layer in full.model.layers:
         layer.self_attn.k_proj.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    more = 2 * (2 * LENGTH) * 32 * (3 * 4)
+    more = 2 * 2 * (2 * LENGTH) * 32 * (3 * 4)
     assert operations(full) == operations(pruned) + 2 * more
     assert seen == [(2, LENGTH, 16)] * 6
     with torch.no_grad():

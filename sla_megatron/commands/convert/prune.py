@@ -1,0 +1,99 @@
+"""A ``full`` skip-layer model without the rows of its K/V weights that nobody reads: the same function."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .architecture import MODEL_TYPE
+from .errors import ConvertError
+from .hf_folder import CODE_FILES, TensorInfo, model_kind, write_code, write_json, write_weights
+from .hf_reader import HFSource
+from .mapping import KEY, VALUE, entries, sla_of
+from .output import finished_folder
+from .source import Source
+from .weight_files import read_json
+
+#: Of a folder, what is written anew, or is of the weights as they were.
+_NOT_COPIED = ("config.json", "sla_convert.json", "model*.safetensors*", "pytorch_model*.bin*", "optimizer.*", ".*")
+
+
+class Pruned:
+    """A ``full`` skip-layer source, seen as the ``pruned`` model that computes the same.
+
+    Raises:
+        ConvertError: if ``full`` is dense, or pruned already.
+    """
+
+    args: Namespace | None
+
+    def __init__(self, full: Source) -> None:
+        if sla_of(full.config).is_dense:
+            raise ConvertError(f"{full.path}: a dense model: expected one with skip-layer attention")
+        if full.config["sla_kv_projection"] == "pruned":
+            raise ConvertError(f"{full.path}: pruned already: expected sla_kv_projection full")
+        self.full, self.path, self.args = full, full.path, full.args
+        self.config: Mapping[str, Any] = dict(full.config) | {"sla_kv_projection": "pruned"}
+        self._layers = {entry.hf: entry.layer for entry in entries(self.config) if entry.part in (KEY, VALUE)}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The full tensor's."""
+        return self.full.dtype(name)
+
+    def get(self, name: str) -> Tensor:
+        """The full tensor; of keys and values, the rows of live groups."""
+        tensor = self.full.get(name)
+        return live_rows(tensor, self.config, self._layers[name]) if name in self._layers else tensor
+
+    def padding(self, name: str) -> Tensor | None:
+        """The full model's."""
+        return self.full.padding(name)
+
+
+def live_rows(tensor: Tensor, config: Mapping[str, Any], layer: int) -> Tensor:
+    """Of a K/V weight or bias with the rows of all groups, those of the groups that ``config`` projects in ``layer``.
+
+    Args:
+        tensor: ``[groups * head_dim, ..]``.
+        config: the fields of ``config.json``.
+        layer: from 0.
+    """
+    groups = tensor.unflatten(0, (config["num_key_value_heads"], config["head_dim"]))
+    return groups[list(sla_of(config).projected_groups(layer + 1))].flatten(0, 1)
+
+
+def prune(folder: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: int, overwrite: bool) -> str:
+    """Write the export in ``folder`` without its dead rows; the other files come along.  Returns what was left out.
+
+    Memory: one tensor.
+
+    Raises:
+        ConvertError: for a folder that holds no ``full`` skip-layer export.
+    """
+    full = HFSource(folder)
+    if not full.is_ours:
+        kind = read_json(folder / "config.json")["model_type"]
+        raise ConvertError(f"{folder}: model_type {kind}: expected {MODEL_TYPE}, an export")
+    source = Pruned(full)
+    before, infos = (
+        [TensorInfo(entry.hf, dtype or full.dtype(entry.hf), entry.shape) for entry in entries(config)]
+        for config in (full.config, source.config)
+    )
+    with finished_folder(out, overwrite, [folder]) as place:
+        write_weights(place, infos, source.get, max_shard_bytes)
+        for path in sorted(folder.iterdir()):
+            if path.name in CODE_FILES or any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
+                continue
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, place / path.name)
+        config = read_json(folder / "config.json") | {"sla_kv_projection": "pruned"}
+        write_json(place / "config.json", config | model_kind(infos[0].dtype))
+        write_code(place)
+    sizes = [sum(info.num_bytes for info in infos) for infos in (before, infos)]
+    return f"{sizes[1] / 1e6:.1f} MB of weights, {(sizes[0] - sizes[1]) / 1e6:.1f} MB that nobody reads left out"
