@@ -42,6 +42,27 @@ MODELS = (*VARIANTS, "peer")
 
 def main() -> None:
     """Parse the flags, measure every prompt length and batch size, write the result."""
+    parser = make_parser()
+    with one_line_errors():
+        args = parser.parse_args()
+    if args.compile and not args.warmup:
+        parser.error("--warmup 0: expected 1 or more with --compile")
+    check_output(parser, args)
+    import torch
+
+    on_gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: expected cpu or auto, there is no GPU")
+    args.device, args.dtype = "cuda" if on_gpu else "cpu", args.dtype or ("bf16" if on_gpu else "fp32")
+    rows = measure(args)
+    write_result(args, "generation", torch.cuda.get_device_name() if on_gpu else "cpu", rows, tables, plot)
+    wrong = [row for row in rows for each in row["variants"].values() if each["cache_bytes"] != each["formula_bytes"]]
+    if wrong:
+        sys.exit(f"benchmarks.generation: error: the cache is not of the formula's size: {wrong[0]}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of the command."""
     parser = add_output_args(
         argparse.ArgumentParser(
             prog="benchmarks.generation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,22 +81,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="a static cache and compiled decoding steps")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 without one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is")
-    with one_line_errors():
-        args = parser.parse_args()
-    if args.compile and not args.warmup:
-        parser.error("--warmup 0: expected 1 or more with --compile")
-    check_output(parser, args)
-    import torch
-
-    on_gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        parser.error("--device cuda: expected cpu or auto, there is no GPU")
-    args.device, args.dtype = "cuda" if on_gpu else "cpu", args.dtype or ("bf16" if on_gpu else "fp32")
-    rows = measure(args)
-    write_result(args, "generation", torch.cuda.get_device_name() if on_gpu else "cpu", rows, tables, plot)
-    wrong = [row for row in rows for each in row["variants"].values() if each["cache_bytes"] != each["formula_bytes"]]
-    if wrong:
-        sys.exit(f"benchmarks.generation: error: the cache is not of the formula's size: {wrong[0]}")
+    return parser
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -39,13 +39,7 @@ LAYOUTS = {"1": (1, 1, 1), "tp2": (2, 1, 1), "2x1": (1, 2, 1), "2x2": (1, 2, 2)}
 
 def main() -> None:
     """Count every model, layout and variant, and write ``--out``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["small", "small-rope-gqa"], metavar="NAME")
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
-    parser.add_argument("--context", type=count("--context", 2), default=512, help="tokens (default: 512)")
-    parser.add_argument("--no-decoding", action="store_true", help="leave the rows of decoding out")
-    parser.add_argument("--rank-answer", type=Path, help=argparse.SUPPRESS)
-    add_output_args(add_device_arg(parser), NAME)
+    parser = make_parser()
     with one_line_errors():
         args = parser.parse_args()
     for model in args.models:
@@ -69,6 +63,17 @@ def main() -> None:
 
         rows += decoding_rows()
     write_result(args, NAME, device, rows, tables)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of the command and of the ranks that it starts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["small", "small-rope-gqa"], metavar="NAME")
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--context", type=count("--context", 2), default=512, help="tokens (default: 512)")
+    parser.add_argument("--no-decoding", action="store_true", help="leave the rows of decoding out")
+    parser.add_argument("--rank-answer", type=Path, help=argparse.SUPPRESS)
+    return add_output_args(add_device_arg(parser), NAME)
 
 
 def on_ranks(args: argparse.Namespace, ranks: int, layouts: list[str]) -> tuple[str, list[dict[str, Any]]]:
@@ -263,11 +268,29 @@ def tables(result: dict[str, Any]) -> list[Table]:
         "refused are projections whose live groups the ranks cannot share."
     )
     found = [Table("Operations of a training step", header, cells, (0, 1, 2), note)]
-    if len(training) < len(result["rows"]):
-        from .decoding_operations import decoding_table
-
-        found.append(decoding_table([row for row in result["rows"] if "layout" not in row]))
+    if decoding := [row for row in result["rows"] if "layout" not in row]:
+        found.append(decoding_table(decoding))
     return found
+
+
+def decoding_table(rows: list[dict[str, Any]]) -> Table:
+    """Of rows of ``decoding_operations``."""
+    cells = [
+        (
+            row["shape"],
+            row["kind"],
+            row.get("peer", row["variant"]),
+            str(row["total"]),
+            f"{row['operations_beyond_dense']:.2f}" if "operations_beyond_dense" in row else "",
+            f"{row['bytes_written']:,}",
+        )
+        for row in rows
+    ]
+    header = ("model", "", "variant", "operations", "operations / consumer", "bytes written")
+    note = (
+        "Of the Hugging Face model, eager, with a dynamic cache; transformers' own model of the same shape beside it."
+    )
+    return Table("Operations of a decoded token", header, cells, (0, 1, 2), note)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def _generation(label: str, seconds: int, *flags: str) -> Row:
 def _on_gpus() -> list[Row]:
     loss = ("--model", "gpt2-124m", "--context", "1024", "--iterations", "150", "--global-batch-size", "32")
     return [
-        Row("checks", _tests("tests/test_gpu.py"), 120),
+        Row("checks", _tests("tests/test_gpu.py", "tests/test_gpu_mixing.py"), 120),
         *_on_several_gpus(),
         _throughput("gpt2-124m", 4096, 4),
         _generation("124m", 30),
@@ -102,7 +102,7 @@ def _on_a_processor() -> list[Row]:
     decoding = ("--model", "tiny", "--prompts", "8", "--tokens", "5", "--rounds", "2", "--seconds", "5", *cpu)
     counted = ("--models", "tiny", "--context", "32", "--layouts", "1", "--no-decoding", *cpu)
     return [
-        Row("checks", _tests("tests/test_gpu.py"), 60),
+        Row("checks", _tests("tests/test_gpu.py", "tests/test_gpu_mixing.py"), 60),
         Row("throughput", _benchmark("throughput", "cpu-tiny", *tiny), 15),
         Row("pipeline", _benchmark("throughput", "cpu-tiny-pipeline", *tiny, "--layouts", "2x1", "2x2"), 30),
         Row("operations", _benchmark("operations", "cpu-tiny", *counted), 30),

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import loss, throughput, transport
+from benchmarks import generation, loss, operations, throughput, transport
 from benchmarks.gpu_report import rows as rows_of
 from benchmarks.gpu_report.rows import Row
 from benchmarks.record import ROOT
+from benchmarks.training_steps import model_flags
 from sla_megatron.common.presets import preset_flags
 
 WRITES = """
@@ -243,7 +244,7 @@ def test_rows_are_commands_that_there_are() -> None:
     for each in (*rows, *rows_of.rows_for("cpu")):
         if each.command[1] == "pytest":
             assert any((ROOT / word).is_file() for word in each.command), each.name
-        elif each.command[1] != "benchmarks.operations":
+        else:
             assert (ROOT / f"{each.command[1].replace('.', '/')}.py").is_file(), each.name
             assert each.command[-2] == "--out" and each.command[-1].startswith(rows_of.FOLDER)
 
@@ -261,6 +262,9 @@ def test_the_benchmarks_take_the_flags_of_their_rows() -> None:
         elif name == "loss":
             args = loss.make_parser().parse_args(flags)
             assert args.model == loss.QUICKSTART or preset_flags(args.model)
+        elif name in ("operations", "generation"):
+            args = {"operations": operations, "generation": generation}[name].make_parser().parse_args(flags)
+            assert name == "generation" or all(map(model_flags, args.models))
         else:
             continue
         checked.add(each.name)
