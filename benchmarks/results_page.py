@@ -76,11 +76,10 @@ SECTIONS = (
         "generation",
         "Generation",
         "benchmarks.generation",
-        "Greedy decoding with the Hugging Face model. `narrow` is a model so small that its time is that of starting "
-        "operations, of which a layer that reads an earlier one has more. Compiled: with a "
-        "static cache, and a step is one graph. Nothing is gained then by copying less of the cache for each token, a "
-        "`full` model computes its dead projections too, and a layer that reads an earlier one still calls attention "
-        "twice.",
+        "Greedy decoding with the Hugging Face model; the peer is transformers' own GPT-2 or Llama of the same shape. "
+        "`narrow` and `narrow-llama` are models so small that their time is that of starting operations, of which a "
+        "layer that reads an earlier one has more. Compiled: with a static cache, and a step is one graph; a `full` "
+        "model computes its dead projections too then.",
         "python -m benchmarks.generation --model gpt2-124m --prompts 128 1024 4096 16384",
     ),
     Section(
@@ -174,6 +173,14 @@ queries and outputs were taken there and back, two operations each in source lay
 one call of attention for each layer that is read. Now groups are kept in their order; a token sees the blocks of a
 periodic pattern (`NSSS NSSS NSSS`) as rows of the batch, views all of them; a prompt takes one call. And a `full` model
 does not compute projections that nobody reads, where they are most of a layer's.
+""",
+    "generation-cpu-narrow": """\
+Before, a `full` model gathered the live rows of its K/V weights for each token; now it does with each prompt. A layer
+that reads an earlier one projected keys and values one by one, and called attention for each layer that it reads; now
+they are projected together, and where few keys and values are read, copies of them take one call.
+""",
+    "generation-cpu-narrow-compiled": """\
+The same change; of it a compiled step has the one call of attention.
 """,
 }
 

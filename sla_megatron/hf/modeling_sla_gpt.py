@@ -5,7 +5,7 @@ layer keeps (live ones, in the configuration's stored order).
 
 Keys and values that later layers read leave a layer as outputs and enter the reader as inputs: they need no cache, they
 are exact under gradient checkpointing, and they are moved along with the hidden states between devices.  With a cache,
-layer l's entry holds its N groups; a new token is decoded on slices of the stored tensors, never on copies.
+layer l's entry holds its N groups; a new token is decoded on slices of the stored tensors, or on copies of short ones.
 
 This file goes into exported folders: it needs torch, transformers and the other ``*_sla_gpt.py`` files.
 """
