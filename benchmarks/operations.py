@@ -17,9 +17,6 @@ import io
 import json
 import logging
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from sla_megatron.common.errors import FlagError, one_line_errors
 from sla_megatron.common.flag_types import count
 from sla_megatron.cpu.device import add_device_arg, megatron_device
 
+from .ranks import answer_of_ranks
 from .record import Table, add_output_args, check_output, write_result
 from .training_steps import TrainingSteps, model_flags, settle
 
@@ -78,18 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def on_ranks(args: argparse.Namespace, ranks: int, layouts: list[str]) -> tuple[str, list[dict[str, Any]]]:
     """Start ranks; the device and the rows that the first answers."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["--log-dir", folder, "--redirects", "3", "-m", "benchmarks.operations"]
-        command += ["--rank-answer", str(answer), "--models", *args.models, "--layouts", *layouts]
-        command += ["--context", str(args.context), "--device", args.device]
-        done = subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ)
-        if done.returncode or not answer.exists():
-            for log in sorted(Path(folder).rglob("stderr.log")):
-                sys.stderr.write(log.read_text()[-3000:])
-            sys.exit(f"{NAME}: {ranks} ranks ended with {done.returncode}")
-        found = json.loads(answer.read_text())
+    flags = ["--models", *args.models, "--layouts", *layouts, "--context", str(args.context), "--device", args.device]
+    label = f"{NAME}: {ranks} ranks"
+    found = answer_of_ranks("benchmarks.operations", ranks, flags, {"OMP_NUM_THREADS": "1"}, label)
     return found["device"], found["rows"]
 
 

@@ -20,9 +20,6 @@ import json
 import logging
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from sla_megatron.cpu.device import add_device_arg, megatron_device
 
 from .allocations import allocations
 from .heap import keep_freed_memory
+from .ranks import answer_of_ranks
 from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
 from .targets import peak_over_dense
 from .training_steps import VARIANTS, TrainingSteps, model_flags, settle
@@ -99,30 +97,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace, layout: str, model: str, context: int) -> tuple[str, list[dict[str, Any]]]:
     """Start the ranks of a layout; the device and the rows that rank 0 answers."""
     ranks = int(layout.split("x")[0])
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [
-            "--log-dir",
-            folder,
-            "--redirects",
-            "3",
-            "-m",
-            "benchmarks.throughput",
-            "--rank-answer",
-            str(answer),
-        ]
-        command += ["--models", model, "--contexts", str(context), "--layouts", layout, "--variants", *args.variants]
-        for name in ("microbatches", "micro_batch_size", "rounds", "warmup", "core_attention", "device"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        # The last: torch's profiler, which counts allocations on the CPU, says when it starts and stops.
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), "KINETO_LOG_LEVEL": "99"}
-        done = subprocess.run([*command, f"--flags={args.flags}"], env=environment | os.environ)
-        if done.returncode or not answer.exists():
-            for log in sorted(Path(folder).rglob("stderr.log")):
-                sys.stderr.write(log.read_text()[-3000:])
-            sys.exit(f"{NAME}: {model}, context {context}, {layout}: the ranks ended with {done.returncode}")
-        found = json.loads(answer.read_text())
+    flags = ["--models", model, "--contexts", str(context), "--layouts", layout, "--variants", *args.variants]
+    for name in ("microbatches", "micro_batch_size", "rounds", "warmup", "core_attention", "device"):
+        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    # The last: torch's profiler, which counts allocations on the CPU, says when it starts and stops.
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), "KINETO_LOG_LEVEL": "99"}
+    label = f"{NAME}: {model}, context {context}, {layout}"
+    found = answer_of_ranks("benchmarks.throughput", ranks, [*flags, f"--flags={args.flags}"], environment, label)
     return found["device"], found["rows"]
 
 

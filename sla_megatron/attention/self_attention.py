@@ -33,8 +33,8 @@ from .sla_config import SLAConfig
 
 QUERY_KEY_VALUE = Reliance(
     "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors",
-    "overridden by SLASelfAttention, which takes the place of SelfAttention in the layer spec; for pruned projections "
-    "its steps after the projection are spelled out",
+    "overridden by SLASelfAttention, which takes the place of SelfAttention in the layer spec; its steps after the "
+    "projection are spelled out",
     ("self", "hidden_states", "key_value_states", "output_gate", "split_qkv"),
     sources={"53c73e30c0289e33": "0.19.0 to 0.19.2", "99d3f9539b11aafe": "main at d98e8a64"},
 )
