@@ -177,10 +177,11 @@ does not compute projections that nobody reads, where they are most of a layer's
     "generation-cpu-narrow": """\
 Before, a `full` model gathered the live rows of its K/V weights for each token; now it does with each prompt. A layer
 that reads an earlier one projected keys and values one by one, and called attention for each layer that it reads; now
-they are projected together, and where few keys and values are read, copies of them take one call.
+they are projected together, and where few keys and values are read, copies of them take one call. Before, two threads;
+after, one (`OMP_NUM_THREADS=1`).
 """,
     "generation-cpu-narrow-compiled": """\
-The same change; of it a compiled step has the one call of attention.
+The same change; of it a compiled step has the one call of attention. Two threads before, and one after, too.
 """,
 }
 
