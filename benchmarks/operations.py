@@ -34,6 +34,9 @@ NAME = "operations"
 #: Name -> tensor-parallel size, pipeline ranks, virtual stages.
 LAYOUTS = {"1": (1, 1, 1), "tp2": (2, 1, 1), "2x1": (1, 2, 1), "2x2": (1, 2, 2)}
 
+#: A pipeline stage's: unpacking what arrives and fetching what waits there; keeping what waits, and packing.
+ENDS = ("enter", "leave")
+
 
 def main() -> None:
     """Count every model, layout and variant, and write ``--out``."""
@@ -162,17 +165,19 @@ def of_a_step(steps: TrainingSteps, pipeline: bool) -> dict[str, Any]:
     steps.step()  # It makes what later ones find.
     with operation_counter() as before:
         steps.step()
-    with operation_counter() as counter, kept_by_autograd(steps) as kept:
+    with operation_counter() as counter, kept_by_autograd(steps) as kept, at_the_ends(counter) as ends:
         steps.step()
     if (before.operations, before.bytes_written) != (counter.operations, counter.bytes_written):
         raise RuntimeError(f"two steps differ: {before.operations} and {counter.operations}")
     found = {"by_name": dict(counter.operations), "bytes_written": counter.bytes_written, "bytes_kept": kept["bytes"]}
+    found["at_the_ends"] = {end: max(ends.get(end, [0])) for end in ENDS}
     if pipeline:
         of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(of_ranks, found)
         names = sorted({name for each in of_ranks for name in each["by_name"]})
         found = {what: sum(each[what] for each in of_ranks) for what in ("bytes_written", "bytes_kept")}
         found["by_name"] = {name: sum(each["by_name"].get(name, 0) for each in of_ranks) for name in names}
+        found["at_the_ends"] = {end: max(each["at_the_ends"][end] for each in of_ranks) for end in ENDS}
     return found | {"operations": sum(found["by_name"].values())}
 
 
@@ -199,6 +204,32 @@ def operation_counter() -> Iterator[Any]:
             yield counter
     finally:
         mixing_kernel.move = launch
+
+
+@contextlib.contextmanager
+def at_the_ends(counter: Any) -> Iterator[dict[str, list[int]]]:
+    """For each forward pass of a stage that K/V enter or leave, the operations of entering it, and of leaving it."""
+    from sla_megatron.pipeline.step import PipelineStep
+
+    found: dict[str, list[int]] = {}
+    originals = {name: getattr(PipelineStep, name) for name in ENDS}
+
+    def counting(name: str) -> Any:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            before = counter.total
+            result = originals[name](*args, **kwargs)
+            found.setdefault(name, []).append(counter.total - before)
+            return result
+
+        return method
+
+    for name in ENDS:
+        setattr(PipelineStep, name, counting(name))
+    try:
+        yield found
+    finally:
+        for name, original in originals.items():
+            setattr(PipelineStep, name, original)
 
 
 @contextlib.contextmanager
@@ -246,15 +277,17 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 f"{row[f'{what}_beyond']:.2f}" if f"{what}_beyond" in row else ""
                 for what in ("operations", "hidden_states_written", "hidden_states_kept")
             ),
+            *(str(row.get("at_the_ends", {}).get(end) or "") for end in ENDS),
         )
         for row in training
     ]
-    header = ("model", "layout", "variant, distance", "operations", "operations / consumer", "written", "kept")
+    header = ("model", "layout", "variant, distance", "operations", "operations / consumer", "written", "kept", *ENDS)
     note = (
-        "Of a step. The last three columns are what a layer that reads an earlier one has beyond a dense layer, its "
+        "Of a step. Three columns are what a layer that reads an earlier one has beyond a dense layer, its "
         "source's side included, for each microbatch: operations, and hidden states (tokens x width) that are written "
         "and that autograd keeps for the backward pass. With tp2 half of the groups skip, elsewhere three quarters; "
-        "refused are projections whose live groups the ranks cannot share."
+        "refused are projections whose live groups the ranks cannot share. Enter and leave: the most operations with "
+        "which a stage of a pipeline unpacks and fetches, and keeps and packs, in a forward pass."
     )
     found = [Table("Operations of a training step", header, cells, (0, 1, 2), note)]
     if decoding := [row for row in result["rows"] if "layout" not in row]:

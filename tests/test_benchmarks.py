@@ -81,8 +81,9 @@ def test_throughput(tmp_path: Path) -> None:
         most = row["held_bytes"] + row["step_bytes"]
         assert row["peak_bytes"] == most if row["layout"] == "1x1" else row["held_bytes"] < row["peak_bytes"] <= most
         assert row["step_bytes"] > 4 * 32 * 4096
-        # K/V that are joined take the place of the projection that they are taken from.
-        assert row["layout"] != "1x1" or row["step_bytes"] <= rows[0]["step_bytes"]
+        # K/V that are joined take the place of the projection that they are taken from.  The count varies by a small
+        # tensor from run to run; a hidden state has 8192 bytes.
+        assert row["layout"] != "1x1" or row["step_bytes"] < rows[0]["step_bytes"] + 1024
     # Hidden states over three hops; K/V of layer 1 (3 groups of 16) ride the first, then wait for the last stage.
     hidden, kv = 4 * 32 * 64, 4 * 2 * 32 * 3 * 16
     assert [row["sent_bytes_a_step"] for row in rows[3:]] == [4 * 3 * hidden] + [4 * (3 * hidden + kv)] * 2
