@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["help", "venv", "quickstart", "test", "lint", "gpu-check", "clean"]
+TARGETS = ["help", "venv", "quickstart", "test", "lint", "gpu-check", "gpu-report", "clean"]
 
 
 def setup_constant(name: str) -> object:
@@ -164,7 +164,7 @@ def test_make_alone_lists_every_target() -> None:
     assert phony[1].split() == TARGETS
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "gpu-check"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "gpu-check", "gpu-report"])
 def test_targets_make_the_environment_first(target: str, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     commands = make("--dry-run", target, f"VENV={venv}").splitlines()
