@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.benchmarks import run_benchmark
 from tests.support.launch import ROOT
 
 pytestmark = pytest.mark.distributed
@@ -21,17 +20,7 @@ pytestmark = pytest.mark.distributed
 def run(name: str, folder: Path, *flags: str) -> dict[str, Any]:
     """What ``python -m benchmarks.NAME`` writes, once it has printed its tables; checked for honesty."""
     out = folder / f"{name}.json"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *flags],
-        cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    result = json.loads(out.read_text())
+    result, printed = run_benchmark(name, out, *flags)
     assert (result["benchmark"], result["machine"]["device"]) == (name, "cpu")
     assert result["command"].startswith(f"python -m benchmarks.{name} --out ")
     assert result["commit"] and result["date"] and result["rows"]
@@ -41,7 +30,7 @@ def run(name: str, folder: Path, *flags: str) -> dict[str, Any]:
     for spread in spreads:
         assert spread["n"] >= 1 and 0 < spread["min"] <= spread["median"] <= spread["max"]
     assert out.with_suffix(".svg").stat().st_size > 1000
-    assert str(out) in done.stdout
+    assert str(out) in printed
     return result
 
 

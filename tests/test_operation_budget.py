@@ -5,15 +5,11 @@ A whole step of Megatron's is counted, dense and skip-layer, as torch dispatches
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.support.launch import ROOT
+from tests.support.benchmarks import run_benchmark
 
 pytestmark = pytest.mark.distributed
 
@@ -30,18 +26,9 @@ MOST_WRITTEN = {"tiny": 4.5, "tiny-rope-gqa": 2.0}
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("operations") / "operations.json"
     flags = ["--models", *MOST_WRITTEN, "--layouts", "1", "tp2", "2x1", "--context", "32", "--no-decoding"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.operations", "--out", str(out), "--device", "cpu", *flags],
-        cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "Operations of a training step" in done.stdout
-    return json.loads(out.read_text())["rows"]
+    result, printed = run_benchmark("operations", out, "--device", "cpu", *flags)
+    assert "Operations of a training step" in printed
+    return result["rows"]
 
 
 def test_every_variant_was_counted(rows: list[dict[str, Any]]) -> None:
