@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any
 
-from sla_megatron.common.environment import commit, machine
+from sla_megatron.common.environment import commit, installed_version, machine
 
 #: Import name -> distribution, of what may be there or not, and matters.
 _OPTIONAL = {"apex": "apex", "triton": "triton", "flash_attn": "flash-attn", "fused_weight_gradient_mlp_cuda": "apex"}
@@ -34,17 +32,8 @@ def versions(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if names else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if names else None,
-        **{module: _version(module, distribution) for module, distribution in _OPTIONAL.items()},
+        **{module: installed_version(distribution, module) for module, distribution in _OPTIONAL.items()},
     }
-
-
-def _version(module: str, distribution: str) -> str | None:
-    if find_spec(module) is None:
-        return None
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _driver() -> str | None:

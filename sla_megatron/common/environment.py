@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()[:12] + ("+changes" if changes.returncode else "")
+
+
+def installed_version(distribution: str, module: str) -> str | None:
+    """The version of ``module``, or that it is unknown; ``None`` if the module is not there."""
+    if find_spec(module) is None:
+        return None
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "of unknown version"
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import platform
 import sys
 from argparse import Namespace
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
+from ...common.environment import installed_version
 from .finding import Fault, Skipped
 
 OLDEST_PYTHON = (3, 12)
@@ -41,7 +40,7 @@ def torch_versions(device: str) -> str:
 
 def transformer_engine(args: Namespace, device: str) -> str:
     """Transformer Engine is there where ``--transformer-impl`` asks for it."""
-    installed = _installed("transformer-engine", "transformer_engine")
+    installed = installed_version("transformer-engine", "transformer_engine")
     if installed is not None:
         used = "used" if args.transformer_impl == "transformer_engine" and device == "cuda" else "not used"
         return f"{installed}, {used}: --transformer-impl {args.transformer_impl}"
@@ -54,24 +53,14 @@ def transformer_engine(args: Namespace, device: str) -> str:
 
 def apex(args: Namespace, device: str) -> str:
     """Whether Apex is there: where it is not, the entry point switches its kernels off, Megatron replaces the rest."""
-    installed = _installed("apex", "apex")
+    installed = installed_version("apex", "apex")
     if installed is not None:
         return installed
     if device == "cpu":
         raise Skipped("not installed; torch's norms and optimizers are used")
-    if _installed("transformer-engine", "transformer_engine") is not None:
+    if installed_version("transformer-engine", "transformer_engine") is not None:
         return "not installed; Transformer Engine's optimizers are used"
     return "not installed; torch's norms and optimizers are used"
-
-
-def _installed(distribution: str, module: str) -> str | None:
-    """The version of ``module``; None if it is not there."""
-    if find_spec(module) is None:
-        return None
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "of unknown version"
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ import torch
 from sla_megatron.commands.doctor import gpus, job, layout, tiny, upstream, versions
 from sla_megatron.commands.doctor.finding import FAIL, OK, SKIP, WARN, Doubt, Fault, Skipped, found
 from sla_megatron.commands.doctor.place import Place
+from sla_megatron.common import environment
 from sla_megatron.upstream.seams import SeamError
 from tests.support.runs import argv
 
@@ -88,18 +89,18 @@ def implementation(name: str, fusion: bool = False) -> Namespace:
 
 
 def test_transformer_engine_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "_installed", lambda distribution, module: None)
+    monkeypatch.setattr(versions, "installed_version", lambda distribution, module: None)
     expected = "not installed: expected transformer-engine, or --transformer-impl local"
     assert fault_of(versions.transformer_engine, implementation("transformer_engine"), "cuda") == expected
     assert "not needed" in versions.transformer_engine(implementation("local"), "cuda")
     with pytest.raises(Skipped, match="the local implementation is used"):
         versions.transformer_engine(implementation("transformer_engine"), "cpu")
-    monkeypatch.setattr(versions, "_installed", lambda distribution, module: "2.9")
+    monkeypatch.setattr(versions, "installed_version", lambda distribution, module: "2.9")
     assert versions.transformer_engine(implementation("transformer_engine"), "cuda").startswith("2.9, used")
 
 
 def test_apex_where_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "find_spec", lambda name: None)
+    monkeypatch.setattr(environment, "find_spec", lambda name: None)
     assert versions.apex(implementation("local"), "cuda") == "not installed; torch's norms and optimizers are used"
     with pytest.raises(Skipped):
         versions.apex(implementation("local", True), "cpu")
