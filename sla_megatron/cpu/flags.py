@@ -40,7 +40,6 @@ _NEEDS_GPU: tuple[Refusal, ...] = (
     ("transformer_impl", ("local", "transformer_engine"), "local without a GPU, which is chosen by itself"),
     ("fp8", OFF, "no fp8 without a GPU"),
     ("fp4", OFF, "no fp4 without a GPU"),
-    ("context_parallel_size", (1,), "1 without a GPU: only Transformer Engine's attention splits the context"),
     ("cuda_graph_impl", (*OFF, "none"), "none without a GPU"),
     ("enable_cuda_graph", OFF, "no CUDA graphs without a GPU"),
     ("external_cuda_graph", OFF, "no CUDA graphs without a GPU"),

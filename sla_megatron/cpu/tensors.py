@@ -27,7 +27,8 @@ def _on_cpu(device: Any) -> Any:
 class CudaMeansCpu(TorchFunctionMode):
     """While entered, ``device="cuda"`` arguments, ``.cuda()`` and ``.to("cuda")`` mean the CPU.
 
-    ``Tensor.type()`` answers as a CUDA tensor would, since Megatron's optimizers sort parameters by that string.
+    Nothing is pinned.  ``Tensor.type()`` answers as a CUDA tensor would, since Megatron's optimizers sort parameters by
+    that string.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -40,6 +41,8 @@ class CudaMeansCpu(TorchFunctionMode):
             args = (args[0], _on_cpu(args[1]), *args[2:])
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
 
 

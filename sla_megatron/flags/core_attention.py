@@ -1,31 +1,48 @@
-"""What ``--core-attention sdpa`` does not go with."""
+"""What ``--core-attention sdpa`` does not go with, and what needs it."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 
-from ..attention.core_attention import FORWARD
+from ..attention.core_attention import RELIED_ON
 from ..common.errors import OFF, Refusal, refuse
 from .sla_flags import MEGATRON, SDPA
 
 _REFUSED: tuple[Refusal, ...] = (
     ("transformer_impl", ("local",), "local with --core-attention sdpa"),
-    ("context_parallel_size", (1,), "1 with --core-attention sdpa: Transformer Engine's attention splits the context"),
+    # p2p is Megatron's default, so that it is not known whether somebody asked for it.
+    (
+        "cp_comm_type",
+        (None, ["p2p"], ["all_gather"]),
+        "all_gather with --core-attention sdpa: it gathers keys and values",
+    ),
+    ("hierarchical_context_parallel_sizes", (None,), "one level with --core-attention sdpa"),
+    ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel with --core-attention sdpa"),
     ("window_size", OFF, "no --window-size with --core-attention sdpa"),
     ("softmax_type", ("vanilla",), "vanilla with --core-attention sdpa"),
     ("multi_latent_attention", OFF, "no multi-latent attention with --core-attention sdpa"),
 )
 
 
+_OTHERS = "--core-attention sdpa beside it, or Transformer Engine: Megatron's local attention cannot do it"
+
+#: What Megatron's local attention has no notion of: attribute, and the values that are fine with it.
+_BEYOND_LOCAL = (("context_parallel_size", (None, 1)), ("dataloader_inter_document_masking", OFF))
+
+
 def resolve_core_attention(args: Namespace) -> None:
-    """Check validated arguments with ``--core-attention sdpa``, and have no mask made that nobody reads, in place.
+    """Check what the core attention of validated arguments cannot do, and with ``sdpa`` have no mask made that nobody
+    reads, in place.
 
     Raises:
-        FlagError: for what torch's function does not do.
+        FlagError: for what torch's function, or Megatron's local attention, does not do.
     """
     if getattr(args, "core_attention", MEGATRON) != SDPA:
+        if args.transformer_impl == "local":
+            refuse(args, [(name, fine, _OTHERS) for name, fine in _BEYOND_LOCAL])
         return
-    FORWARD.require()
+    for name in RELIED_ON:
+        name.require()
     refuse(args, _REFUSED)
     if not (args.reset_attention_mask or args.reset_position_ids):
         # Attention that knows it is causal needs no [s, s] mask, and is faster without one.

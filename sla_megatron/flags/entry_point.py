@@ -14,7 +14,6 @@ from .unhonoured import ROWS
 _NOT_HERE: tuple[Refusal, ...] = (
     ("sft", OFF, "no --sft: fine-tuning on conversations is not part of this entry point"),
     ("fim_data", OFF, "no --fim-data: fill-in-the-middle is not part of this entry point"),
-    ("dataloader_inter_document_masking", OFF, "no --dataloader-inter-document-masking in this entry point"),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel in this entry point"),
     ("mtp_num_layers", OFF, "no --mtp-num-layers in this entry point"),
     ("logits_load_dir", OFF, "no --logits-load-dir: distillation is not part of this entry point"),

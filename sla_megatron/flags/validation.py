@@ -38,11 +38,6 @@ _REFUSED: tuple[Refusal, ...] = (
     ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
     ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
     ("sft", OFF, "no --sft with --sla: packed sequences are not supported"),
-    (
-        "dataloader_inter_document_masking",
-        OFF,
-        "no --dataloader-inter-document-masking with --sla: packed sequences are not supported",
-    ),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel with --sla"),
     ("inprocess_restart", OFF, "no --inprocess-restart with --sla"),
 )

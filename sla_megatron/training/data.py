@@ -9,14 +9,25 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, print_rank_0
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-#: What a batch holds; each is [b, s] but the attention mask, [b, 1, s, s].
-_BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+from ..flags.sla_flags import MEGATRON
+
+#: What attention reads of a batch: a mask [b, 1, s, s]; or where documents start in the samples, [b, s + 1], and the
+#: longest one's length.
+_FOR_ATTENTION = ("attention_mask", "cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+#: All that a batch holds; the others are [b, s].
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", *_FOR_ATTENTION)
 
 
 def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
@@ -39,9 +50,13 @@ train_valid_test_datasets.is_distributed = True
 
 
 def _reads_batches(args: Namespace, vp_stage: int | None) -> bool:
-    """Whether this stage needs anything of a batch: tokens or labels at an end, a mask that tells documents apart
-    everywhere.  Upstream reads at the ends alone, and attention between them is then causal over all documents."""
-    return args.reset_attention_mask or is_first_or_last_pipeline_stage(vp_stage)
+    """Whether this stage needs anything of a batch: tokens or labels at an end, what tells documents apart everywhere.
+
+    With ``--reset-attention-mask`` upstream reads at the ends alone, and attention between them is then causal over all
+    documents.
+    """
+    tells_documents_apart = args.reset_attention_mask or args.dataloader_inter_document_masking
+    return tells_documents_apart or is_first_or_last_pipeline_stage(vp_stage)
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -70,13 +85,14 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
 
 
 def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> dict[str, Tensor | None]:
     """This rank's next microbatch: read on tensor-parallel rank 0, broadcast, split over context-parallel ranks.
 
-    Between the ends of a pipeline it is empty, but for the mask where that tells documents apart.
+    Between the ends of a pipeline it is empty, but for what tells documents apart.
     """
     args = get_args()
     if not _reads_batches(args, vp_stage):
@@ -89,7 +105,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         batch = {key: None if read.get(key) is None else read[key].cuda(non_blocking=True) for key in _BATCH_KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=args.dataloader_inter_document_masking,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -104,6 +120,43 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         # Between the ends upstream would broadcast nothing, the mask neither.
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage() or not at_an_end,
     )
+    if args.dataloader_inter_document_masking:
+        batch = _documents_together(batch, args.core_attention)
     if not at_an_end:
-        batch = dict.fromkeys(_BATCH_KEYS) | {"attention_mask": batch["attention_mask"]}
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+        batch = dict.fromkeys(_BATCH_KEYS) | {key: batch[key] for key in _FOR_ATTENTION}
+    return get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=False,
+        cp_group=parallel_state.get_context_parallel_group(),
+        # As without documents: chunks of the sequence, wherever documents end.
+        use_per_sequence_balancing=True,
+    )
+
+
+def _documents_together(batch: dict[str, Tensor | None], core_attention: str) -> dict[str, Tensor | None]:
+    """``batch`` with documents counted over all samples, ``cu_seqlens`` ``[1, documents + 1]``.
+
+    Transformer Engine wants the samples one after the other too, each tensor ``[1, b * s]``.
+    """
+    together = flatten_batch_for_packed_sequences(dict(batch))
+    return together if core_attention == MEGATRON else batch | {key: together[key] for key in _FOR_ATTENTION}
+
+
+def packed_sequences(batch: dict[str, Tensor | None]) -> PackedSeqParams | None:
+    """What attention is told of documents; ``None`` unless ``--dataloader-inter-document-masking``.
+
+    To torch's attention samples stay samples, ``[s, b, h]``, so that a pipeline's stages exchange what they always do;
+    rotary embedding then counts positions from the start of the sample, which is as good: it looks at distances.
+    """
+    args, cu_seqlens = get_args(), batch["cu_seqlens"]
+    if cu_seqlens is None:
+        return None
+    documents = cu_seqlens.squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(documents)
+    if args.core_attention == MEGATRON:
+        longest, layout = int(batch["max_seqlen"].item()), {"qkv_format": "thd", "tokens_per_sample": args.seq_length}
+    else:
+        longest, layout = args.seq_length, {"qkv_format": "sbhd"}
+    return PackedSeqParams(
+        cu_seqlens_q=documents, cu_seqlens_kv=documents, max_seqlen_q=longest, max_seqlen_kv=longest, **layout
+    )

@@ -16,7 +16,7 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from ..model.report import repeat_report
-from .data import get_batch
+from .data import get_batch, packed_sequences
 
 #: A loss this many times the largest seen is called a spike, with --check-for-spiky-loss.
 _SPIKY_LOSS_FACTOR = 10
@@ -33,6 +33,7 @@ def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tenso
     timers("batch-generator", log_level=2).start()
     with _timed(of_data=True):
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        packed_seq_params = packed_sequences(batch)
     timers("batch-generator").stop()
     with _timed():
         output = model(
@@ -41,6 +42,7 @@ def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tenso
             batch["attention_mask"],
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
+            packed_seq_params=packed_seq_params,
         )
     return output, partial(language_model_loss, batch["loss_mask"])
 

@@ -16,14 +16,14 @@ from typing import Any
 
 from sla_megatron.cpu.device import megatron_device
 
-VOCABULARY, SEQUENCE, BATCH, HIDDEN, HEAD_SIZE = 32, 12, 2, 32, 8
+VOCABULARY, SEQUENCE, BATCH, HIDDEN, HEAD_SIZE = 32, 16, 2, 32, 8
 LAYERS, HEADS = 4, 4
 #: Changing this token must change no logit before it.
 CHANGED_TOKEN = 7
 
 
 def main(folder: Path, compare: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Answer every case of ``folder/request.json``, tensor-parallel size by size."""
+    """Answer every case of ``folder/request.json``, tensor- and context-parallel size by size."""
     request = json.loads((folder / "request.json").read_text())
     logging.disable(logging.WARNING)
     with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]) as device:
@@ -34,14 +34,20 @@ def main(folder: Path, compare: Callable[[dict[str, Any]], dict[str, Any]]) -> N
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
         answers = {}
-        for size in sorted({case["tp"] for case in request.values()}):
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+        for tensor, context in sorted({_sizes(case) for case in request.values()}):
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tensor, context_parallel_size=context
+            )
             for name, case in request.items():
-                if case["tp"] == size:
+                if _sizes(case) == (tensor, context):
                     answers[name] = compare(case)
             parallel_state.destroy_model_parallel()
         if torch.distributed.get_rank() == 0:
             (folder / "answer0.json").write_text(json.dumps(answers))
+
+
+def _sizes(case: dict[str, Any]) -> tuple[int, int]:
+    return case["tp"], case.get("cp", 1)
 
 
 def run_case(case: dict[str, Any]) -> dict[str, float]:
@@ -71,7 +77,6 @@ def root_mean_square(values: list[float]) -> float:
 def compare(reference: Any, model: Any, full_shapes: dict[str, Any], generator: Any) -> dict[str, float]:
     """The errors for weights and tokens that are drawn from ``generator``."""
     import torch
-    from megatron.core import tensor_parallel
     from megatron.core.distributed import finalize_model_grads
 
     from tests.support import sharding
@@ -86,9 +91,11 @@ def compare(reference: Any, model: Any, full_shapes: dict[str, Any], generator: 
 
     misread = listen_at_core_attention(model)
     model.zero_grad_buffer()
-    logits = tensor_parallel.gather_from_tensor_model_parallel_region(model(tokens, positions, None))
-    torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
+    logits = run_model(model, tokens, positions)
+    # The mean over this rank's share of the sequence; Megatron averages gradients over the ranks.
+    torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), share(labels).flatten()).backward()
     finalize_model_grads([model])
+    logits = whole_sequence(logits.detach())
 
     # The reference runs in double precision, so that all of the error is Megatron's fp32.
     exact = {name: tensor.cuda().double().requires_grad_() for name, tensor in weights.items()}
@@ -104,10 +111,10 @@ def compare(reference: Any, model: Any, full_shapes: dict[str, Any], generator: 
     answer["dead rows"] = dead_rows(reference, exact, gradients)
     model.eval()
     with torch.no_grad():
-        evaluated = tensor_parallel.gather_from_tensor_model_parallel_region(model(tokens, positions, None))
+        evaluated = whole_sequence(run_model(model, tokens, positions))
         changed = tokens.clone()
         changed[:, CHANGED_TOKEN] = (tokens[:, CHANGED_TOKEN] + 1) % VOCABULARY
-        moved = tensor_parallel.gather_from_tensor_model_parallel_region(model(changed, positions, None)) - evaluated
+        moved = whole_sequence(run_model(model, changed, positions)) - evaluated
     answer["evaluation"] = error(evaluated, expected_logits.detach())
     # Largest change of any logit before the changed token, and the smallest sum of changes at or after it.
     answer["before change"] = float(moved[:, :CHANGED_TOKEN].abs().max())
@@ -115,13 +122,58 @@ def compare(reference: Any, model: Any, full_shapes: dict[str, Any], generator: 
     return answer
 
 
+def run_model(model: Any, tokens: Any, positions: Any) -> Any:
+    """Logits ``[b, s/C, vocabulary]`` of this rank's share of the sequence."""
+    from megatron.core import tensor_parallel
+
+    return tensor_parallel.gather_from_tensor_model_parallel_region(model(share(tokens), share(positions), None))
+
+
+def chunks_of_ranks() -> list[list[int]]:
+    """Which of ``2C`` equal chunks of the sequence each context-parallel rank holds, in its order: the first of what is
+    left and the last of it, so that causal attention costs all of them the same."""
+    from megatron.core import parallel_state
+
+    size = parallel_state.get_context_parallel_world_size()
+    return [[rank, 2 * size - 1 - rank] for rank in range(size)] if size > 1 else [[0]]
+
+
+def share(tensor: Any) -> Any:
+    """``[b, s]`` as this context-parallel rank's ``[b, s/C]``."""
+    import torch
+    from megatron.core import parallel_state
+
+    mine = chunks_of_ranks()[parallel_state.get_context_parallel_rank()]
+    chunks = tensor.chunk(sum(map(len, chunks_of_ranks())), dim=1)
+    return torch.cat([chunks[chunk] for chunk in mine], dim=1)
+
+
+def whole_sequence(tensor: Any) -> Any:
+    """``[b, s/C, ...]`` of each context-parallel rank as ``[b, s, ...]``."""
+    import torch
+    from megatron.core import parallel_state
+
+    held = chunks_of_ranks()
+    shares = [torch.empty_like(tensor) for _ in held]
+    torch.distributed.all_gather(shares, tensor.contiguous(), group=parallel_state.get_context_parallel_group())
+    found = {
+        number: chunk
+        for mine, part in zip(held, shares, strict=True)
+        for number, chunk in zip(mine, part.chunk(len(mine), dim=1), strict=True)
+    }
+    return torch.cat([found[number] for number in sorted(found)], dim=1)
+
+
 def listen_at_core_attention(model: Any) -> list[bool]:
     """For each call of a layer's core attention: whether TE would take what it gets to lie otherwise than it does."""
     from tests.support.te_layout import lies_so, te_layout
 
     misread: list[bool] = []
+    length = SEQUENCE // len(chunks_of_ranks())
 
     def hear(_: Any, arguments: tuple[Any, ...]) -> None:
+        # Of its own share of the sequence alone: the core attention is what fetches the others'.
+        assert [tensor.shape[:2] for tensor in arguments[:3]] == [(length, BATCH)] * 3
         misread.append(not lies_so(te_layout(*arguments[:3]), *arguments[:3]))
 
     layers = [module for name, module in model.named_modules() if name.endswith("core_attention")]
@@ -173,6 +225,7 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         rotary_percent=case.get("rotary_percent", 1.0),
         share_embeddings_and_output_weights=case.get("tied", False),
         sla=sla,
+        core_attention=case.get("core_attention", "megatron"),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = SLAGPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
@@ -233,6 +286,7 @@ def transformer_config(case: dict[str, Any]) -> Any:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=case["tp"],
+        context_parallel_size=case.get("cp", 1),
         sequence_parallel=case["sequence_parallel"],
         bf16=case.get("bf16", False),
         params_dtype=torch.bfloat16 if case.get("bf16") else torch.float32,

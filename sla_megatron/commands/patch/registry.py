@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...attention.core_attention import FORWARD
+from ...attention.core_attention import RELIED_ON
 from ...attention.self_attention import QUERY_KEY_VALUE, ROLE
 from ...attention.sla_config import SLAConfig
 from ...cpu.replacements import replacements
@@ -78,7 +78,7 @@ def registry() -> list[Entry]:
         *_entries(ENCODER, [transformer_block_seam(sla, BERT_MODEL)]),
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD]),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
-        *_entries(CORE_ATTENTION, [FORWARD]),
+        *_entries(CORE_ATTENTION, RELIED_ON),
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(SAVE, [SAVE_CONFIG]),

@@ -1,0 +1,59 @@
+"""Context parallelism with ``--core-attention sdpa``: each rank holds its share of the sequence, and of shared K/V."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.launch import run_worker
+
+pytestmark = pytest.mark.distributed
+
+# As in test_parity.py.
+TOLERANCE = 1e-5
+
+BASE = {
+    "core_attention": "sdpa",
+    "groups": 4,
+    "rope": True,
+    "rms_norm": True,
+    "projection": "full",
+    "tp": 1,
+    "cp": 2,
+    "sequence_parallel": False,
+    "recompute": "none",
+    "distances": [2, 1],
+    "skip_groups": 3,
+}
+
+#: Against the plain-PyTorch reference, which knows of no ranks.
+CASES: dict[str, dict[str, Any]] = {
+    "cp1": {"cp": 1},
+    "cp2": {},
+    "cp4-pruned-learned": {"cp": 4, "projection": "pruned", "rope": False, "rms_norm": False},
+    "cp4-gqa": {"cp": 4, "groups": 2, "skip_groups": 2},
+    "cp2-tp2": {"tp": 2, "sequence_parallel": True, "qk_norm": True},
+    "cp2-tp2-gqa-pruned": {"tp": 2, "groups": 2, "skip_groups": 2, "distances": [3], "projection": "pruned"},
+    "cp2-selective": {"recompute": "selective"},
+    "cp4-uniform2": {"cp": 4, "recompute": "uniform2"},
+    "cp2-dense": {"skip_groups": 0, "distances": [1]},
+}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """All cases in one group of four gloo ranks; those that a case does not need are data-parallel."""
+    cases = {name: BASE | case for name, case in CASES.items()}
+    return run_worker("parity_worker", cases, 4, tmp_path_factory.mktemp("parity"))[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_every_gradient(answers: dict[str, dict[str, float]], name: str) -> None:
+    errors = dict(answers[name])
+    assert {"logits", "evaluation", "decoder.layers.3.self_attention.linear_qkv.weight"} <= set(errors)
+    assert errors.pop("dead rows") == 0.0
+    assert errors.pop("before change") == 0.0
+    assert errors.pop("after change") > 0.0
+    too_large = {tensor: error for tensor, error in errors.items() if not error <= TOLERANCE}
+    assert not too_large
