@@ -63,10 +63,16 @@ REPEATED = [next(case for case in CASES if case[1] == layout) for layout in LAYO
 
 #: Short documents, which attention does not leave: all stages need the mask, those between the ends too.
 DOCUMENTS = {"mock_data": None, "split": "8,1,1", "reset_attention_mask": True, "reset_position_ids": True}
-DOCUMENTS |= {"eod_mask_loss": True}
+# Context-parallel ranks have other numbers of tokens that count, over which Megatron averages each by itself without.
+DOCUMENTS |= {"eod_mask_loss": True, "calculate_per_token_loss": True}
 DOCUMENT_MODELS = {"sla": {}, "dense": dict.fromkeys(name for name in MODELS["gqa-full-short"].argv() if "sla" in name)}
 #: With middle stages on ranks of their own, on ranks that have an end too, and on ranks that read nothing themselves.
-DOCUMENT_LAYOUTS = ("pp2v2", "pp4", "tp2pp2v2")
+DOCUMENT_LAYOUTS = ("pp2v2", "pp4", "tp2pp2v2", "cp2pp2v2")
+#: The same without masks, rotary embedding and learned positions; in these layouts.
+PACKED = {"reset_attention_mask": None, "reset_position_ids": None, "core_attention": "sdpa"}
+PACKED |= {"dataloader_inter_document_masking": True}
+PACKED_MODELS = {"sla": "gqa-full-short", "learned": "mha-pruned-short"}
+PACKED_LAYOUTS = ("pp1", "pp2v2", "tp2pp2v2", "cp2pp2v2")
 
 
 def _documents(folder: Path, layouts: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -75,9 +81,13 @@ def _documents(folder: Path, layouts: Iterable[str]) -> dict[str, dict[str, Any]
     for layout in layouts:
         split = LAYOUTS[layout].argv() if layout in LAYOUTS else {"tensor_model_parallel_size": 1}
         for name, flags in DOCUMENT_MODELS.items():
-            request = {"argv": model_flags("gqa-full-short", folder, **data | flags | split), "pipeline": True}
-            requests[f"documents.{name}.{layout}"] = request
-    return requests
+            requests[f"documents.{name}.{layout}"] = model_flags("gqa-full-short", folder, **data | flags | split)
+        for name, model in PACKED_MODELS.items():
+            if layout == "pp1":
+                requests[f"documents.{name}.{layout}"] = model_flags(model, folder, **data | split)
+            if layout in PACKED_LAYOUTS:
+                requests[f"packed.{name}.{layout}"] = model_flags(model, folder, **data | split | PACKED)
+    return {name: {"argv": flags, "pipeline": True} for name, flags in requests.items()}
 
 
 def model_flags(model: str, folder: Path, **flags: Any) -> list[str]:
@@ -131,13 +141,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         f"{model}.pp1": {"argv": model_flags(model, folder, tensor_model_parallel_size=1), "pipeline": True}
         for model in MODELS
     }
-    # The tokenizer's end of a document.
-    write_indexed(folder / "documents", documents=400, length=6, vocabulary=127, end=127)
+    # The tokenizer's end of a document is its last token.
+    write_indexed(folder / "documents", documents=400, length=6, vocabulary=126, end=126)
     apart = _documents(folder, ("pp1", "pp2v2"))
     one_mask = [word for word in apart["documents.sla.pp1"]["argv"] if not word.startswith("--reset-")]
     apart["documents.one-mask.pp1"] = {"argv": one_mask, "pipeline": True}
     runs.add(seeds | plain | _requests(folder, TWO_RANKS) | apart, 2, folder / "two")
-    runs.add(_requests(folder, FOUR_RANKS) | _documents(folder, ("pp4", "tp2pp2v2")), 4, folder / "four")
+    runs.add(_requests(folder, FOUR_RANKS) | _documents(folder, ("pp4", "tp2pp2v2", "cp2pp2v2")), 4, folder / "four")
     return runs
 
 
@@ -154,6 +164,14 @@ def test_every_stage_keeps_documents_apart(runs: Runs, model: str, layout: str) 
     assert_trains_as(runs, f"documents.{model}.{layout}", f"documents.{model}.pp1")
     apart, mixed = (runs.figures(f"documents.{name}.pp1")["loss"] for name in ("sla", "one-mask"))
     assert apart != pytest.approx(mixed, rel=100 * LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+@pytest.mark.parametrize("model", PACKED_MODELS)
+def test_packed_documents_train_as_masked_ones(runs: Runs, model: str, layout: str) -> None:
+    """``--dataloader-inter-document-masking`` is what ``--reset-attention-mask`` is with Megatron's own attention."""
+    assert_trains_as(runs, f"packed.{model}.{layout}", f"documents.{model}.pp1")
+    assert all(answer["alive"] == 0 for answer in runs.answers[f"packed.{model}.{layout}"])
 
 
 def assert_trains_as(
@@ -186,10 +204,10 @@ def test_repeats_bit_for_bit(runs: Runs, model: str, layout: str) -> None:
 def test_bytes_on_the_wire_are_the_lower_bound(runs: Runs, model: str, layout: str) -> None:
     """Every tensor handed to isend and irecv, forward and backward, in training and evaluation."""
     split, ranks = LAYOUTS[layout], runs.answers[f"{model}.{layout}"]
-    data_parallel = len(ranks) // (split.pipeline * split.tensor)
+    data_parallel = len(ranks) // (split.pipeline * split.ranks)
     for rank, answer in enumerate(ranks):
         # Megatron's order of ranks: tensor-parallel ranks are neighbours, pipeline ranks are furthest apart.
-        pipeline_rank, tensor_rank = rank // (split.tensor * data_parallel), rank % split.tensor
+        pipeline_rank, tensor_rank = rank // (split.ranks * data_parallel), rank % split.tensor
         assert len(answer["steps"]) > STEPS, "training and evaluation"
         for step in answer["steps"]:
             assert step["num_microbatches"] == GLOBAL_BATCH // MICRO_BATCH // data_parallel
@@ -208,8 +226,8 @@ def test_live_kv_is_what_the_plan_says(runs: Runs, model: str, layout: str) -> N
     settings, split, ranks = MODELS[model], LAYOUTS[layout], runs.answers[f"{model}.{layout}"]
     sla = SLAConfig(LAYERS, GROUPS, settings.distances, settings.num_skip_groups, kv_projection=settings.projection)
     plan = RoutePlan(sla, PipelineLayout.of_sizes(split.pipeline, split.stages), split.tensor)
-    group_bytes = 2 * SEQUENCE * MICRO_BATCH * settings.head_size * 4
-    data_parallel = len(ranks) // (split.pipeline * split.tensor)
+    group_bytes = 2 * SEQUENCE // split.context * MICRO_BATCH * settings.head_size * 4
+    data_parallel = len(ranks) // (split.pipeline * split.ranks)
     for rank, answer in enumerate(ranks):
         assert answer["alive"] == 0
         for step in answer["steps"]:
@@ -219,7 +237,7 @@ def test_live_kv_is_what_the_plan_says(runs: Runs, model: str, layout: str) -> N
                 step["num_microbatches"],
                 forward_only=step["forward_only"],
             )
-            pipeline_rank = rank // (split.tensor * data_parallel)
+            pipeline_rank = rank // (split.ranks * data_parallel)
             expected = residency(plan, schedule, pipeline_rank, rank % split.tensor)
             assert step["live"] == expected.resident * group_bytes
             assert step["left"] == 0

@@ -42,18 +42,27 @@ class Model:
 
 @dataclass(frozen=True)
 class Layout:
-    """A split of the 8 layers over ``len(stages)`` virtual stages of ``pipeline`` ranks."""
+    """A split of the 8 layers over ``len(stages)`` virtual stages of ``pipeline`` ranks, and of each stage."""
 
     pipeline: int
     stages: tuple[int, ...]
     flags: tuple[tuple[str, Any], ...] = ()
     tensor: int = 1
+    context: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Of one replica of a stage: tensor- and context-parallel ranks are neighbours in Megatron's order."""
+        return self.tensor * self.context
 
     def argv(self) -> dict[str, Any]:
         return {
             "pipeline_model_parallel_size": self.pipeline,
             "tensor_model_parallel_size": self.tensor,
             "sequence_parallel": self.tensor > 1,
+            "context_parallel_size": self.context,
+            # Megatron's local attention, which all other runs have, knows no context parallelism.
+            "core_attention": "sdpa" if self.context > 1 else None,
             **dict(self.flags),
         }
 
@@ -98,6 +107,8 @@ FOUR_RANKS = {
     ),
     "tp2pp2": Layout(2, (4, 4), tensor=2),
     "tp2pp2v2": Layout(2, (2, 2, 2, 2), _virtual(2), tensor=2),
+    "cp2pp2": Layout(2, (4, 4), context=2),
+    "cp2pp2v2": Layout(2, (2, 2, 2, 2), _virtual(2), context=2),
 }
 
 LAYOUTS = TWO_RANKS | FOUR_RANKS
@@ -113,15 +124,15 @@ def skip_groups(model: Model) -> dict[int, int]:
 def hop_elements(model: Model, layout: Layout, tensor_rank: int) -> list[int]:
     """The specification's lower bound for each hop, hidden states and K/V, in elements of one tensor-parallel rank."""
     stage_of = [stage for stage, size in enumerate(layout.stages) for _ in range(size)]
-    share = GROUPS // layout.tensor
-    hops = [SEQUENCE * MICRO_BATCH * HIDDEN // layout.tensor] * (len(layout.stages) - 1)
+    share, positions = GROUPS // layout.tensor, SEQUENCE // layout.context
+    hops = [positions * MICRO_BATCH * HIDDEN // layout.tensor] * (len(layout.stages) - 1)
     for group, distance in skip_groups(model).items():
         if group // share != tensor_rank:
             continue
         for source in range(LAYERS - distance):
             s_a, s_c = stage_of[source], stage_of[source + distance]
             for hop in range(s_a, s_a + (s_c - s_a) % layout.pipeline):
-                hops[hop] += 2 * SEQUENCE * MICRO_BATCH * model.head_size
+                hops[hop] += 2 * positions * MICRO_BATCH * model.head_size
     return hops
 
 

@@ -163,7 +163,8 @@ def test_dropout_draws_from_the_ranks_own_state() -> None:
 ACCEPTED = {
     "core_attention": "sdpa",
     "transformer_impl": "local",
-    "context_parallel_size": 1,
+    "context_parallel_size": 2,
+    "cp_comm_type": ["p2p"],
     "window_size": None,
     "softmax_type": "vanilla",
     "multi_latent_attention": False,
@@ -177,7 +178,9 @@ ACCEPTED = {
     ("name", "value", "message"),
     [
         ("transformer_impl", "transformer_engine", "--transformer-impl transformer_engine: expected local"),
-        ("context_parallel_size", 2, "--context-parallel-size 2: expected 1"),
+        ("cp_comm_type", ["a2a"], "--cp-comm-type a2a: expected all_gather"),
+        ("hierarchical_context_parallel_sizes", [2, 1], "--hierarchical-context-parallel-sizes 2 1: expected one level"),
+        ("hybrid_context_parallel", True, "--hybrid-context-parallel True: expected no --hybrid-context-parallel"),
         ("window_size", (3, 0), "--window-size 3 0: expected no --window-size"),
         ("softmax_type", "learnable", "--softmax-type learnable: expected vanilla"),
         ("multi_latent_attention", True, "--multi-latent-attention True: expected no multi-latent attention"),
@@ -212,3 +215,31 @@ def test_specs_with_another_core_attention_are_refused() -> None:
     assert spec.submodules.self_attention.submodules.core_attention is not TorchAttention
     with pytest.raises(ValueError, match="this layer spec has TorchAttention in its place"):
         torch_attention_spec(ours)
+
+
+def packed_params(sequence: int, layout: str) -> object:
+    """The documents of :func:`document_mask`, counted over both samples."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    starts = torch.tensor([0, 7, 20, sequence, sequence + 30, sequence + 31, 2 * sequence], dtype=torch.int32)
+    return PackedSeqParams(qkv_format=layout, cu_seqlens_q=starts, cu_seqlens_kv=starts)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("layout", ["sbhd", "thd"])
+def test_documents_without_a_mask(layout: str, groups: int) -> None:
+    """As Megatron's own attention with the mask of --reset-attention-mask, of samples that are cut in other places."""
+    tensors = inputs(groups)
+    context, *gradients = run(attention("megatron", groups), tensors, document_mask(SEQUENCE))
+    packed = packed_params(SEQUENCE, layout)
+    module = attention("sdpa", groups)
+    # One sample after the other, [t, heads, d], where Transformer Engine's layout is asked for.
+    given = [tensor.transpose(0, 1).flatten(0, 1) if layout == "thd" else tensor for tensor in tensors]
+    found = module(*given, None, packed_seq_params=packed)
+    if layout == "thd":
+        found = found.view(BATCH, SEQUENCE, -1).transpose(0, 1)
+    weights = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found)
+    for one, other in zip(
+        (found, *torch.autograd.grad((found * weights).sum(), tensors)), (context, *gradients), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
