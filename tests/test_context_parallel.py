@@ -1,4 +1,6 @@
-"""Context parallelism with ``--core-attention sdpa``: each rank holds its share of the sequence, and of shared K/V."""
+"""``--core-attention sdpa`` with context parallelism, where each rank holds its share of the sequence and of shared
+K/V, and with several documents in one sample: against the reference, which knows of no ranks and sees each document
+alone."""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ BASE = {
     "skip_groups": 3,
 }
 
-#: Against the plain-PyTorch reference, which knows of no ranks.
+#: Where documents start in the two samples; the changed token, 7, is in a document that others follow.
+DOCUMENTS = {"documents": [[0, 3, 8, 9], [0, 11]]}
+
 CASES: dict[str, dict[str, Any]] = {
     "cp1": {"cp": 1},
     "cp2": {},
@@ -37,6 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
     "cp2-tp2-gqa-pruned": {"tp": 2, "groups": 2, "skip_groups": 2, "distances": [3], "projection": "pruned"},
     "cp2-selective": {"recompute": "selective"},
     "cp4-uniform2": {"cp": 4, "recompute": "uniform2"},
+    "documents": DOCUMENTS | {"cp": 1, "projection": "pruned"},
+    "documents-learned": DOCUMENTS | {"cp": 1, "rope": False, "rms_norm": False, "recompute": "selective"},
+    "cp2-tp2-documents": DOCUMENTS | {"tp": 2, "sequence_parallel": True},
+    "cp4-documents-uniform2": DOCUMENTS | {"cp": 4, "groups": 2, "skip_groups": 2, "recompute": "uniform2"},
     "cp2-dense": {"skip_groups": 0, "distances": [1]},
 }
 

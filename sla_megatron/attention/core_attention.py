@@ -8,7 +8,7 @@ Two things that Megatron's local attention does not do:
 
 * Context parallelism: keys and values are gathered over the context-parallel group, as Megatron's ``--cp-comm-type
   all_gather`` does with Transformer Engine, and their gradients are reduced and scattered back.
-* Documents that lie in one sample and do not see each other (``--dataloader-inter-document-masking``).
+* Documents that lie in one sample and do not see each other (``--dataloader-inter-document-masking``, ``--sft``).
 
 Both cut causal attention into stretches (``stretches.py``), one call each; nowhere is there an ``[s, s]`` mask.
 

@@ -27,7 +27,7 @@ _REFUSED: tuple[Refusal, ...] = (
 _OTHERS = "--core-attention sdpa beside it, or Transformer Engine: Megatron's local attention cannot do it"
 
 #: What Megatron's local attention has no notion of: attribute, and the values that are fine with it.
-_BEYOND_LOCAL = (("context_parallel_size", (None, 1)), ("dataloader_inter_document_masking", OFF))
+_BEYOND_LOCAL = (("context_parallel_size", (None, 1)), ("dataloader_inter_document_masking", OFF), ("sft", OFF))
 
 
 def resolve_core_attention(args: Namespace) -> None:

@@ -45,6 +45,9 @@ def require_data_of_each_part(args: Namespace) -> None:
         for part, each in given.items():
             flag = f"--{part}-data-path" if args.per_split_data_args_path is None else "--per-split-data-args-path"
             for prefix in dict.fromkeys(each[0]):
+                if args.sft:
+                    _conversations(flag, prefix)
+                    continue
                 _require_tokens(flag, prefix, _needed(args, part, _blends_whole(*each)))
     else:
         flags = [f"--{part}-data-path" for part in PARTS]
@@ -86,6 +89,12 @@ def _require_parts(args: Namespace, parts: Sequence[str]) -> None:
 
 
 def _require_split(args: Namespace, flag: str, prefix: str, whole: bool) -> None:
+    if args.sft:
+        lines = _conversations(flag, prefix)
+        for part, among in split_ranges(args.split, lines).items():
+            if not among:
+                raise FlagError("--split", args.split, f"conversations in each part: {part} gets none of {lines}")
+        return
     index = _index(flag, prefix)
     if index is None:
         return
@@ -118,6 +127,18 @@ def _require_tokens(flag: str, prefix: str, needed: int) -> None:
     if tokens < needed:
         wanted = "data with tokens" if needed == 1 else f"{needed} tokens or more, a whole sequence"
         raise FlagError(flag, prefix, f"{wanted}: its {_documents(index)} have {tokens or 'none'}")
+
+
+def _conversations(flag: str, path: str) -> int:
+    """How many conversations a file of ``--sft`` has, one a line."""
+    try:
+        with open(path, "rb") as file:
+            lines = sum(1 for line in file if line.strip())
+    except OSError:
+        lines = 0
+    if not lines:
+        raise FlagError(flag, path, 'a file with --sft, each line {"messages": [{"role": ..., "content": ...}, ...]}')
+    return lines
 
 
 def _index(flag: str, prefix: str) -> IndexedDataset | None:

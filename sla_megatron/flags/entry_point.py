@@ -12,7 +12,6 @@ from .unhonoured import ROWS
 
 # What upstream's pretrain_gpt.py does beyond pretraining, and ours does not.
 _NOT_HERE: tuple[Refusal, ...] = (
-    ("sft", OFF, "no --sft: fine-tuning on conversations is not part of this entry point"),
     ("fim_data", OFF, "no --fim-data: fill-in-the-middle is not part of this entry point"),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel in this entry point"),
     ("mtp_num_layers", OFF, "no --mtp-num-layers in this entry point"),

@@ -13,7 +13,7 @@ from ..common.errors import OFF, flag_of
 from ..cpu.backend import cpu_backend_is_active
 from . import rope_scaling
 from .rows import Row
-from .sla_flags import MEGATRON
+from .sla_flags import MEGATRON, SDPA
 
 _NEEDS_ROPE = "--position-embedding-type rope beside it"
 _NEEDS_TE = "--transformer-impl transformer_engine beside it: local layers do not heed it"
@@ -48,8 +48,7 @@ def _attention_of_te(args: Namespace) -> bool:
 
 def _fused_softmax(args: Namespace) -> bool:
     """Whether the kernel that makes its own mask may stand in for Megatron's local attention."""
-    megatrons = getattr(args, "core_attention", MEGATRON) == MEGATRON
-    return (args.bf16 or args.fp16) and args.masked_softmax_fusion and megatrons
+    return (args.bf16 or args.fp16) and args.masked_softmax_fusion and not _sdpa(args)
 
 
 def _fused_gelu(args: Namespace) -> bool:
@@ -59,6 +58,15 @@ def _fused_gelu(args: Namespace) -> bool:
 
 def _no_layernorm_of_keys(args: Namespace) -> bool:
     return args.sla or not args.qk_layernorm or args.normalization != "LayerNorm"
+
+
+def _packed(args: Namespace) -> bool:
+    """Whether samples hold several documents, or conversations, that attention is told of in place of a mask."""
+    return args.dataloader_inter_document_masking or args.sft
+
+
+def _sdpa(args: Namespace) -> bool:
+    return getattr(args, "core_attention", MEGATRON) == SDPA
 
 
 def _unknown_spec(args: Namespace) -> bool:
@@ -162,6 +170,43 @@ _POSITIONS = (
     ),
 )
 
+#: Documents in one sample, and conversations.
+_PACKED = (
+    *(
+        Row(name, OFF, "no such flag beside --dataloader-inter-document-masking or --sft: these do it", _packed)
+        for name in ("reset_attention_mask", "reset_position_ids")
+    ),
+    Row(
+        "micro_batch_size",
+        (1,),
+        "1, or --core-attention sdpa, with documents in one sample and a pipeline: for Transformer Engine samples are "
+        "put one after the other, and stages expect them side by side",
+        lambda args: _packed(args) and not _sdpa(args) and args.pipeline_model_parallel_size > 1,
+    ),
+    Row(
+        "dataloader_inter_document_masking",
+        OFF,
+        "--core-attention sdpa beside it with context parallelism: Transformer Engine takes each document to be split "
+        "over the ranks, Megatron splits the sequence",
+        lambda args: args.context_parallel_size > 1 and not _sdpa(args),
+    ),
+    Row("tokenizer_type", ("SFTTokenizer",), "SFTTokenizer with --sft", lambda args: args.sft),
+    Row("mock_data", OFF, "--data-path FILE.jsonl with --sft", lambda args: args.sft),
+    Row(
+        "create_attention_mask_in_dataloader",
+        OFF,
+        "--no-create-attention-mask-in-dataloader with --sft and Transformer Engine",
+        lambda args: args.sft and not _sdpa(args),
+    ),
+    Row(
+        "mtp_num_layers",
+        OFF,
+        "no --mtp-num-layers with documents in one sample and --core-attention sdpa: Megatron moves tokens on over "
+        "documents' ends",
+        lambda args: _packed(args) and _sdpa(args),
+    ),
+)
+
 _FAILS_LATE = (
     *(
         Row(name, OFF, f"no {flag_of(name)} without a GPU", lambda args: cpu_backend_is_active())
@@ -249,4 +294,4 @@ _FAILS_LATE = (
 )
 
 #: All of them, in the order in which they are asked.
-ROWS: tuple[Row, ...] = (*_NO_EFFECT, *_POSITIONS, *_FAILS_LATE)
+ROWS: tuple[Row, ...] = (*_NO_EFFECT, *_POSITIONS, *_PACKED, *_FAILS_LATE)

@@ -37,7 +37,6 @@ _REFUSED: tuple[Refusal, ...] = (
     ("use_torch_fsdp2", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
     ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
     ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
-    ("sft", OFF, "no --sft with --sla: packed sequences are not supported"),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel with --sla"),
     ("inprocess_restart", OFF, "no --inprocess-restart with --sla"),
 )

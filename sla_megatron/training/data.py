@@ -17,6 +17,7 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, print_rank_0
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
@@ -31,11 +32,12 @@ _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", *_FOR_ATTENTION)
 
 
 def train_valid_test_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-    """Megatron's GPT datasets (``--data-path`` ... or ``--mock-data``) for the three sample counts."""
+    """Megatron's datasets (``--data-path`` ... or ``--mock-data``) for the three sample counts: of text, or with
+    ``--sft`` of conversations."""
     args = get_args()
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     built = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
         # Tensor-parallel rank 0 broadcasts to the others.
         lambda: parallel_state.get_tensor_model_parallel_rank() == 0 and _reads_batches(args, vp_stage),
@@ -55,8 +57,12 @@ def _reads_batches(args: Namespace, vp_stage: int | None) -> bool:
     With ``--reset-attention-mask`` upstream reads at the ends alone, and attention between them is then causal over all
     documents.
     """
-    tells_documents_apart = args.reset_attention_mask or args.dataloader_inter_document_masking
-    return tells_documents_apart or is_first_or_last_pipeline_stage(vp_stage)
+    return args.reset_attention_mask or _are_packed(args) or is_first_or_last_pipeline_stage(vp_stage)
+
+
+def _are_packed(args: Namespace) -> bool:
+    """Whether batches say where documents, or conversations, start, in place of a mask."""
+    return args.dataloader_inter_document_masking or args.sft
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -105,7 +111,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         batch = {key: None if read.get(key) is None else read[key].cuda(non_blocking=True) for key in _BATCH_KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=args.dataloader_inter_document_masking,
+        has_cu_seqlens=_are_packed(args),
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -120,7 +126,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         # Between the ends upstream would broadcast nothing, the mask neither.
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage() or not at_an_end,
     )
-    if args.dataloader_inter_document_masking:
+    if _are_packed(args):
         batch = _documents_together(batch, args.core_attention)
     if not at_an_end:
         batch = dict.fromkeys(_BATCH_KEYS) | {key: batch[key] for key in _FOR_ATTENTION}
@@ -128,8 +134,9 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         batch,
         is_hybrid_cp=False,
         cp_group=parallel_state.get_context_parallel_group(),
-        # As without documents: chunks of the sequence, wherever documents end.
-        use_per_sequence_balancing=True,
+        # As without documents: chunks of the sequence, wherever they end.  Conversations are padded for Transformer
+        # Engine, which wants chunks of each.
+        use_per_sequence_balancing=not args.sft or args.core_attention != MEGATRON,
     )
 
 
@@ -143,7 +150,7 @@ def _documents_together(batch: dict[str, Tensor | None], core_attention: str) ->
 
 
 def packed_sequences(batch: dict[str, Tensor | None]) -> PackedSeqParams | None:
-    """What attention is told of documents; ``None`` unless ``--dataloader-inter-document-masking``.
+    """What attention is told of documents; ``None`` without ``--dataloader-inter-document-masking`` and ``--sft``.
 
     To torch's attention samples stay samples, ``[s, b, h]``, so that a pipeline's stages exchange what they always do;
     rotary embedding then counts positions from the start of the sample, which is as good: it looks at distances.

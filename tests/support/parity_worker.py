@@ -35,9 +35,7 @@ def main(folder: Path, compare: Callable[[dict[str, Any]], dict[str, Any]]) -> N
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
         answers = {}
         for tensor, context in sorted({_sizes(case) for case in request.values()}):
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=tensor, context_parallel_size=context
-            )
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, context_parallel_size=context)
             for name, case in request.items():
                 if _sizes(case) == (tensor, context):
                     answers[name] = compare(case)
@@ -61,7 +59,8 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     reference, model, full_shapes = build(case)
     generator = torch.Generator().manual_seed(17)
-    answers = [compare(reference, model, full_shapes, generator) for _ in range(case.get("draws", 1))]
+    documents = case.get("documents", [[0]] * BATCH)
+    answers = [compare(reference, model, full_shapes, generator, documents) for _ in range(case.get("draws", 1))]
     return {
         name: {"dead rows": max, "before change": max, "after change": min}.get(name, root_mean_square)(
             [answer[name] for answer in answers]
@@ -74,8 +73,10 @@ def root_mean_square(values: list[float]) -> float:
     return math.sqrt(sum(value * value for value in values) / len(values))
 
 
-def compare(reference: Any, model: Any, full_shapes: dict[str, Any], generator: Any) -> dict[str, float]:
-    """The errors for weights and tokens that are drawn from ``generator``."""
+def compare(
+    reference: Any, model: Any, full_shapes: dict[str, Any], generator: Any, documents: list[list[int]]
+) -> dict[str, float]:
+    """The errors for weights and tokens that are drawn from ``generator``; ``documents`` start there in each sample."""
     import torch
     from megatron.core.distributed import finalize_model_grads
 
@@ -87,11 +88,12 @@ def compare(reference: Any, model: Any, full_shapes: dict[str, Any], generator: 
 
     tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator).cuda()
     labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator).cuda()
-    positions = torch.arange(SEQUENCE, device="cuda").expand(BATCH, SEQUENCE)
+    positions = torch.stack([positions_in(starts) for starts in documents]).cuda()
+    packed = packed_sequences(documents)
 
     misread = listen_at_core_attention(model)
     model.zero_grad_buffer()
-    logits = run_model(model, tokens, positions)
+    logits = run_model(model, tokens, positions, packed)
     # The mean over this rank's share of the sequence; Megatron averages gradients over the ranks.
     torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), share(labels).flatten()).backward()
     finalize_model_grads([model])
@@ -99,7 +101,7 @@ def compare(reference: Any, model: Any, full_shapes: dict[str, Any], generator: 
 
     # The reference runs in double precision, so that all of the error is Megatron's fp32.
     exact = {name: tensor.cuda().double().requires_grad_() for name, tensor in weights.items()}
-    expected_logits = reference.logits(exact, tokens)
+    expected_logits = each_document_alone(reference, exact, tokens, documents)
     torch.nn.functional.cross_entropy(expected_logits.flatten(0, 1), labels.flatten()).backward()
     gradients = sharding.gather_gradients(model)
     answer = {"logits": error(logits.detach(), expected_logits.detach())}
@@ -111,22 +113,74 @@ def compare(reference: Any, model: Any, full_shapes: dict[str, Any], generator: 
     answer["dead rows"] = dead_rows(reference, exact, gradients)
     model.eval()
     with torch.no_grad():
-        evaluated = whole_sequence(run_model(model, tokens, positions))
+        evaluated = whole_sequence(run_model(model, tokens, positions, packed))
         changed = tokens.clone()
         changed[:, CHANGED_TOKEN] = (tokens[:, CHANGED_TOKEN] + 1) % VOCABULARY
-        moved = whole_sequence(run_model(model, changed, positions)) - evaluated
+        moved = whole_sequence(run_model(model, changed, positions, packed)) - evaluated
     answer["evaluation"] = error(evaluated, expected_logits.detach())
-    # Largest change of any logit before the changed token, and the smallest sum of changes at or after it.
-    answer["before change"] = float(moved[:, :CHANGED_TOKEN].abs().max())
-    answer["after change"] = float(moved[:, CHANGED_TOKEN:].abs().sum(-1).min())
+    sees = torch.stack([reads_the_change(starts) for starts in documents]).cuda()
+    # Largest change of any logit that is not to see the changed token, and the smallest sum of changes of one that is.
+    answer["before change"] = float(moved[~sees].abs().max())
+    answer["after change"] = float(moved[sees].abs().sum(-1).min())
     return answer
 
 
-def run_model(model: Any, tokens: Any, positions: Any) -> Any:
+def _ends(starts: list[int]) -> list[tuple[int, int]]:
+    return list(zip(starts, [*starts[1:], SEQUENCE], strict=True))
+
+
+def positions_in(starts: list[int]) -> Any:
+    """``[s]``, each token's place in its document."""
+    import torch
+
+    return torch.cat([torch.arange(stop - start) for start, stop in _ends(starts)])
+
+
+def reads_the_change(starts: list[int]) -> Any:
+    """``[s]``, whether a token is of the changed one's document, and not before it."""
+    import torch
+
+    start, stop = next(ends for ends in _ends(starts) if ends[0] <= CHANGED_TOKEN < ends[1])
+    return (torch.arange(SEQUENCE) >= CHANGED_TOKEN) & (torch.arange(SEQUENCE) < stop)
+
+
+def each_document_alone(reference: Any, weights: dict[str, Any], tokens: Any, documents: list[list[int]]) -> Any:
+    """The reference's logits ``[b, s, vocabulary]``, every document a run of its own."""
+    import torch
+
+    if documents == [[0]] * BATCH:
+        return reference.logits(weights, tokens)
+    samples = [
+        torch.cat([reference.logits(weights, sample[None, start:stop]) for start, stop in _ends(starts)], dim=1)
+        for sample, starts in zip(tokens, documents, strict=True)
+    ]
+    return torch.cat(samples)
+
+
+def packed_sequences(documents: list[list[int]]) -> Any:
+    """What Megatron's data loader says of documents that share a sample; ``None`` where none does."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    if documents == [[0]] * BATCH:
+        return None
+    starts = [number * SEQUENCE + start for number, starts in enumerate(documents) for start in starts]
+    boundaries = torch.tensor([*starts, BATCH * SEQUENCE], dtype=torch.int32).cuda()
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=SEQUENCE,
+        max_seqlen_kv=SEQUENCE,
+    )
+
+
+def run_model(model: Any, tokens: Any, positions: Any, packed: Any) -> Any:
     """Logits ``[b, s/C, vocabulary]`` of this rank's share of the sequence."""
     from megatron.core import tensor_parallel
 
-    return tensor_parallel.gather_from_tensor_model_parallel_region(model(share(tokens), share(positions), None))
+    logits = model(share(tokens), share(positions), None, packed_seq_params=packed)
+    return tensor_parallel.gather_from_tensor_model_parallel_region(logits)
 
 
 def chunks_of_ranks() -> list[list[int]]:

@@ -179,7 +179,11 @@ ACCEPTED = {
     [
         ("transformer_impl", "transformer_engine", "--transformer-impl transformer_engine: expected local"),
         ("cp_comm_type", ["a2a"], "--cp-comm-type a2a: expected all_gather"),
-        ("hierarchical_context_parallel_sizes", [2, 1], "--hierarchical-context-parallel-sizes 2 1: expected one level"),
+        (
+            "hierarchical_context_parallel_sizes",
+            [2, 1],
+            "--hierarchical-context-parallel-sizes 2 1: expected one level",
+        ),
         ("hybrid_context_parallel", True, "--hybrid-context-parallel True: expected no --hybrid-context-parallel"),
         ("window_size", (3, 0), "--window-size 3 0: expected no --window-size"),
         ("softmax_type", "learnable", "--softmax-type learnable: expected vanilla"),
@@ -243,3 +247,23 @@ def test_documents_without_a_mask(layout: str, groups: int) -> None:
         (found, *torch.autograd.grad((found * weights).sum(), tensors)), (context, *gradients), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("first", "last"), [(20, 33), (20, 48), (16, 32)])
+def test_later_queries_without_a_mask_of_all(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
+    """What a context-parallel rank computes: queries ``first .. last - 1`` over all keys before them, 8 at a time."""
+    from sla_megatron.attention import core_attention
+    from sla_megatron.attention.stretches import Stretch
+
+    monkeypatch.setattr(core_attention, "_ROWS", 8)
+    query, key, value = inputs(2)
+    expected = run(attention("megatron", 2), [query, key, value])
+    module = attention("sdpa", 2)
+    weights = torch.linspace(-1, 1, expected[0].numel(), dtype=query.dtype).view_as(expected[0])[first:last]
+    stretch = Stretch(slice(0, last - first), slice(0, last))
+    with Largest() as mode:
+        found = module._stretch(query[first:last], key, value, stretch).flatten(2)
+        torch.autograd.grad((found * weights).sum(), [query, key, value])
+    torch.testing.assert_close(found, expected[0][first:last], rtol=1e-12, atol=1e-12)
+    # Neither scores nor a mask of all queries and keys.
+    assert mode.numel <= query.numel()
