@@ -176,12 +176,15 @@ _PACKED = (
         Row(name, OFF, "no such flag beside --dataloader-inter-document-masking or --sft: these do it", _packed)
         for name in ("reset_attention_mask", "reset_position_ids")
     ),
-    Row(
-        "micro_batch_size",
-        (1,),
-        "1, or --core-attention sdpa, with documents in one sample and a pipeline: for Transformer Engine samples are "
-        "put one after the other, and stages expect them side by side",
-        lambda args: _packed(args) and not _sdpa(args) and args.pipeline_model_parallel_size > 1,
+    *(
+        Row(
+            name,
+            OFF,
+            "--micro-batch-size 1 or --core-attention sdpa beside it with a pipeline: for Transformer Engine samples "
+            "are put one after the other, and stages expect them side by side",
+            lambda args: args.micro_batch_size != 1 and args.pipeline_model_parallel_size > 1 and not _sdpa(args),
+        )
+        for name in ("dataloader_inter_document_masking", "sft")
     ),
     Row(
         "dataloader_inter_document_masking",
@@ -190,13 +193,13 @@ _PACKED = (
         "over the ranks, Megatron splits the sequence",
         lambda args: args.context_parallel_size > 1 and not _sdpa(args),
     ),
-    Row("tokenizer_type", ("SFTTokenizer",), "SFTTokenizer with --sft", lambda args: args.sft),
-    Row("mock_data", OFF, "--data-path FILE.jsonl with --sft", lambda args: args.sft),
+    Row("sft", OFF, "--tokenizer-type SFTTokenizer beside it", lambda args: args.tokenizer_type != "SFTTokenizer"),
+    Row("sft", OFF, "--data-path FILE.jsonl beside it, no --mock-data", lambda args: args.mock_data),
     Row(
-        "create_attention_mask_in_dataloader",
+        "sft",
         OFF,
-        "--no-create-attention-mask-in-dataloader with --sft and Transformer Engine",
-        lambda args: args.sft and not _sdpa(args),
+        "--no-create-attention-mask-in-dataloader or --core-attention sdpa beside it",
+        lambda args: args.create_attention_mask_in_dataloader and not _sdpa(args),
     ),
     Row(
         "mtp_num_layers",

@@ -201,7 +201,8 @@ def test_what_it_cannot_do(name: str, value: object, message: str) -> None:
 def test_a_mask_is_made_only_where_it_says_something() -> None:
     from sla_megatron.flags.core_attention import resolve_core_attention
 
-    for changes, made in [({}, False), ({"reset_attention_mask": True}, True), ({"core_attention": "megatron"}, True)]:
+    megatrons = {"core_attention": "megatron", "context_parallel_size": 1}
+    for changes, made in [({}, False), ({"reset_attention_mask": True}, True), (megatrons, True)]:
         args = Namespace(**ACCEPTED | changes)
         resolve_core_attention(args)
         assert args.create_attention_mask_in_dataloader == made

@@ -180,7 +180,6 @@ REFUSED = {
     "--fp8-format e4m3": "--fp8-format e4m3: expected no fp8",
     "--fp8-format hybrid": "--fp8-format hybrid: expected no fp8",
     "--fp4-format e2m1": "--fp4-format e2m1: expected no fp4",
-    "--context-parallel-size 2": "--context-parallel-size 2: expected 1",
     "--cuda-graph-impl local": "--cuda-graph-impl local: expected none",
     "--cuda-graph-impl transformer_engine": "--cuda-graph-impl transformer_engine: expected none",
     "--enable-cuda-graph": "--enable-cuda-graph True: expected no",

@@ -80,7 +80,7 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         2,
         ("--tensor-parallel-num-weight-shards 2:", "1 with --sla"),
     ),
-    ("--sla --context-parallel-size 2", 2, ("--context-parallel-size 2:", "1 without a GPU")),
+    ("--sla --context-parallel-size 2", 2, ("--context-parallel-size 2:", "--core-attention sdpa beside it, or")),
     ("--sla --multi-latent-attention", 1, ("--multi-latent-attention True:", "no multi-latent attention")),
     ("--sla --hybrid-layer-pattern M*M*", 1, ("--hybrid-layer-pattern M*M*:", "no hybrid model")),
     ("--sla --linear-attention-freq 2", 1, ("--linear-attention-freq 2:", "no linear attention")),
@@ -134,7 +134,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         ("--eval-global-batch-size 1:", "<= 1 (microbatches)"),
     ),
     # What this entry point does not do, with --sla or without.
-    ("--sft", 1, ("--sft True:", "no --sft")),
     (
         "--position-embedding-type rope --mtp-num-layers 1",
         1,
@@ -147,7 +146,11 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         1,
         ("--per-dataset-sequences-path x:", "no --per-dataset-sequences-path"),
     ),
-    ("--dataloader-inter-document-masking", 1, ("--dataloader-inter-document-masking True:", "entry point")),
+    (
+        "--dataloader-inter-document-masking",
+        1,
+        ("--dataloader-inter-document-masking True:", "--core-attention sdpa beside it, or"),
+    ),
     ("--overlap-moe-expert-parallel-comm", 1, ("--overlap-moe-expert-parallel-comm True:", "entry point")),
 ]
 
@@ -166,8 +169,6 @@ SETTLED: dict[str, object] = {
     "use_torch_fsdp2": True,
     "cuda_graph_impl": "full_iteration",
     "transformer_impl": "inference_optimized",
-    "sft": True,
-    "dataloader_inter_document_masking": True,
     "hybrid_context_parallel": True,
     "inprocess_restart": True,
     "enable_mhc_connections": True,

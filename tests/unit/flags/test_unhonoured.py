@@ -26,6 +26,8 @@ NEEDS_TE = "expected --transformer-impl transformer_engine beside it: local laye
 NOTHING = "expected no such flag: nothing in Megatron heeds it"
 NO_GPU = "without a GPU"
 MASK = "--reset-attention-mask"
+PACKED = "--dataloader-inter-document-masking"
+SDPA_PACKED = f"{PACKED} --core-attention sdpa"
 
 #: Flags -> the line, as it begins; on the CPU, in a model that is whole without them.
 REFUSED: dict[str, str] = {
@@ -52,6 +54,12 @@ REFUSED: dict[str, str] = {
     "--use-grouped-gemm-for-dense-mlp": f"--use-grouped-gemm-for-dense-mlp True: {NEEDS_TE}",
     "--mask-prob 0.3": "--mask-prob 0.3: expected no such flag: it is not for GPTs",
     "--vision-pretraining": "--vision-pretraining True: expected no such flag: it is not for GPTs",
+    f"{SDPA_PACKED} {MASK}": f"{MASK} True: expected no such flag beside --dataloader-inter-document-masking or --sft",
+    f"{PACKED} --micro-batch-size 2 --pipeline-model-parallel-size 2": f"{PACKED} True: expected --micro-batch-size 1",
+    f"{PACKED} --context-parallel-size 2": f"{PACKED} True: expected --core-attention sdpa beside it with context",
+    f"{SDPA_PACKED} --mtp-num-layers 1": "--mtp-num-layers 1: expected no --mtp-num-layers with documents",
+    "--sft": "--sft True: expected --tokenizer-type SFTTokenizer beside it",
+    "--sft --tokenizer-type SFTTokenizer --mock-data": "--sft True: expected --data-path FILE.jsonl beside it",
     "--rotary-base 500000": f"--rotary-base 500000: {NEEDS_ROPE}",
     "--rotary-percent 0.5": f"--rotary-percent 0.5: {NEEDS_ROPE}",
     "--rotary-interleaved": f"--rotary-interleaved True: {NEEDS_ROPE}",

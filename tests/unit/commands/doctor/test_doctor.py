@@ -227,7 +227,7 @@ def test_flags_that_do(job_args: JobArgs) -> None:
         ({"no_such_flag": True}, "--no-such-flag: expected a known flag"),
         ({"hidden_size": "wide"}, "--hidden-size wide: expected an integer"),
         ({"multi_latent_attention": True}, "--multi-latent-attention True: expected no multi-latent attention"),
-        ({"on_cpu": True, "context_parallel_size": 2}, "--context-parallel-size 2: expected 1 without a GPU"),
+        ({"on_cpu": True, "context_parallel_size": 2}, "--context-parallel-size 2: expected --core-attention sdpa"),
     ],
 )
 def test_flags_that_do_not(job_args: JobArgs, changes: dict[str, Any], expected: str) -> None:
