@@ -43,6 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     "cp4-uniform2": {"cp": 4, "recompute": "uniform2"},
     "documents": DOCUMENTS | {"cp": 1, "projection": "pruned"},
     "documents-learned": DOCUMENTS | {"cp": 1, "rope": False, "rms_norm": False, "recompute": "selective"},
+    # As the data loader of a script of one's own gives them, and as Transformer Engine's attention wants them.
+    "documents-thd": DOCUMENTS | {"cp": 1, "packed": "thd"},
     "cp2-tp2-documents": DOCUMENTS | {"tp": 2, "sequence_parallel": True},
     "cp4-documents-uniform2": DOCUMENTS | {"cp": 4, "groups": 2, "skip_groups": 2, "recompute": "uniform2"},
     "cp2-dense": {"skip_groups": 0, "distances": [1]},

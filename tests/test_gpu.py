@@ -50,6 +50,18 @@ def test_bf16(answers: gpu.Parity) -> None:
 
 
 @pytest.mark.parametrize("implementation", gpu.IMPLEMENTATIONS)
+def test_documents_in_one_sample(implementation: str, tmp_path: Path) -> None:
+    """Each document as it is alone: with torch's attention, and in bf16 with Transformer Engine's of packed samples."""
+    is_torch = implementation == "local"
+    shared = {"transformer_impl": implementation, "documents": [[0, 3, 8, 9], [0, 11]]}
+    shared |= {"core_attention": "sdpa"} if is_torch else {"packed": "thd"}
+    cases = {"full": parity_case(**shared), "learned": parity_case(**shared, rope=False, projection="pruned")}
+    answers = gpu.parity(f"{implementation} documents", cases, 1, tmp_path, has_fp32=is_torch)
+    gpu.assert_fp32(answers)
+    gpu.assert_bf16(answers)
+
+
+@pytest.mark.parametrize("implementation", gpu.IMPLEMENTATIONS)
 def test_off_switch(implementation: str, tmp_path: Path) -> None:
     """Without ``--sla``, and with a distance beyond the last layer, five steps are upstream's, bit for bit."""
     flags = {"tensor_model_parallel_size": 1, "transformer_impl": implementation, "deterministic_mode": gpu.ON_GPU}

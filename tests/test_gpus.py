@@ -55,6 +55,31 @@ def test_tensor_parallel(size: int, implementation: str, tmp_path: Path) -> None
     gpu.assert_bf16(answers)
 
 
+#: How Transformer Engine's attention gets at the other ranks' keys and values.
+EXCHANGES: dict[str, dict[str, Any]] = {"p2p": {}, "a2a": {}, "all_gather": {}, "a2a+p2p": {"hierarchy": [2, 2]}}
+
+
+@pytest.mark.parametrize("implementation", gpu.IMPLEMENTATIONS)
+def test_context_parallel(size: int, implementation: str, tmp_path: Path) -> None:
+    """The same with the sequence split: torch's attention; and Transformer Engine's, which does so in bf16 alone."""
+    context, is_torch = min(size, 4), implementation == "local"
+    shared = {"transformer_impl": implementation, "cp": context}
+    if is_torch:
+        shared["core_attention"] = "sdpa"
+        cases = {
+            "full": parity_case(**shared),
+            "pruned-gqa": parity_case(**shared, projection="pruned", groups=2, skip_groups=2),
+            "documents": parity_case(**shared, documents=[[0, 3, 8, 9], [0, 11]]),
+        }
+    else:
+        kinds = {kind: its for kind, its in EXCHANGES.items() if context == 4 or not its}
+        cases = {kind: parity_case(**shared, cp_comm_type=kind, **its) for kind, its in kinds.items()}
+    title = f"{implementation} CP={context}"
+    answers = gpu.parity(title, cases, context, tmp_path, has_fp32=is_torch)
+    gpu.assert_fp32(answers)
+    gpu.assert_bf16(answers)
+
+
 @pytest.fixture(scope="module", params=gpu.IMPLEMENTATIONS)
 def runs(request: pytest.FixtureRequest, size: int, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Of each model on one rank, then from the same checkpoint over all ranks."""

@@ -66,9 +66,11 @@ class Parity:
         print(f"{torch.cuda.get_device_name() if ON_GPU else 'cpu'} {self.title} {line}")
 
 
-def parity(title: str, cases: dict[str, dict[str, Any]], world_size: int, folder: Path) -> Parity:
-    """Both precisions in one group of ranks, which take longer to start than to answer."""
-    in_fp32 = {f"fp32 {name}": case for name, case in cases.items()}
+def parity(
+    title: str, cases: dict[str, dict[str, Any]], world_size: int, folder: Path, has_fp32: bool = True
+) -> Parity:
+    """Both precisions, or bf16 alone, in one group of ranks, which take longer to start than to answer."""
+    in_fp32 = {f"fp32 {name}": case for name, case in cases.items() if has_fp32}
     in_bf16 = {f"bf16 {name}": case for name, case in cases.items()}
     (answers,) = run_worker("parity_worker", in_fp32 | bf16.with_dense(in_bf16), world_size, folder)
     return Parity(title, in_fp32, in_bf16, answers)

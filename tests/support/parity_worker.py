@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,24 @@ def main(folder: Path, compare: Callable[[dict[str, Any]], dict[str, Any]]) -> N
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
         answers = {}
-        for tensor, context in sorted({_sizes(case) for case in request.values()}):
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, context_parallel_size=context)
+        for sizes in sorted({_sizes(case) for case in request.values()}):
+            tensor, context, hierarchy = sizes
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tensor,
+                context_parallel_size=context,
+                hierarchical_context_parallel_sizes=list(hierarchy) or None,
+            )
             for name, case in request.items():
-                if _sizes(case) == (tensor, context):
+                if _sizes(case) == sizes:
                     answers[name] = compare(case)
             parallel_state.destroy_model_parallel()
         if torch.distributed.get_rank() == 0:
             (folder / "answer0.json").write_text(json.dumps(answers))
 
 
-def _sizes(case: dict[str, Any]) -> tuple[int, int]:
-    return case["tp"], case.get("cp", 1)
+def _sizes(case: dict[str, Any]) -> tuple[int, int, tuple[int, ...]]:
+    """Of the tensor- and the context-parallel groups, and of those that the latter consist of."""
+    return case["tp"], case.get("cp", 1), tuple(case.get("hierarchy", ()))
 
 
 def run_case(case: dict[str, Any]) -> dict[str, float]:
@@ -59,7 +66,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     reference, model, full_shapes = build(case)
     generator = torch.Generator().manual_seed(17)
-    documents = case.get("documents", [[0]] * BATCH)
+    documents = Documents(case.get("documents", [[0]] * BATCH), case.get("packed", "sbhd"))
     answers = [compare(reference, model, full_shapes, generator, documents) for _ in range(case.get("draws", 1))]
     return {
         name: {"dead rows": max, "before change": max, "after change": min}.get(name, root_mean_square)(
@@ -74,9 +81,9 @@ def root_mean_square(values: list[float]) -> float:
 
 
 def compare(
-    reference: Any, model: Any, full_shapes: dict[str, Any], generator: Any, documents: list[list[int]]
+    reference: Any, model: Any, full_shapes: dict[str, Any], generator: Any, documents: Documents
 ) -> dict[str, float]:
-    """The errors for weights and tokens that are drawn from ``generator``; ``documents`` start there in each sample."""
+    """The errors for weights and tokens that are drawn from ``generator``."""
     import torch
     from megatron.core.distributed import finalize_model_grads
 
@@ -88,8 +95,8 @@ def compare(
 
     tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator).cuda()
     labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator).cuda()
-    positions = torch.stack([positions_in(starts) for starts in documents]).cuda()
-    packed = packed_sequences(documents)
+    positions = documents.positions().cuda()
+    packed = documents.packed_sequences()
 
     misread = listen_at_core_attention(model)
     model.zero_grad_buffer()
@@ -101,7 +108,7 @@ def compare(
 
     # The reference runs in double precision, so that all of the error is Megatron's fp32.
     exact = {name: tensor.cuda().double().requires_grad_() for name, tensor in weights.items()}
-    expected_logits = each_document_alone(reference, exact, tokens, documents)
+    expected_logits = documents.each_alone(reference, exact, tokens)
     torch.nn.functional.cross_entropy(expected_logits.flatten(0, 1), labels.flatten()).backward()
     gradients = sharding.gather_gradients(model)
     answer = {"logits": error(logits.detach(), expected_logits.detach())}
@@ -118,69 +125,82 @@ def compare(
         changed[:, CHANGED_TOKEN] = (tokens[:, CHANGED_TOKEN] + 1) % VOCABULARY
         moved = whole_sequence(run_model(model, changed, positions, packed)) - evaluated
     answer["evaluation"] = error(evaluated, expected_logits.detach())
-    sees = torch.stack([reads_the_change(starts) for starts in documents]).cuda()
+    sees = documents.read_the_change().cuda()
     # Largest change of any logit that is not to see the changed token, and the smallest sum of changes of one that is.
     answer["before change"] = float(moved[~sees].abs().max())
     answer["after change"] = float(moved[sees].abs().sum(-1).min())
     return answer
 
 
-def _ends(starts: list[int]) -> list[tuple[int, int]]:
-    return list(zip(starts, [*starts[1:], SEQUENCE], strict=True))
+@dataclass(frozen=True)
+class Documents:
+    """Where documents start in each sample, and how Megatron packs them: samples side by side (``sbhd``, for torch's
+    attention) or one after the other (``thd``)."""
 
+    starts: list[list[int]]
+    layout: str
 
-def positions_in(starts: list[int]) -> Any:
-    """``[s]``, each token's place in its document."""
-    import torch
+    @property
+    def are_whole_samples(self) -> bool:
+        return all(starts == [0] for starts in self.starts)
 
-    return torch.cat([torch.arange(stop - start) for start, stop in _ends(starts)])
+    def _ends(self) -> list[list[tuple[int, int]]]:
+        return [list(zip(starts, [*starts[1:], SEQUENCE], strict=True)) for starts in self.starts]
 
+    def positions(self) -> Any:
+        """``[b, s]``, each token's place in its document."""
+        import torch
 
-def reads_the_change(starts: list[int]) -> Any:
-    """``[s]``, whether a token is of the changed one's document, and not before it."""
-    import torch
+        samples = [torch.cat([torch.arange(stop - start) for start, stop in ends]) for ends in self._ends()]
+        return torch.stack(samples)
 
-    start, stop = next(ends for ends in _ends(starts) if ends[0] <= CHANGED_TOKEN < ends[1])
-    return (torch.arange(SEQUENCE) >= CHANGED_TOKEN) & (torch.arange(SEQUENCE) < stop)
+    def read_the_change(self) -> Any:
+        """``[b, s]``, whether a token is of the changed one's document, and not before it."""
+        import torch
 
+        ends = [next(stop for start, stop in ends if start <= CHANGED_TOKEN < stop) for ends in self._ends()]
+        places = torch.arange(SEQUENCE).expand(BATCH, -1)
+        return (places >= CHANGED_TOKEN) & (places < torch.tensor(ends)[:, None])
 
-def each_document_alone(reference: Any, weights: dict[str, Any], tokens: Any, documents: list[list[int]]) -> Any:
-    """The reference's logits ``[b, s, vocabulary]``, every document a run of its own."""
-    import torch
+    def each_alone(self, reference: Any, weights: dict[str, Any], tokens: Any) -> Any:
+        """The reference's logits ``[b, s, vocabulary]``, every document a run of its own."""
+        import torch
 
-    if documents == [[0]] * BATCH:
-        return reference.logits(weights, tokens)
-    samples = [
-        torch.cat([reference.logits(weights, sample[None, start:stop]) for start, stop in _ends(starts)], dim=1)
-        for sample, starts in zip(tokens, documents, strict=True)
-    ]
-    return torch.cat(samples)
+        if self.are_whole_samples:
+            return reference.logits(weights, tokens)
+        samples = [
+            torch.cat([reference.logits(weights, sample[None, start:stop]) for start, stop in ends], dim=1)
+            for sample, ends in zip(tokens, self._ends(), strict=True)
+        ]
+        return torch.cat(samples)
 
+    def packed_sequences(self) -> Any:
+        """What Megatron's data loader says of documents that share a sample; ``None`` where none does."""
+        import torch
+        from megatron.core.packed_seq_params import PackedSeqParams
 
-def packed_sequences(documents: list[list[int]]) -> Any:
-    """What Megatron's data loader says of documents that share a sample; ``None`` where none does."""
-    import torch
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    if documents == [[0]] * BATCH:
-        return None
-    starts = [number * SEQUENCE + start for number, starts in enumerate(documents) for start in starts]
-    boundaries = torch.tensor([*starts, BATCH * SEQUENCE], dtype=torch.int32).cuda()
-    return PackedSeqParams(
-        qkv_format="sbhd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=SEQUENCE,
-        max_seqlen_kv=SEQUENCE,
-    )
+        if self.are_whole_samples:
+            return None
+        starts = [number * SEQUENCE + start for number, starts in enumerate(self.starts) for start in starts]
+        boundaries = torch.tensor([*starts, BATCH * SEQUENCE], dtype=torch.int32).cuda()
+        return PackedSeqParams(
+            qkv_format=self.layout,
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            max_seqlen_q=SEQUENCE,
+            max_seqlen_kv=SEQUENCE,
+        )
 
 
 def run_model(model: Any, tokens: Any, positions: Any, packed: Any) -> Any:
     """Logits ``[b, s/C, vocabulary]`` of this rank's share of the sequence."""
     from megatron.core import tensor_parallel
 
-    logits = model(share(tokens), share(positions), None, packed_seq_params=packed)
-    return tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+    given = [share(tokens), share(positions)]
+    if packed is not None and packed.qkv_format == "thd":
+        given = [tensor.reshape(1, -1) for tensor in given]
+    logits = tensor_parallel.gather_from_tensor_model_parallel_region(model(*given, None, packed_seq_params=packed))
+    return logits.view(BATCH, -1, VOCABULARY)
 
 
 def chunks_of_ranks() -> list[list[int]]:
@@ -227,8 +247,9 @@ def listen_at_core_attention(model: Any) -> list[bool]:
 
     def hear(_: Any, arguments: tuple[Any, ...]) -> None:
         # Of its own share of the sequence alone: the core attention is what fetches the others'.
-        assert [tensor.shape[:2] for tensor in arguments[:3]] == [(length, BATCH)] * 3
-        misread.append(not lies_so(te_layout(*arguments[:3]), *arguments[:3]))
+        tensors = [tensor if tensor.dim() == 4 else tensor.unsqueeze(1) for tensor in arguments[:3]]
+        assert [math.prod(tensor.shape[:2]) for tensor in tensors] == [length * BATCH] * 3
+        misread.append(not lies_so(te_layout(*tensors), *tensors))
 
     layers = [module for name, module in model.named_modules() if name.endswith("core_attention")]
     assert len(layers) == LAYERS
@@ -341,6 +362,7 @@ def transformer_config(case: dict[str, Any]) -> Any:
         attention_dropout=0.0,
         tensor_model_parallel_size=case["tp"],
         context_parallel_size=case.get("cp", 1),
+        cp_comm_type=case.get("cp_comm_type"),
         sequence_parallel=case["sequence_parallel"],
         bf16=case.get("bf16", False),
         params_dtype=torch.bfloat16 if case.get("bf16") else torch.float32,
