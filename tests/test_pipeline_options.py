@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from tests.support.pipelines import MODELS, TWO_RANKS, Layout
 from tests.support.runs import argv, figures, train_on_all_ranks
@@ -24,6 +30,10 @@ GROWING |= {"train_samples": 36, "lr_decay_samples": 100, "lr_warmup_samples": 4
 GROWING |= {"train_iters": None, "lr_decay_iters": None, "lr_warmup_iters": None}
 MOE = {"num_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
 
+#: Several in a sample, in which none sees another; Megatron's end-of-document tokens are not looked at.
+CONVERSATIONS = {"sft": True, "mock_data": None, "core_attention": "sdpa", "tokenizer_type": "SFTTokenizer"}
+CONVERSATIONS |= {"sft_tokenizer_prompt_format": "identity", "vocab_size": None, "split": "8,1,1"}
+
 #: Name -> flags that change what is computed; each runs without a pipeline, as 1F1B and interleaved.
 COMPARED: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -33,6 +43,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "per-token-loss": {"calculate_per_token_loss": True},
     "untied": {"untie_embeddings_and_output_weights": True},
     "moe": MOE,
+    "conversations": CONVERSATIONS,
 }
 
 #: Flags of the runs that save the checkpoints; what has parameters of its own has one of its own.
@@ -64,7 +75,7 @@ COMPARISONS = [
 ]
 
 
-def _argv(split: Layout | None, **flags: Any) -> list[str]:
+def _argv(split: Layout | None, /, **flags: Any) -> list[str]:
     base = MODEL.argv() | {"train_iters": STEPS, "lr": 1e-3, "eval_interval": 2, "tensor_model_parallel_size": 1}
     return argv(**base | (split.argv() if split else {}) | flags)
 
@@ -74,6 +85,8 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     requests = _seeds(folder)
     for name, flags in COMPARED.items():
         saved = {"load": folder / name} if name in SEEDS else {}
+        if name == "conversations":
+            saved = {"tokenizer_model": folder, "data_path": folder / "conversations.jsonl"}
         requests[f"{name}.pp1"] = _argv(None, **load | flags | saved)
         for layout in [layout for compared, layout in COMPARISONS if compared == name]:
             requests[f"{name}.{layout}"] = _argv(TWO_RANKS[layout], **load | flags | saved)
@@ -108,7 +121,26 @@ def _seeds(folder: Path) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("options")
+    _write_conversations(folder)
     return train_on_all_ranks(_requests(folder), 2, folder / "ranks")
+
+
+def _write_conversations(folder: Path) -> None:
+    """Lines of three conversations, of a few words each, and a tokenizer that knows these words."""
+    words = [f"w{number}" for number in range(100)]
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    chosen = random.Random(0)
+    with (folder / "conversations.jsonl").open("w") as file:
+        for _ in range(40):
+            messages = [
+                {"role": role, "content": " ".join(chosen.choices(words, k=2)) + " "}
+                for _ in range(3)
+                for role in ("system", "user", "assistant")
+            ]
+            print(json.dumps({"messages": messages}), file=file)
 
 
 def _assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float = CLOSE) -> None:
