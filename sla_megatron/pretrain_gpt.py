@@ -57,6 +57,7 @@ def _pretrain() -> None:
     from .model.report import report_model
     from .training.checkpoint_writer import carry_tokenizer_along, shield_checkpoint_writer
     from .training.data import train_valid_test_datasets
+    from .training.further_tokens import embedding_ranks
     from .training.loss import forward_step
 
     def check(args: Namespace) -> None:
@@ -76,7 +77,13 @@ def _pretrain() -> None:
     report_model(model_config)
     shield_checkpoint_writer(args)
     carry_tokenizer_along(args)
-    pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+    pretrain(
+        container,
+        train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=embedding_ranks,
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_k
 # Megatron options that do not go with --sla: attribute, values that are fine, what the message says is accepted.
 _REFUSED: tuple[Refusal, ...] = (
     ("multi_latent_attention", OFF, "no multi-latent attention with --sla: there are no K/V groups to share"),
-    ("mtp_num_layers", OFF, "no multi-token prediction with --sla"),
     ("experimental_attention_variant", OFF, "no experimental attention with --sla"),
     ("linear_attention_freq", OFF, "no linear attention with --sla"),
     ("heterogeneous_layers_config_path", OFF, "equal layers with --sla"),

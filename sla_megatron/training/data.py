@@ -15,6 +15,8 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from .further_tokens import predicts_further_tokens
+
 #: What a batch holds; each is [b, s] but the attention mask, [b, 1, s, s].
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -39,9 +41,14 @@ train_valid_test_datasets.is_distributed = True
 
 
 def _reads_batches(args: Namespace, vp_stage: int | None) -> bool:
-    """Whether this stage needs anything of a batch: tokens or labels at an end, a mask that tells documents apart
-    everywhere.  Upstream reads at the ends alone, and attention between them is then causal over all documents."""
-    return args.reset_attention_mask or is_first_or_last_pipeline_stage(vp_stage)
+    """Whether this stage needs anything of a batch: tokens or labels at an end or where further tokens are predicted,
+    a mask that tells documents apart everywhere.  Upstream reads at the former alone, and attention between them is
+    then causal over all documents."""
+    return args.reset_attention_mask or _needs_tokens(args, vp_stage)
+
+
+def _needs_tokens(args: Namespace, vp_stage: int | None) -> bool:
+    return is_first_or_last_pipeline_stage(vp_stage) or predicts_further_tokens(args, vp_stage)
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -81,7 +88,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
     args = get_args()
     if not _reads_batches(args, vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
-    at_an_end = is_first_or_last_pipeline_stage(vp_stage)
+    needs_tokens = _needs_tokens(args, vp_stage)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Tensor | None] = {}
     if tp_rank == 0:
@@ -98,12 +105,12 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=predicts_further_tokens(args, vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         # Between the ends upstream would broadcast nothing, the mask neither.
-        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage() or not at_an_end,
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage() or not needs_tokens,
     )
-    if not at_an_end:
+    if not needs_tokens:
         batch = dict.fromkeys(_BATCH_KEYS) | {"attention_mask": batch["attention_mask"]}
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())

@@ -78,7 +78,7 @@ def registry() -> list[Entry]:
         *_entries(ENCODER, [transformer_block_seam(sla, BERT_MODEL)]),
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD]),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
-        *_entries(CORE_ATTENTION, [FORWARD]),
+        *_entries(CORE_ATTENTION, [FORWARD, transformer_block.FURTHER_LAYERS]),
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(SAVE, [SAVE_CONFIG]),

@@ -105,7 +105,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ("--sla-layers 10-12", 1, ("--sla-layers 10-12:", "--sla beside it")),
     ("--sla-kv-projection full", 1, ("--sla-kv-projection full:", "--sla beside it")),
     # What upstream would refuse in a traceback of its own, were it asked first.
-    ("--sla --mtp-num-layers 1", 1, ("--mtp-num-layers 1:", "no multi-token prediction")),
     ("--sla --qk-clip", 1, ("--qk-clip True:", "no --qk-clip")),
     ("--sla --delay-wgrad-compute", 1, ("--delay-wgrad-compute True:", "no --delay-wgrad-compute")),
     ("--sla --perform-rl-step", 1, ("--perform-rl-step True:", "no reinforcement learning")),
@@ -135,11 +134,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ),
     # What this entry point does not do, with --sla or without.
     ("--sft", 1, ("--sft True:", "no --sft")),
-    (
-        "--position-embedding-type rope --mtp-num-layers 1",
-        1,
-        ("--mtp-num-layers 1:", "no --mtp-num-layers"),
-    ),
     ("--logits-load-dir logits", 1, ("--logits-load-dir logits:", "no --logits-load-dir")),
     ("--inprocess-restart", 1, ("--inprocess-restart True:", "no --inprocess-restart")),
     (
@@ -154,7 +148,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
 
 #: Where upstream refuses first without a GPU, the refusal is checked on a good run's arguments.
 SETTLED: dict[str, object] = {
-    "mtp_num_layers": 1,
     "qk_clip": True,
     "fine_grained_activation_offloading": True,
     "delay_wgrad_compute": True,
@@ -211,5 +204,6 @@ GOOD: dict[str, tuple[int, SLAConfig]] = {
         2,
         SLAConfig(12, 12, (9,), 9),
     ),
+    "--sla --position-embedding-type rope --mtp-num-layers 2": (1, SLAConfig(12, 12, (9,), 9)),
     "--sla --num-experts 4 --bf16 --use-distributed-optimizer --disable-bias-linear": (1, SLAConfig(12, 12, (9,), 9)),
 }

@@ -140,7 +140,11 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
     def everything() -> dict[str, Any]:
         # What is wrapped stays so for the rest of the process; here, until upstream's own is put back.
         sla = SLAConfig(4, 4, (3,), 3)
-        with cpu_backend(), sla_transformer_blocks(sla), as_before([*SCHEDULES, CHECKED_ON_LOADING, SAVE_CONFIG]):
+        with (
+            cpu_backend(),
+            sla_transformer_blocks(sla, torch_attention=True),
+            as_before([*SCHEDULES, CHECKED_ON_LOADING, SAVE_CONFIG]),
+        ):
             install_transport()
             check_settings_on_loading(Namespace(non_persistent_ckpt_type="local"))
             carry_tokenizer_along(Namespace(save="checkpoints", sla=True, ckpt_format="torch_dist"))

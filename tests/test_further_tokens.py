@@ -1,0 +1,159 @@
+"""Layers that predict further tokens (``--mtp-num-layers``) behind a skip-layer model, on four ranks."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.pipelines import FOUR_RANKS, MODELS, TWO_RANKS, Layout
+from tests.support.runs import argv, figures, train_on_all_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
+
+SAVED_AT, STEPS = 2, 3
+# As in test_pipeline.py: rounding in sums of another order.
+CLOSE = 1e-6
+
+MODEL = MODELS["gqa-full-long-and-short"]
+FURTHER = {"mtp_num_layers": 2, "untie_embeddings_and_output_weights": True}
+#: Each has parameters of its own; all start from a checkpoint that one run without a pipeline saved.
+MODELS_OF_FURTHER: dict[str, dict[str, Any]] = {
+    "further": {},
+    "pruned": {"sla_kv_projection": "pruned", "sla_num_skip_groups": 2},
+    # Upstream has no tied weights where the last stage predicts further tokens.
+    "tied": {"untie_embeddings_and_output_weights": None},
+    "repeated": {"mtp_use_repeated_layer": True, "mtp_detach_heads": True},
+    "dense": {name: None for name in MODEL.argv() if name.startswith("sla")},
+}
+
+WHOLE = Layout(1, (8,))
+
+
+def _written(pipeline: int, layout: str) -> Layout:
+    return Layout(pipeline, (), (("pipeline_model_parallel_layout", layout),))
+
+
+#: Name -> model, layout and flags; each against the run of its model without any of them.  ``m`` is where a written
+#: layout has the further layers: with the loss, on a stage of their own, or on another rank than the last.
+COMPARED: dict[str, tuple[str, Layout, dict[str, Any]]] = {
+    "pp2": ("further", TWO_RANKS["pp2"], {}),
+    "pp2v2": ("further", TWO_RANKS["pp2v2"], {}),
+    "pp2v2-alone-with-loss": ("further", _written(2, "Et|ttt|tttt|mmL"), {}),
+    "pp4-before-the-last": ("further", _written(4, "Ett|ttt|tttmm|L"), {}),
+    "pp4v2-alone": ("further", _written(4, "Et|t|tt|t|t|tt|mm|L"), {}),
+    "tp2pp2v2": ("further", FOUR_RANKS["tp2pp2v2"], {}),
+    "pruned-pp2v2": ("pruned", TWO_RANKS["pp2v2"], {}),
+    "pruned-pp4-before-the-last": ("pruned", _written(4, "Ett|ttt|tttmm|L"), {}),
+    "tied-pp4-before-the-last": ("tied", _written(4, "Ett|ttt|tttmm|L"), {}),
+    "repeated-pp2": ("repeated", TWO_RANKS["pp2"], {}),
+    "recomputed": (
+        "further",
+        TWO_RANKS["pp2v2"],
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ),
+    "sdpa": ("further", TWO_RANKS["pp2"], {"core_attention": "sdpa"}),
+}
+
+
+def _argv(model: str, split: Layout, **flags: Any) -> list[str]:
+    base = MODEL.argv() | FURTHER | MODELS_OF_FURTHER[model]
+    base |= {"train_iters": STEPS, "lr": 1e-3, "eval_iters": 0, "override_opt_param_scheduler": True}
+    return argv(**base | split.argv() | flags)
+
+
+def _requests(folder: Path) -> dict[str, dict[str, Any]]:
+    requests = {}
+    for model in MODELS_OF_FURTHER:
+        requests[f"{model}.seed"] = _argv(model, WHOLE, train_iters=1, save=folder / model, save_interval=1)
+    load = {"finetune": True, "no_load_optim": True, "no_load_rng": True}
+    for model in MODELS_OF_FURTHER:
+        requests[model] = _argv(model, WHOLE, load=folder / model, **load)
+    for name, (model, split, flags) in COMPARED.items():
+        saves = {"save": folder / name, "save_interval": SAVED_AT} if name == "pp2v2" else {}
+        requests[name] = _argv(model, split, load=folder / model, **load, **flags, **saves)
+    loads = {"load": folder / "pp2v2", "ckpt_step": SAVED_AT}
+    requests["resumed"] = _argv("further", FOUR_RANKS["tp2pp2"], **loads)
+    # A distance beyond the last layer, from the dense model's weights.
+    beyond = load | {"load": folder / "dense", "sla_skip_distance": 8, "sla_num_skip_groups": 2}
+    requests["beyond"] = _argv("further", WHOLE, **beyond)
+    requests["beyond.pp2v2"] = _argv("further", TWO_RANKS["pp2v2"], **beyond)
+    requests["dense.pp2v2"] = _argv("dense", TWO_RANKS["pp2v2"], load=folder / "dense", **load)
+    return {name: {"argv": flags} for name, flags in requests.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("further")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return train_on_all_ranks(_requests(folder), 4, folder / "ranks")
+
+
+def _further_losses(answers: list[dict[str, Any]]) -> list[float]:
+    """The losses of the further tokens, in each step, as Megatron's trainer printed them."""
+    found = [re.findall(r"mtp_\d+ loss: (\S+)", answer["stdout"]) for answer in answers]
+    return [float(loss) for losses in found for loss in losses]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_as_without_a_pipeline(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """The same losses, of the next and of further tokens, and gradient norms."""
+    expected, found = runs[COMPARED[name][0]], runs[name]
+    for what in ("loss", "grad_norm"):
+        assert figures(found)[what] == pytest.approx(figures(expected)[what], rel=CLOSE, abs=0), what
+    losses = _further_losses(expected)
+    assert len(losses) == STEPS * FURTHER["mtp_num_layers"]
+    assert _further_losses(found) == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_checkpoint_goes_on_in_another_layout(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Saved at PP=2 with virtual stages, loaded with TP=2: the third step is the third step."""
+    expected, found = figures(runs["further"]), figures(runs["resumed"])
+    for what in ("loss", "grad_norm"):
+        assert found[what] == pytest.approx(expected[what][SAVED_AT:], rel=CLOSE, abs=0), what
+
+
+@pytest.mark.parametrize("layout", ["", ".pp2v2"])
+def test_a_distance_beyond_the_last_layer_is_upstreams_model(
+    runs: dict[str, list[dict[str, Any]]], layout: str
+) -> None:
+    """Bit for bit the dense model with further tokens, whose layers are all upstream's."""
+    assert figures(runs[f"beyond{layout}"]) == figures(runs[f"dense{layout}"])
+    assert _further_losses(runs[f"beyond{layout}"]) == _further_losses(runs[f"dense{layout}"])
+
+
+def test_an_export_leaves_them_out_by_an_option(
+    runs: dict[str, list[dict[str, Any]]],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """With --drop-mtp the export has the trained model's logits; without, one line names the option."""
+    from sla_megatron.commands.convert import cli
+
+    def convert(*options: str) -> tuple[int, str]:
+        words = ["sla-convert", "megatron-to-hf", str(folder / "pp2v2"), str(tmp_path / "hf"), *options]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out + printed.err
+
+    status, line = convert("--verify")
+    assert (status, line.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
+    assert re.search(r"--mtp-num-layers 2: .*; --drop-mtp leaves these layers out$", line.strip())
+    status, printed = convert("--verify", "--drop-mtp")
+    assert (status, "logits equal" in printed) == (0, True), printed
+
+
+def test_no_kv_is_left(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """None is alive after a step."""
+    for name, ranks in runs.items():
+        assert [answer["alive"] for answer in ranks] == [0] * len(ranks), name
