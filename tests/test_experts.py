@@ -52,6 +52,11 @@ COMPARED: dict[str, tuple[str, Layout, dict[str, Any]]] = {
 }
 
 
+#: Upstream interleaves forward and backward passes of layers in half precision alone.
+OVERLAPPED = {"overlap_moe_expert_parallel_comm": True}
+BF16 = EP2 | ALL_TO_ALL | {"bf16": True}
+
+
 def _argv(model: str, split: Layout, **flags: Any) -> list[str]:
     base = MODEL.argv() | EXPERTS | MODELS_OF_EXPERTS[model]
     base |= {"train_iters": STEPS, "lr": 1e-3, "eval_iters": 0, "override_opt_param_scheduler": True}
@@ -62,13 +67,18 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     requests = {}
     for model in MODELS_OF_EXPERTS:
         requests[f"{model}.seed"] = _argv(model, WHOLE, train_iters=1, save=folder / model, save_interval=1)
-        # The names of the runs to compare with are those of the models.
     load = {"finetune": True, "no_load_optim": True, "no_load_rng": True}
     for model in MODELS_OF_EXPERTS:
         requests[model] = _argv(model, WHOLE, load=folder / model, **load)
     for name, (model, split, flags) in COMPARED.items():
         saves = {"save": folder / name, "save_interval": SAVED_AT} if name == "ep2-pp2v2-alltoall" else {}
         requests[name] = _argv(model, split, load=folder / model, **load, **flags, **saves)
+    for name, split, flags in (
+        ("bf16.pp2v2", PIPELINE, BF16),
+        ("overlapped.pp2v2", PIPELINE, BF16 | OVERLAPPED),
+        ("overlapped.pp1", WHOLE, BF16 | OVERLAPPED),
+    ):
+        requests[name] = _argv("some-layers", split, load=folder / "some-layers", **load, **flags)
     loads = {"load": folder / "ep2-pp2v2-alltoall", "ckpt_step": SAVED_AT}
     requests["resumed"] = _argv("experts", TENSOR, **loads, **EP2)
     return {name: {"argv": flags} for name, flags in requests.items()}
@@ -86,6 +96,15 @@ def test_as_with_all_experts_on_every_rank(runs: dict[str, list[dict[str, Any]]]
     expected, found = figures(runs[COMPARED[name][0]]), figures(runs[name])
     for what in ("loss", "grad_norm"):
         assert found[what] == pytest.approx(expected[what], rel=CLOSE, abs=0), what
+
+
+@pytest.mark.parametrize("layout", ["pp2v2", "pp1"])
+def test_overlapped_with_another_microbatchs_backward_pass(runs: dict[str, list[dict[str, Any]]], layout: str) -> None:
+    """Layers as nodes of a schedule: the same bits as one pass after the other; without a pipeline to rounding."""
+    expected, found = figures(runs["bf16.pp2v2"]), figures(runs[f"overlapped.{layout}"])
+    for what in ("loss", "grad_norm"):
+        tolerance = 0 if layout == "pp2v2" else CLOSE
+        assert found[what] == pytest.approx(expected[what], rel=tolerance, abs=0), what
 
 
 def test_a_checkpoint_of_experts_goes_on_in_another_layout(runs: dict[str, list[dict[str, Any]]]) -> None:

@@ -17,7 +17,6 @@ _NOT_HERE: tuple[Refusal, ...] = (
     ("dataloader_inter_document_masking", OFF, "no --dataloader-inter-document-masking in this entry point"),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel in this entry point"),
     ("logits_load_dir", OFF, "no --logits-load-dir: distillation is not part of this entry point"),
-    ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm in this entry point"),
     ("inprocess_restart", OFF, "no --inprocess-restart in this entry point"),
     ("per_dataset_sequences_path", OFF, "no --per-dataset-sequences-path in this entry point"),
     ("perform_rl_step", OFF, "no reinforcement learning in this entry point"),

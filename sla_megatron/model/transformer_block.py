@@ -25,6 +25,7 @@ from ..pipeline.transport import install_transport
 from ..upstream.seams import Reliance, Seam, SeamError, replaced
 from .layer_specs import Spec, sla_layer_spec, torch_attention_in_further_layers, torch_attention_spec
 from .recomputation import CHECKPOINTED_FORWARD
+from .schedule_plan import install_sharing_in_plans
 
 #: Called with whatever they are given, so that no signature is assumed.
 OVERRIDDEN = (
@@ -57,6 +58,8 @@ class SLATransformerBlock(TransformerBlock):
         self.traffic: StageTraffic | None = None
         if config.pipeline_model_parallel_size > 1:
             self._join_pipeline(sla)
+        if config.overlap_moe_expert_parallel_comm:
+            install_sharing_in_plans()
 
     def _join_pipeline(self, sla: SLAConfig) -> None:
         groups = self.pg_collection

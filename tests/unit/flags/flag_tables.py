@@ -106,7 +106,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ("--sla-kv-projection full", 1, ("--sla-kv-projection full:", "--sla beside it")),
     # What upstream would refuse in a traceback of its own, were it asked first.
     ("--sla --qk-clip", 1, ("--qk-clip True:", "no --qk-clip")),
-    ("--sla --delay-wgrad-compute", 1, ("--delay-wgrad-compute True:", "no --delay-wgrad-compute")),
     ("--sla --perform-rl-step", 1, ("--perform-rl-step True:", "no reinforcement learning")),
     ("--fim-data", 1, ("--fim-data True:", "no --fim-data")),
     ("--hybrid-context-parallel", 1, ("--hybrid-context-parallel True:", "no --hybrid-context-parallel")),
@@ -132,6 +131,13 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         2,
         ("--eval-global-batch-size 1:", "<= 1 (microbatches)"),
     ),
+    (
+        "--sla --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 8 "
+        "--num-experts 4 --disable-bias-linear --bf16 --expert-model-parallel-size 2 "
+        "--moe-token-dispatcher-type alltoall --overlap-moe-expert-parallel-comm",
+        4,
+        ("--pipeline-model-parallel-layout Et*6||t*6|L:", "a layer in each stage between others"),
+    ),
     # What this entry point does not do, with --sla or without.
     ("--sft", 1, ("--sft True:", "no --sft")),
     ("--logits-load-dir logits", 1, ("--logits-load-dir logits:", "no --logits-load-dir")),
@@ -142,7 +148,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         ("--per-dataset-sequences-path x:", "no --per-dataset-sequences-path"),
     ),
     ("--dataloader-inter-document-masking", 1, ("--dataloader-inter-document-masking True:", "entry point")),
-    ("--overlap-moe-expert-parallel-comm", 1, ("--overlap-moe-expert-parallel-comm True:", "entry point")),
 ]
 
 
@@ -150,8 +155,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
 SETTLED: dict[str, object] = {
     "qk_clip": True,
     "fine_grained_activation_offloading": True,
-    "delay_wgrad_compute": True,
-    "overlap_moe_expert_parallel_comm": True,
     "perform_rl_step": True,
     "heterogeneous_layers_config_path": "layers.json",
     "heterogeneous_layers_config_encoded_json": "{}",
