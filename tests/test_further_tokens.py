@@ -23,13 +23,17 @@ FURTHER = {"mtp_num_layers": 2, "untie_embeddings_and_output_weights": True}
 #: Each has parameters of its own; all start from a checkpoint that one run without a pipeline saved.
 MODELS_OF_FURTHER: dict[str, dict[str, Any]] = {
     "further": {},
-    "pruned": {"sla_kv_projection": "pruned", "sla_num_skip_groups": 2},
     # Upstream has no tied weights where the last stage predicts further tokens.
-    "tied": {"untie_embeddings_and_output_weights": None},
-    "repeated": {"mtp_use_repeated_layer": True, "mtp_detach_heads": True},
-    "dense": {name: None for name in MODEL.argv() if name.startswith("sla")},
+    "other": {
+        "untie_embeddings_and_output_weights": None,
+        "mtp_use_repeated_layer": True,
+        "mtp_detach_heads": True,
+        "sla_kv_projection": "pruned",
+        "sla_num_skip_groups": 2,
+    },
 }
 
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 WHOLE = Layout(1, (8,))
 
 
@@ -42,20 +46,10 @@ def _written(pipeline: int, layout: str) -> Layout:
 COMPARED: dict[str, tuple[str, Layout, dict[str, Any]]] = {
     "pp2": ("further", TWO_RANKS["pp2"], {}),
     "pp2v2": ("further", TWO_RANKS["pp2v2"], {}),
-    "pp2v2-alone-with-loss": ("further", _written(2, "Et|ttt|tttt|mmL"), {}),
-    "pp4-before-the-last": ("further", _written(4, "Ett|ttt|tttmm|L"), {}),
     "pp4v2-alone": ("further", _written(4, "Et|t|tt|t|t|tt|mm|L"), {}),
     "tp2pp2v2": ("further", FOUR_RANKS["tp2pp2v2"], {}),
-    "pruned-pp2v2": ("pruned", TWO_RANKS["pp2v2"], {}),
-    "pruned-pp4-before-the-last": ("pruned", _written(4, "Ett|ttt|tttmm|L"), {}),
-    "tied-pp4-before-the-last": ("tied", _written(4, "Ett|ttt|tttmm|L"), {}),
-    "repeated-pp2": ("repeated", TWO_RANKS["pp2"], {}),
-    "recomputed": (
-        "further",
-        TWO_RANKS["pp2v2"],
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    ),
-    "sdpa": ("further", TWO_RANKS["pp2"], {"core_attention": "sdpa"}),
+    "recomputed": ("further", TWO_RANKS["pp2v2"], RECOMPUTED | {"core_attention": "sdpa"}),
+    "other-pp4-before-the-last": ("other", _written(4, "Ett|ttt|tttmm|L"), {}),
 }
 
 
@@ -77,11 +71,11 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
         requests[name] = _argv(model, split, load=folder / model, **load, **flags, **saves)
     loads = {"load": folder / "pp2v2", "ckpt_step": SAVED_AT}
     requests["resumed"] = _argv("further", FOUR_RANKS["tp2pp2"], **loads)
-    # A distance beyond the last layer, from the dense model's weights.
-    beyond = load | {"load": folder / "dense", "sla_skip_distance": 8, "sla_num_skip_groups": 2}
-    requests["beyond"] = _argv("further", WHOLE, **beyond)
-    requests["beyond.pp2v2"] = _argv("further", TWO_RANKS["pp2v2"], **beyond)
-    requests["dense.pp2v2"] = _argv("dense", TWO_RANKS["pp2v2"], load=folder / "dense", **load)
+    # A distance beyond the last layer, and the dense model, from the same weights.
+    beyond, dense = {"sla_skip_distance": 8}, {name: None for name in MODEL.argv() if name.startswith("sla")}
+    for name, split in (("pp1", WHOLE), ("pp2v2", TWO_RANKS["pp2v2"])):
+        for model, flags in (("beyond", beyond), ("dense", dense)):
+            requests[f"{model}.{name}"] = _argv("further", split, load=folder / "further", **load, **flags)
     return {name: {"argv": flags} for name, flags in requests.items()}
 
 
@@ -119,13 +113,13 @@ def test_a_checkpoint_goes_on_in_another_layout(runs: dict[str, list[dict[str, A
         assert found[what] == pytest.approx(expected[what][SAVED_AT:], rel=CLOSE, abs=0), what
 
 
-@pytest.mark.parametrize("layout", ["", ".pp2v2"])
+@pytest.mark.parametrize("layout", ["pp1", "pp2v2"])
 def test_a_distance_beyond_the_last_layer_is_upstreams_model(
     runs: dict[str, list[dict[str, Any]]], layout: str
 ) -> None:
     """Bit for bit the dense model with further tokens, whose layers are all upstream's."""
-    assert figures(runs[f"beyond{layout}"]) == figures(runs[f"dense{layout}"])
-    assert _further_losses(runs[f"beyond{layout}"]) == _further_losses(runs[f"dense{layout}"])
+    assert figures(runs[f"beyond.{layout}"]) == figures(runs[f"dense.{layout}"])
+    assert _further_losses(runs[f"beyond.{layout}"]) == _further_losses(runs[f"dense.{layout}"])
 
 
 def test_an_export_leaves_them_out_by_an_option(

@@ -143,6 +143,12 @@ def _of_megatron() -> list[Seam]:
             ("cls", "config", "hidden_size", "eps", "persist_layer_norm", "zero_centered_gamma", "normalization"),
             stand_in=torch_norm,
         ),
+        *_of_experts(),
+    ]
+
+
+def _of_experts() -> list[Seam]:
+    return [
         Seam(
             "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
             "it makes lists of sizes of tensors on a GPU alone, and torch's all-to-all takes no tensors for sizes",
