@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 
 # Nothing heavier is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
 from .common.errors import one_line_errors
@@ -82,7 +83,7 @@ def _pretrain() -> None:
         train_valid_test_datasets,
         ModelType.encoder_or_decoder,
         forward_step,
-        get_embedding_ranks=embedding_ranks,
+        get_embedding_ranks=partial(embedding_ranks, args),
     )
 
 

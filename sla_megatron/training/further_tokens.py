@@ -8,7 +8,6 @@ from megatron.core.parallel_state import default_embedding_ranks
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.training import get_args
 
 
 def predicts_further_tokens(args: Namespace, vp_stage: int | None) -> bool:
@@ -18,9 +17,8 @@ def predicts_further_tokens(args: Namespace, vp_stage: int | None) -> bool:
     return mtp_on_this_rank(_layout(args), args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
 
 
-def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
+def embedding_ranks(args: Namespace, pipeline_ranks: list[int]) -> list[int]:
     """Of a pipeline's ranks, in order, those that hold the embedding's weights, to be kept equal; ascending."""
-    args = get_args()
     if not args.mtp_num_layers:
         return default_embedding_ranks(pipeline_ranks)
     first, last = pipeline_ranks[0], pipeline_ranks[-1]
