@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 
 # Nothing heavier is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
 from .common.errors import one_line_errors
@@ -57,6 +58,7 @@ def _pretrain() -> None:
     from .model.report import report_model
     from .training.checkpoint_writer import carry_tokenizer_along, shield_checkpoint_writer
     from .training.data import train_valid_test_datasets
+    from .training.further_tokens import embedding_ranks
     from .training.loss import forward_step
 
     def check(args: Namespace) -> None:
@@ -76,7 +78,13 @@ def _pretrain() -> None:
     report_model(model_config)
     shield_checkpoint_writer(args)
     carry_tokenizer_along(args)
-    pretrain(container, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
+    pretrain(
+        container,
+        train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=partial(embedding_ranks, args),
+    )
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     checkpoints = {"save": folder / "to/be/made", "save_interval": 5}
     pipeline = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1}
+    further = {"mtp_num_layers": 1, "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True}
     requests = {
         "tensor": flags("tensor", "--sla", **checkpoints),
-        "interleaved": flags("interleaved", "--sla", num_layers_per_virtual_pipeline_stage=1, **pipeline),
+        "interleaved": flags("interleaved", "--sla", num_layers_per_virtual_pipeline_stage=1, **pipeline, **further),
         "data": flags("data", "--sla", "--quick") | {"of_rank": {"1": ["--data-path", str(folder / "absent")]}},
         "flags": flags("flags", "--sla", "--sla-skip-distance", "0"),
         "hangs": flags("hangs", "--sla", timeout=_TIMEOUT, **pipeline) | {"hangs": 1},
@@ -84,7 +85,7 @@ def test_all_is_well_with_tensor_parallelism(ran: dict[str, Any]) -> None:
 
 
 def test_all_is_well_with_virtual_stages(ran: dict[str, Any]) -> None:
-    """K/V travel between the stages, as in the job."""
+    """K/V travel between the stages, as in the job; layers that predict further tokens are on the last."""
     lines = lines_of(ran, "interleaved", 0)
     assert lines["layout"][1].startswith("PP 2 x VPP 2: loss ")
     assert "world size 2: PP 2 x VPP 2; 4 layers" in lines["flags"][1]

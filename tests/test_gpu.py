@@ -73,8 +73,14 @@ def test_off_switch(implementation: str, tmp_path: Path) -> None:
         "beyond": {"argv": argv(**flags, sla=True, sla_skip_distance=4)},
         "sla": {"argv": argv(**flags, sla=True)},
     }
+    # Layers that predict further tokens are upstream's behind a skip-layer model too.
+    further = flags | {"position_embedding_type": "rope", "mtp_num_layers": 2}
+    requests |= {
+        "further.upstream": {"argv": [*argv(**further), *on_cpu], "entry": "upstream"},
+        "further.beyond": {"argv": argv(**further, sla=True, sla_skip_distance=4)},
+    }
     runs = train(requests, 1, tmp_path)
-    for name in ("off", "beyond"):
-        assert runs[name]["loss"] == runs["upstream"]["loss"]
-        assert runs[name]["grad_norm"] == runs["upstream"]["grad_norm"]
+    for name, as_in in (("off", "upstream"), ("beyond", "upstream"), ("further.beyond", "further.upstream")):
+        assert runs[name]["loss"] == runs[as_in]["loss"]
+        assert runs[name]["grad_norm"] == runs[as_in]["grad_norm"]
     assert runs["sla"]["loss"] != runs["upstream"]["loss"]

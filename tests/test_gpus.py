@@ -14,7 +14,7 @@ import pytest
 from tests.support import gpu
 from tests.support.gpu import parity_case
 from tests.support.pipelines import LAYOUTS, MODELS, Layout
-from tests.support.runs import argv
+from tests.support.runs import NO_DROPOUT, argv, figures, train_on_all_ranks
 from tests.test_pipeline import Runs, assert_trains_as, model_flags
 
 pytestmark = pytest.mark.gpu
@@ -30,6 +30,11 @@ SPLITS = {
 PIPELINES = ("mha-full-long", "gqa-pruned-two-short")
 #: Sums in another order: NCCL's, and those of products of other shapes.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+#: bf16 has 8 bits; sums in another order differ in the last.
+BF16_TOLERANCE = 1e-2
+EXPERTS = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_token_dispatcher_type": "alltoall"}
+EXPERTS |= {"swiglu": True, "disable_bias_linear": True, "bf16": True, "tensor_model_parallel_size": 1}
+EXPERTS |= {"num_layers": 8, "sla": True, "sla_skip_distance": [2, 6], "no_gradient_accumulation_fusion": True}
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"ranks{size}")
@@ -113,3 +118,24 @@ def test_pipelines(size: int, runs: Runs) -> None:
             for answer in runs.answers[name]:
                 assert answer["alive"] == 0, name
             print(f"{gpu.DEVICE} {name}: losses {runs.figures(name)['loss']}")
+
+
+@pytest.mark.parametrize("implementation", gpu.IMPLEMENTATIONS)
+def test_experts_overlapped(size: int, implementation: str, tmp_path: Path) -> None:
+    """Layers as nodes of a schedule on two streams, weights' gradients delayed: the same training, no K/V left."""
+    flags = NO_DROPOUT | EXPERTS | {"transformer_impl": implementation, "expert_model_parallel_size": 2}
+    flags |= {"global_batch_size": 8 * size, "no_persist_layer_norm": True}
+    pipeline = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2}
+    requests = {}
+    for layout, split in {"pp1": {}, **({"pp2v2": pipeline} if size > 2 else {})}.items():
+        more = {"plain": {}, "overlapped": {"overlap_moe_expert_parallel_comm": True}}
+        if implementation == "transformer_engine":
+            more["delayed"] = {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True}
+        requests |= {f"{layout}.{name}": {"argv": argv(**flags, **split, **its)} for name, its in more.items()}
+    answers = train_on_all_ranks(requests, size, tmp_path)
+    for name in requests:
+        expected, found = figures(answers[f"{name.split('.')[0]}.plain"]), figures(answers[name])
+        for what in ("loss", "grad_norm"):
+            assert found[what] == pytest.approx(expected[what], rel=BF16_TOLERANCE), (name, what)
+        assert [answer["alive"] for answer in answers[name]] == [0] * size, name
+        print(f"{gpu.DEVICE} {name}: losses {found['loss']}")

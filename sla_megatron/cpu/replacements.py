@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..upstream.seams import Seam
-from . import cuda_api, optimizer
+from . import cuda_api, experts, optimizer
 from .norm import torch_norm
 from .tensors import backward_on_cpu
 
@@ -17,6 +17,7 @@ _NO_STREAMS = "no streams on the CPU"
 _GENERATOR = "the CPU's generator stands for the GPU's"
 _MEMORY = "memory figures are logged and reported"
 _NO_EFFECT = "acts on the GPU alone"
+_EQUAL_SIZES = "gloo gathers and reduces tensors of one size, and experts' ranks hold different numbers of tokens"
 
 #: Environment variables, set unless the user has set them.
 ENVIRONMENT = {
@@ -141,5 +142,29 @@ def _of_megatron() -> list[Seam]:
             "torch's norms in the local spec refuse sequence parallelism",
             ("cls", "config", "hidden_size", "eps", "persist_layer_norm", "zero_centered_gamma", "normalization"),
             stand_in=torch_norm,
+        ),
+        *_of_experts(),
+    ]
+
+
+def _of_experts() -> list[Seam]:
+    return [
+        Seam(
+            "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+            "it makes lists of sizes of tensors on a GPU alone, and torch's all-to-all takes no tensors for sizes",
+            ("tensor", "as_numpy", "record_stream"),
+            stand_in=experts.already_on_cpu,
+        ),
+        Seam(
+            "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
+            _EQUAL_SIZES,
+            ("input_", "group", "output_split_sizes", "use_global_buffer"),
+            stand_in=experts.gather_along_first_dim,
+        ),
+        Seam(
+            "megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim",
+            _EQUAL_SIZES,
+            ("input_", "group", "input_split_sizes", "use_global_buffer"),
+            stand_in=experts.reduce_scatter_along_first_dim,
         ),
     ]

@@ -14,9 +14,7 @@ from .unhonoured import ROWS
 _NOT_HERE: tuple[Refusal, ...] = (
     ("fim_data", OFF, "no --fim-data: fill-in-the-middle is not part of this entry point"),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel in this entry point"),
-    ("mtp_num_layers", OFF, "no --mtp-num-layers in this entry point"),
     ("logits_load_dir", OFF, "no --logits-load-dir: distillation is not part of this entry point"),
-    ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm in this entry point"),
     ("inprocess_restart", OFF, "no --inprocess-restart in this entry point"),
     ("per_dataset_sequences_path", OFF, "no --per-dataset-sequences-path in this entry point"),
     ("perform_rl_step", OFF, "no reinforcement learning in this entry point"),

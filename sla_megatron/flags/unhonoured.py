@@ -80,11 +80,18 @@ def _unknown_spec(args: Namespace) -> bool:
     return False
 
 
+def _further_tokens_on_the_last_stage(args: Namespace) -> bool:
+    """Whether the last of several pipeline stages has the layers of ``--mtp-num-layers``."""
+    layout = args.pipeline_model_parallel_layout
+    return args.pipeline_model_parallel_size > 1 and (layout is None or "m" in layout.rpartition("|")[2])
+
+
 _NO_EFFECT = (
     Row("freeze_all_layers", OFF, "no --freeze-all-layers: Megatron trains all layers of a model built in this way"),
     Row("create_all_gather_group", OFF, "no such flag: a model built in this way does not heed it"),
     Row("rampup_batch_size", OFF, "--step-batch-size-schedule in its place: Megatron ignores this one"),
     Row("exit_signal_handler_for_dataloader", OFF, "--exit-signal-handler in its place: nothing heeds this one"),
+    Row("mtp_hybrid_override_pattern", OFF, "--mtp-num-layers in its place: Megatron ignores this one in a GPT"),
     Row("decoder_num_layers", OFF, "--num-layers in its place"),
     Row("apply_residual_connection_post_layernorm", OFF, _HEEDED_BY_NOTHING),
     Row("openai_gelu", OFF, _HEEDED_BY_NOTHING),
@@ -214,6 +221,13 @@ _FAILS_LATE = (
     *(
         Row(name, OFF, f"no {flag_of(name)} without a GPU", lambda args: cpu_backend_is_active())
         for name in ("log_straggler", "gpu_sniff_test_interval", "record_memory_history", "async_save")
+    ),
+    Row(
+        "mtp_num_layers",
+        OFF,
+        "--untie-embeddings-and-output-weights beside it, or a --pipeline-model-parallel-layout with m before the "
+        "last stage: Megatron cannot save tied weights where the last stage has both",
+        lambda args: not args.untie_embeddings_and_output_weights and _further_tokens_on_the_last_stage(args),
     ),
     Row("moe_use_upcycling", OFF, "no --moe-use-upcycling: Megatron cannot load a model built in this way for it"),
     Row("moe_paged_stash", OFF, "no --moe-paged-stash: it needs kernels and a dispatcher of its own"),

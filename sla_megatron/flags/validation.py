@@ -18,7 +18,6 @@ SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_k
 # Megatron options that do not go with --sla: attribute, values that are fine, what the message says is accepted.
 _REFUSED: tuple[Refusal, ...] = (
     ("multi_latent_attention", OFF, "no multi-latent attention with --sla: there are no K/V groups to share"),
-    ("mtp_num_layers", OFF, "no multi-token prediction with --sla"),
     ("experimental_attention_variant", OFF, "no experimental attention with --sla"),
     ("linear_attention_freq", OFF, "no linear attention with --sla"),
     ("heterogeneous_layers_config_path", OFF, "equal layers with --sla"),
@@ -31,8 +30,6 @@ _REFUSED: tuple[Refusal, ...] = (
     ("external_cuda_graph", OFF, "no CUDA graphs with --sla"),
     ("fine_grained_activation_offloading", OFF, "no activation offloading with --sla"),
     ("cpu_offloading_num_layers", OFF, "0 with --sla: activation offloading is not supported"),
-    ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm with --sla"),
-    ("delay_wgrad_compute", OFF, "no --delay-wgrad-compute with --sla"),
     ("use_megatron_fsdp", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
     ("use_torch_fsdp2", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
     ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
@@ -172,6 +169,12 @@ def _check_pipeline(args: Namespace) -> None:
             True,
             "no --fp32-residual-connection with --sla and a pipeline: hidden states and K/V travel as one type",
         )
+    if args.overlap_moe_expert_parallel_comm and _relays_without_layers(args.pipeline_model_parallel_layout):
+        raise FlagError(
+            "--pipeline-model-parallel-layout",
+            args.pipeline_model_parallel_layout,
+            "a layer in each stage between others with --sla and --overlap-moe-expert-parallel-comm",
+        )
     flag = "--global-batch-size" if args.step_batch_size_schedule is None else "--step-batch-size-schedule"
     batches = [(flag, size, args.micro_batch_size) for size in training_batch_sizes(args)]
     batches.append(("--eval-global-batch-size", args.eval_global_batch_size, args.eval_micro_batch_size))
@@ -185,6 +188,18 @@ def _check_pipeline(args: Namespace) -> None:
             )
         except ValueError as error:
             raise FlagError(flag, batch_size, f"another size: {error}") from None
+
+
+def _relays_without_layers(layout: str | None) -> bool:
+    """Whether ``--pipeline-model-parallel-layout`` has a stage without a layer between stages that have some."""
+    if layout is None:
+        return False
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    filled = [index for index, stage in enumerate(stages) if LayerType.decoder in stage]
+    return len(filled) < filled[-1] - filled[0] + 1
 
 
 def training_batch_sizes(args: Namespace) -> list[int]:

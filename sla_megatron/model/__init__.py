@@ -1,4 +1,5 @@
-"""A skip-layer model built by Megatron's own builder: layer specs, transformer block, recomputation, report.
+"""A skip-layer model built by Megatron's own builder: layer specs, transformer block, recomputation,
+schedule plans, report.
 
 Imports ``flags``, ``pipeline``, ``attention``, ``cpu``, ``upstream`` and ``common``.
 """

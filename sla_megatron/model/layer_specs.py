@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -68,3 +69,13 @@ def torch_attention_spec(spec: Spec) -> Spec:
     core = replace(core, module=TorchAttention) if isinstance(core, ModuleSpec) else TorchAttention
     attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
     return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
+
+
+def torch_attention_in_further_layers(spec: MultiTokenPredictionBlockSubmodules) -> MultiTokenPredictionBlockSubmodules:
+    """The same of the layers that predict further tokens: of the transformer layer in each of them."""
+
+    def layer(one: ModuleSpec) -> ModuleSpec:
+        inside = torch_attention_spec(one.submodules.mtp_model_layer)
+        return replace(one, submodules=replace(one.submodules, mtp_model_layer=inside))
+
+    return replace(spec, layer_specs=[layer(one) for one in spec.layer_specs])

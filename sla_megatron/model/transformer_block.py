@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
@@ -22,8 +23,9 @@ from ..pipeline.routes import RoutePlan, StageTraffic
 from ..pipeline.step import current_step
 from ..pipeline.transport import install_transport
 from ..upstream.seams import Reliance, Seam, SeamError, replaced
-from .layer_specs import Spec, sla_layer_spec, torch_attention_spec
+from .layer_specs import Spec, sla_layer_spec, torch_attention_in_further_layers, torch_attention_spec
 from .recomputation import CHECKPOINTED_FORWARD
+from .schedule_plan import install_sharing_in_plans
 
 #: Called with whatever they are given, so that no signature is assumed.
 OVERRIDDEN = (
@@ -56,6 +58,8 @@ class SLATransformerBlock(TransformerBlock):
         self.traffic: StageTraffic | None = None
         if config.pipeline_model_parallel_size > 1:
             self._join_pipeline(sla)
+        if config.overlap_moe_expert_parallel_comm:
+            install_sharing_in_plans()
 
     def _join_pipeline(self, sla: SLAConfig) -> None:
         groups = self.pg_collection
@@ -116,6 +120,29 @@ def transformer_block_seam(sla: SLAConfig | None, module: str = GPT_MODEL, torch
     )
 
 
+def _torch_attention_further_block(config: TransformerConfig, spec: Any, *args: Any, **kwargs: Any) -> Any:
+    return MultiTokenPredictionBlock(config, torch_attention_in_further_layers(spec), *args, **kwargs)
+
+
+#: Layers that predict further tokens (``--mtp-num-layers``) have no skip heads: a GPT's own block of them stays.
+FURTHER_LAYERS = Seam(
+    f"{GPT_MODEL}:MultiTokenPredictionBlock",
+    "the layers that predict further tokens have torch's core attention too; only while a model with it is built",
+    (
+        "config",
+        "spec",
+        "vp_stage",
+        "pg_collection",
+        "mtp_layer_pattern",
+        "mtp_num_depths",
+        "hybrid_submodules",
+        "mamba_submodules",
+        "name",
+    ),
+    stand_in=_torch_attention_further_block,
+)
+
+
 @contextmanager
 def sla_transformer_blocks(
     sla: SLAConfig | None, model: type | None = None, torch_attention: bool = False
@@ -133,5 +160,8 @@ def sla_transformer_blocks(
     if sla is not None:
         CHECKPOINTED_FORWARD.require()  # A changed upstream is found now, not in the first step.
     module = GPT_MODEL if model is None else model.__module__
-    with replaced([transformer_block_seam(sla, module, torch_attention)]):
+    seams = [transformer_block_seam(sla, module, torch_attention)]
+    if torch_attention and module == GPT_MODEL:
+        seams.append(FURTHER_LAYERS)
+    with replaced(seams):
         yield

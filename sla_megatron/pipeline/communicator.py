@@ -57,7 +57,10 @@ class PayloadOrder:
         """What pipeline ``rank`` exchanges."""
         layout = plan.layout
         size, last = layout.pipeline_size, layout.num_stages - 1
-        shapes = [shape.payload_shape(plan.hop_groups(hop, tensor_parallel_rank)) for hop in range(last)]
+        shapes = [
+            shape.payload_shape(plan.hop_groups(hop, tensor_parallel_rank), layout.hidden_states(hop))
+            for hop in range(last)
+        ]
 
         def across(passes: list[Pass], its_rank: int) -> list[Shape]:
             """The shapes of the hops that ``its_rank``'s passes cross: the one after each forward's stage, or before

@@ -19,6 +19,8 @@ class PipelineLayout:
     Args:
         pipeline_size: ``P``.
         stages: each virtual stage's layers, 1-based, in stage order; a stage may hold none (embedding or loss alone).
+        further_tokens: how many further tokens are predicted, beside the next one, by layers after layer ``L``.
+        further_stage: the virtual stage of those layers; ``None``: the last.
 
     Raises:
         ValueError: unless the stages hold layers ``1..L`` in order and their number is a multiple of ``P``.
@@ -26,6 +28,8 @@ class PipelineLayout:
 
     pipeline_size: int
     stages: tuple[tuple[int, ...], ...]
+    further_tokens: int = 0
+    further_stage: int | None = None
 
     def __post_init__(self) -> None:
         if self.pipeline_size < 1 or not self.stages or len(self.stages) % self.pipeline_size:
@@ -57,6 +61,14 @@ class PipelineLayout:
     def num_chunks(self) -> int:
         """``v``, model chunks (virtual stages) of each rank."""
         return len(self.stages) // self.pipeline_size
+
+    def hidden_states(self, hop: int) -> int:
+        """How many hidden states of one token cross ``hop``, one after the other along the sequence.
+
+        One, and after the stage that predicts further tokens one more for each of them.
+        """
+        is_after = self.further_stage is not None and hop >= self.further_stage
+        return 1 + (self.further_tokens if is_after else 0)
 
     def rank(self, stage: int) -> int:
         """The pipeline rank that runs ``stage``."""

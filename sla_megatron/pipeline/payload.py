@@ -63,7 +63,11 @@ class MicrobatchShape:
         """Elements that cross a hop together with ``num_groups`` K/V groups; as many gradients come back."""
         return self.hidden_elements + self.kv_elements(num_groups)
 
-    def payload_shape(self, num_groups: int) -> tuple[int, int, int]:
-        """The payload's shape, ``[q/C(/T), b, h + w]``: K/V widen the feature dimension."""
+    def payload_shape(self, num_groups: int, hidden_states: int = 1) -> tuple[int, int, int]:
+        """The payload's shape, ``[n q/C(/T), b, h + w]``: K/V widen the feature dimension.
+
+        ``hidden_states``, ``n``, is more than 1 where no K/V cross: behind all layers that could read them.
+        """
         rows = self.hidden_sequence * self.microbatch_size
-        return (self.hidden_sequence, self.microbatch_size, self.payload_elements(num_groups) // rows)
+        width = self.payload_elements(num_groups) // rows
+        return (self.hidden_sequence * hidden_states, self.microbatch_size, width)

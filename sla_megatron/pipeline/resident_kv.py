@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..attention.roles import BundleName
-from .packing import KeyAndValue
 
 
 class _State(Enum):
@@ -101,8 +100,8 @@ class ResidentKV:
     def __init__(self) -> None:
         self._residents: dict[tuple[BundleName, int], Resident] = {}
 
-    def keep(self, name: BundleName, microbatch: int, bundle: KeyAndValue, hidden_states: Tensor) -> Tensor:
-        """Keep a bundle.  The hidden states that it returns must be used in place of those given.
+    def keep(self, name: BundleName, microbatch: int, bundle: Sequence[Tensor], hidden_states: Tensor) -> Tensor:
+        """Keep a bundle's pieces.  The hidden states that it returns must be used in place of those given.
 
         Raises ``RuntimeError`` if that bundle of that microbatch is already there.
         """
@@ -111,8 +110,8 @@ class ResidentKV:
         resident = self._residents[name, microbatch] = Resident(name, microbatch)
         return _Keep.apply(resident, hidden_states, *bundle)
 
-    def fetch(self, name: BundleName, microbatch: int, anchor: Tensor) -> KeyAndValue:
-        """Key and value, ``[s, b, groups, d]``; ``anchor`` is any input of the stage.
+    def fetch(self, name: BundleName, microbatch: int, anchor: Tensor) -> tuple[Tensor, ...]:
+        """The pieces, ``[s, b, groups, d]``; ``anchor`` is any input of the stage.
 
         Raises ``RuntimeError`` where that bundle of that microbatch is not resident, or was fetched before.
         """

@@ -7,7 +7,7 @@ the step through :func:`current_step`, gives it the payload that arrived and tak
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -15,7 +15,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from ..attention.microbatch_kv import Bundle, MicrobatchKV
-from .packing import KeyAndValue, pack, unpack_and_empty
+from .packing import pack, unpack_and_empty
 from .payload import MicrobatchShape
 from .resident_kv import ResidentKV
 from .routes import StageTraffic
@@ -74,7 +74,7 @@ class PipelineStep:
         return make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
 
 
-def _in_one_piece(bundle: KeyAndValue) -> Bundle:
+def _in_one_piece(bundle: Sequence[Tensor]) -> Bundle:
     return Bundle(*([tensor] for tensor in bundle))
 
 

@@ -23,6 +23,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from ..flags.sla_flags import MEGATRON
+from .further_tokens import predicts_further_tokens
 
 #: What attention reads of a batch: a mask [b, 1, s, s]; or where documents start in the samples, [b, s + 1], and the
 #: longest one's length.
@@ -52,17 +53,23 @@ train_valid_test_datasets.is_distributed = True
 
 
 def _reads_batches(args: Namespace, vp_stage: int | None) -> bool:
-    """Whether this stage needs anything of a batch: tokens or labels at an end, what tells documents apart everywhere.
+    """Whether this stage needs anything of a batch: what :func:`_needs_tokens` says; everywhere, what tells documents
+    apart.
 
-    With ``--reset-attention-mask`` upstream reads at the ends alone, and attention between them is then causal over all
-    documents.
+    With ``--reset-attention-mask`` upstream reads where tokens are needed alone, and attention elsewhere is then causal
+    over all documents.
     """
-    return args.reset_attention_mask or _are_packed(args) or is_first_or_last_pipeline_stage(vp_stage)
+    return args.reset_attention_mask or _are_packed(args) or _needs_tokens(args, vp_stage)
 
 
 def _are_packed(args: Namespace) -> bool:
     """Whether batches say where documents, or conversations, start, in place of a mask."""
     return args.dataloader_inter_document_masking or args.sft
+
+
+def _needs_tokens(args: Namespace, vp_stage: int | None) -> bool:
+    """Whether this stage needs tokens or labels: at an end of the pipeline, or where further tokens are predicted."""
+    return is_first_or_last_pipeline_stage(vp_stage) or predicts_further_tokens(args, vp_stage)
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -103,7 +110,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
     args = get_args()
     if not _reads_batches(args, vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
-    at_an_end = is_first_or_last_pipeline_stage(vp_stage)
+    needs_tokens = _needs_tokens(args, vp_stage)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Tensor | None] = {}
     if tp_rank == 0:
@@ -120,15 +127,15 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=predicts_further_tokens(args, vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         # Between the ends upstream would broadcast nothing, the mask neither.
-        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage() or not at_an_end,
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage() or not needs_tokens,
     )
     if _are_packed(args):
         batch = _documents_together(batch, args.core_attention)
-    if not at_an_end:
+    if not needs_tokens:
         batch = dict.fromkeys(_BATCH_KEYS) | {key: batch[key] for key in _FOR_ATTENTION}
     return get_batch_on_this_cp_rank(
         batch,

@@ -25,8 +25,13 @@ _SPIKY_LOSS_FACTOR = 10
 _stragglers = StragglerDetector()
 
 
-def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tensor, Any]:
-    """One microbatch's forward, as Megatron's schedules call it: the output and the function that makes it a loss."""
+def forward_step(
+    data_iterator: Iterator | None, model: GPTModel, return_schedule_plan: bool = False
+) -> tuple[Tensor | Any, Any]:
+    """One microbatch's forward, as Megatron's schedules call it: the output and the function that makes it a loss.
+
+    With ``return_schedule_plan``, as under ``--overlap-moe-expert-parallel-comm``, a plan in place of the output.
+    """
     # The last moment before Megatron's own lines about the first iteration.
     repeat_report()
     timers = get_timers()
@@ -36,7 +41,8 @@ def forward_step(data_iterator: Iterator | None, model: GPTModel) -> tuple[Tenso
         packed_seq_params = packed_sequences(batch)
     timers("batch-generator").stop()
     with _timed():
-        output = model(
+        forward = model.build_schedule_plan if return_schedule_plan else model
+        output = forward(
             batch["tokens"],
             batch["position_ids"],
             batch["attention_mask"],

@@ -106,6 +106,12 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         help="where the tokenizer's model is now, if it is neither in nor beside the checkpoint",
     )
     parser.add_argument(
+        "--drop-mtp",
+        action="store_true",
+        help="leave out the layers that predict further tokens (--mtp-num-layers); without, such a checkpoint is "
+        "refused",
+    )
+    parser.add_argument(
         "--override",
         type=_override,
         action="append",
@@ -147,7 +153,7 @@ def _checkpoint(args: argparse.Namespace, path: Path) -> Any:
     """The checkpoint in ``path``, opened as :func:`_add_checkpoint_options` allows."""
     from .commands import open_megatron
 
-    return open_megatron(path, args.tokenizer_model, dict(args.override))
+    return open_megatron(path, args.tokenizer_model, dict(args.override), args.drop_mtp)
 
 
 def _dtype(args: argparse.Namespace) -> Any:

@@ -50,13 +50,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GIB = 2**30
 
 
-def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Mapping[str, Any] | None = None) -> Source:
+def open_megatron(
+    path: Path,
+    tokenizer_model: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    drop_mtp: bool = False,
+) -> Source:
     """A checkpoint (a ``--save`` folder, or one iteration of it) by its own arguments.
 
     Args:
         path: the folder.
         tokenizer_model: where the tokenizer's model is, if it is not where :func:`placed` looks.
         overrides: arguments that replace the stored ones.
+        drop_mtp: whether layers that predict further tokens are left out, rather than refused.
     """
     folder = checkpoint_folder(path)
     args = stored_args(folder)
@@ -72,7 +78,7 @@ def open_megatron(path: Path, tokenizer_model: str | None = None, overrides: Map
         size = vocabulary_size(args)
     except TokenizerError as error:
         raise ConvertError(f"{error}{'; tried ' if tried else ''}{', '.join(tried)}") from error
-    return MegatronSource(folder, args, size)
+    return MegatronSource(folder, args, size, drop_mtp)
 
 
 def stored_args(folder: Path) -> Namespace:

@@ -27,6 +27,9 @@ from .errors import ConvertError
 from .mapping import GATE, KEY, QUERY, UP, VALUE, VOCABULARY, Entry, entries, qkv_rows
 from .stored_arguments import require_understood
 
+#: How the keys of layers that predict further tokens begin.
+_FURTHER = "mtp."
+
 #: Keys of a checkpoint that hold no weights of the model.
 _NO_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "common_state", "opt_param_scheduler")
 
@@ -99,18 +102,21 @@ class MegatronSource:
         folder: of one iteration (:func:`checkpoint_folder`).
         args: its arguments, with any that are overridden.
         vocab_size: rows of the vocabulary that are not padding.
+        drop_mtp: whether layers that predict further tokens are passed over; the model of ``args`` still has them.
 
     Raises:
         ConvertError: for arguments that the format has no field for; or if the checkpoint's tensors are not those that
             its arguments describe: one missing, unknown or of another shape is named.
     """
 
-    def __init__(self, folder: Path, args: Namespace, vocab_size: int) -> None:
+    def __init__(self, folder: Path, args: Namespace, vocab_size: int, drop_mtp: bool = False) -> None:
         self.path, self.args = folder, args
-        require_understood(args)
+        require_understood(Namespace(**vars(args) | {"mtp_num_layers": None}) if drop_mtp else args)
         self.config: Mapping[str, Any] = config_from_args(args, vocab_size)
         self._reader = _Reader(folder)
-        self._stored = stored_tensors(folder, self._reader)
+        passed_over = _FURTHER if drop_mtp else ()
+        stored = stored_tensors(folder, self._reader)
+        self._stored = {key: tensor for key, tensor in stored.items() if not key.startswith(passed_over)}
         self._entries = {entry.hf: entry for entry in entries(self.config)}
         self._last: tuple[tuple[str, int | None], Tensor] | None = None
         self._check()

@@ -38,7 +38,7 @@ REFUSED: Mapping[str, str] = {
     "multi_latent_attention": "the attention",
     "experimental_attention_variant": "the attention",
     "linear_attention_freq": "the attention",
-    "mtp_num_layers": "layers that predict further tokens",
+    "mtp_num_layers": "what is predicted beside the next token; --drop-mtp leaves these layers out",
     "heterogeneous_layers_config_path": "layers that differ",
     "heterogeneous_layers_config_encoded_json": "layers that differ",
     "hybrid_layer_pattern": "layers of other kinds",

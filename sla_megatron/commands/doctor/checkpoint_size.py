@@ -30,8 +30,8 @@ def parameter_count(args: Namespace, vocabulary: int | None) -> int:
 
     model = model_config(args, vocabulary)
     config = model.transformer
-    if config.multi_latent_attention or getattr(config, "mtp_num_layers", None):
-        raise Skipped("parameters are not estimated with multi-latent attention or multi-token prediction")
+    if config.multi_latent_attention:
+        raise Skipped("parameters are not estimated with multi-latent attention")
     hidden, norm = config.hidden_size, _norm_width(config)
     rows = model.vocab_size
     if model.should_pad_vocab:
@@ -42,6 +42,11 @@ def parameter_count(args: Namespace, vocabulary: int | None) -> int:
         count += model.seq_length * hidden
     for layer in range(config.num_layers):
         count += _attention(config) + mlp_parameters(config, layer) + 2 * norm * hidden
+    if config.mtp_num_layers:
+        # Each has the kind of the last layer, norms of the hidden state, the embedding and the result, and a matrix
+        # that joins the first two.
+        further = _attention(config) + mlp_parameters(config, config.num_layers - 1) + 5 * norm * hidden
+        count += (further + 2 * hidden * hidden) * (1 if config.mtp_use_repeated_layer else config.mtp_num_layers)
     left_out = pruned_parameters(model) if getattr(model, "sla", None) is not None else 0
     return count + norm * hidden - left_out
 

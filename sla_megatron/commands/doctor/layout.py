@@ -71,6 +71,8 @@ def model_parallel(args: Namespace, store: Any, seconds: float, reached: Reached
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
+    from ...training.further_tokens import embedding_ranks
+
     backend = args.distributed_backend
     if backend == "nccl":
         torch.cuda.set_device(args.local_rank)
@@ -92,6 +94,7 @@ def model_parallel(args: Namespace, store: Any, seconds: float, reached: Reached
             expert_model_parallel_size=args.expert_model_parallel_size,
             expert_tensor_parallel_size=args.expert_tensor_parallel_size,
             num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
+            get_embedding_ranks=partial(embedding_ranks, args),
             distributed_timeout_minutes=int(limit.total_seconds() // 60) + 1,
             nccl_communicator_config_path=args.nccl_communicator_config_path,
             order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
@@ -152,8 +155,10 @@ def run_batch(args: Namespace, model: list[Any]) -> list[float]:
     return [float(output["loss"]) for output in outputs]
 
 
-def forward_step(args: Namespace, generator: Any, data_iterator: None, chunk: Any) -> tuple[Any, Callable[..., Any]]:
-    """One microbatch through one stage, as Megatron's schedules call it."""
+def forward_step(
+    args: Namespace, generator: Any, data_iterator: None, chunk: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Callable[..., Any]]:
+    """One microbatch through one stage, or a plan for it, as Megatron's schedules call it."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
@@ -165,7 +170,8 @@ def forward_step(args: Namespace, generator: Any, data_iterator: None, chunk: An
         "position_ids": torch.arange(args.seq_length, device="cuda").unsqueeze(0),
     }
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
-    output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    forward = chunk.build_schedule_plan if return_schedule_plan else chunk
+    output = forward(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, total_loss
 
 

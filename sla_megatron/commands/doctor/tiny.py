@@ -71,6 +71,10 @@ def on_one_process(args: Namespace) -> Namespace:
         num_distributed_optimizer_instances=1,
         microbatch_group_size_per_vp_stage=None,
         overlap_p2p_comm=False,
+        # They need experts on several ranks.
+        overlap_moe_expert_parallel_comm=False,
+        delay_wgrad_compute=False,
+        ep_overlap_early_attn_memory_release=False,
         batch_p2p_comm=True,
         nccl_communicator_config_path=None,
     )

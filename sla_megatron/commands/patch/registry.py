@@ -19,6 +19,7 @@ from ...flags.checkpoint_settings import CHECKED_ON_LOADING
 from ...flags.fused_kernels import APEX, FUSED_GRADIENTS, FUSED_ROTARY
 from ...model import builder, transformer_block
 from ...model.recomputation import CHECKPOINTED_FORWARD
+from ...model.schedule_plan import BUILD_SCHEDULE_PLAN, SCHEDULE_NODES
 from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
 from ...pipeline.transport import SCHEDULE_HELPERS, SCHEDULES
@@ -32,6 +33,7 @@ BLOCK = "with --sla or --core-attention sdpa, while a model is built"
 SLA = "with --sla"
 ENCODER = "while a script of one's own builds a BertModel inside sla_transformer_blocks(sla, BertModel)"
 RECOMPUTATION = "with --sla, while a block runs under --recompute-granularity full"
+PLANS = "with --sla, from when the first block with --overlap-moe-expert-parallel-comm is built"
 PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is built"
 CORE_ATTENTION = "with --core-attention sdpa"
 LOCAL = "with --non-persistent-ckpt-type local, where checkpoints are loaded, with --sla or without"
@@ -77,8 +79,9 @@ def registry() -> list[Entry]:
         *_entries(SLA, [QUERY_KEY_VALUE, ROLE, *transformer_block.OVERRIDDEN]),
         *_entries(ENCODER, [transformer_block_seam(sla, BERT_MODEL)]),
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD]),
+        *_entries(PLANS, [BUILD_SCHEDULE_PLAN, *SCHEDULE_NODES]),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
-        *_entries(CORE_ATTENTION, RELIED_ON),
+        *_entries(CORE_ATTENTION, [*RELIED_ON, transformer_block.FURTHER_LAYERS]),
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(SAVE, [SAVE_CONFIG]),

@@ -48,6 +48,9 @@ def stage_operations(
     """
     gpus = shape.tensor_parallel_size * shape.context_parallel_size
     tokens = shape.sequence_length * shape.microbatch_size
+    last_stage = layout.num_stages - 1
+    further_stage = last_stage if layout.further_stage is None else layout.further_stage
+    further, further_again = _further_layers(work, shape, layout, sla)
     stages = []
     for stage, layers in enumerate(layout.stages):
         groups = [sla.num_query_groups if dense else len(sla.projected_groups(layer)) for layer in layers]
@@ -57,10 +60,21 @@ def stage_operations(
             again = sum(forwards[: work.recomputed_layers])
         elif work.recompute == "attention":
             again = len(forwards) * _attention(work, shape)
-        if stage == layout.num_stages - 1:
-            forward += 2 * tokens * shape.hidden_size * work.vocabulary
+        if stage == further_stage:
+            forward, again = forward + further, again + further_again
+        if stage == last_stage:
+            forward += 2 * tokens * shape.hidden_size * work.vocabulary * (1 + layout.further_tokens)
         stages.append((forward / gpus, (BACKWARD_OVER_FORWARD * forward + again) / gpus))
     return stages
+
+
+def _further_layers(work: ModelWork, shape: MicrobatchShape, layout: PipelineLayout, sla: SLAConfig) -> tuple[int, int]:
+    """Operations of the layers that predict further tokens, forward and again: each is as the last layer without skip
+    heads, behind a matrix that joins the hidden state and the embedding of the next token."""
+    joining = 2 * shape.sequence_length * shape.microbatch_size * 2 * shape.hidden_size**2
+    one = _layer(work, shape, layout.num_layers, sla.num_query_groups) + joining if layout.further_tokens else 0
+    again = {"none": 0, "attention": _attention(work, shape), "full": one}[work.recompute]
+    return layout.further_tokens * one, layout.further_tokens * again
 
 
 def _layer(work: ModelWork, shape: MicrobatchShape, layer: int, projected_groups: int) -> int:

@@ -103,7 +103,8 @@ class Job:
     def split_evenly(self, pipeline_size: int, num_chunks: int) -> Job:
         """The same model and batch on the same GPUs, with as many layers in each of ``P * v`` virtual stages."""
         stages, layers = pipeline_size * num_chunks, self.layout.num_layers
-        return replace(self, layout=PipelineLayout.of_sizes(pipeline_size, [layers // stages] * stages))
+        even = PipelineLayout.of_sizes(pipeline_size, [layers // stages] * stages)
+        return replace(self, layout=replace(even, further_tokens=self.layout.further_tokens))
 
     def require_runnable(self) -> None:
         """Raise :class:`PlanError` where GPUs or batch do not divide, or Megatron has no schedule for the layout."""

@@ -89,21 +89,25 @@ class Totals:
 def hop_traffic(job: Job) -> tuple[HopTraffic, ...]:
     """Every hop's traffic, in order."""
     plan, layout, shape = job.plan, job.layout, job.shape
-    hidden = shape.payload_elements(0) * job.element_bytes
+    one_state = shape.payload_elements(0) * job.element_bytes
     hops = []
     for hop in range(layout.num_stages - 1):
         payload = (
             max(shape.payload_elements(plan.hop_groups(hop, rank)) for rank in job.tensor_ranks) * job.element_bytes
         )
-        hops.append(HopTraffic(hop, layout.rank(hop), layout.rank(hop + 1), hidden, payload - hidden, plan.hop(hop)))
+        hidden = one_state * layout.hidden_states(hop)
+        hops.append(HopTraffic(hop, layout.rank(hop), layout.rank(hop + 1), hidden, payload - one_state, plan.hop(hop)))
     return tuple(hops)
 
 
 def rank_memory(job: Job) -> tuple[RankMemory, ...]:
     """What every pipeline rank holds at the peak of its schedule.  Raises :class:`PlanError` without a schedule."""
-    hidden = job.shape.payload_elements(0) * job.element_bytes
+    layout, one_state = job.layout, job.shape.payload_elements(0) * job.element_bytes
     found = []
-    for rank in range(job.layout.pipeline_size):
+    for rank in range(layout.pipeline_size):
+        # Where the layers that predict further tokens are on another rank than the last, payloads differ: the largest.
+        arriving = range((rank - 1) % layout.pipeline_size, layout.num_stages - 1, layout.pipeline_size)
+        hidden = one_state * max(map(layout.hidden_states, arriving), default=1)
         early = job.communication.overlap_warmup_flush
         held = [residency(job.plan, job.schedule, rank, tensor_rank, early) for tensor_rank in job.tensor_ranks]
         buffers = held[0].arrival_buffers

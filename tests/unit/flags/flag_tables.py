@@ -105,9 +105,7 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ("--sla-layers 10-12", 1, ("--sla-layers 10-12:", "--sla beside it")),
     ("--sla-kv-projection full", 1, ("--sla-kv-projection full:", "--sla beside it")),
     # What upstream would refuse in a traceback of its own, were it asked first.
-    ("--sla --mtp-num-layers 1", 1, ("--mtp-num-layers 1:", "no multi-token prediction")),
     ("--sla --qk-clip", 1, ("--qk-clip True:", "no --qk-clip")),
-    ("--sla --delay-wgrad-compute", 1, ("--delay-wgrad-compute True:", "no --delay-wgrad-compute")),
     ("--sla --perform-rl-step", 1, ("--perform-rl-step True:", "no reinforcement learning")),
     ("--fim-data", 1, ("--fim-data True:", "no --fim-data")),
     ("--hybrid-context-parallel", 1, ("--hybrid-context-parallel True:", "no --hybrid-context-parallel")),
@@ -133,12 +131,14 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         2,
         ("--eval-global-batch-size 1:", "<= 1 (microbatches)"),
     ),
-    # What this entry point does not do, with --sla or without.
     (
-        "--position-embedding-type rope --mtp-num-layers 1",
-        1,
-        ("--mtp-num-layers 1:", "no --mtp-num-layers"),
+        "--sla --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 8 "
+        "--num-experts 4 --disable-bias-linear --bf16 --expert-model-parallel-size 2 "
+        "--moe-token-dispatcher-type alltoall --overlap-moe-expert-parallel-comm",
+        4,
+        ("--pipeline-model-parallel-layout Et*6||t*6|L:", "a layer in each stage between others"),
     ),
+    # What this entry point does not do, with --sla or without.
     ("--logits-load-dir logits", 1, ("--logits-load-dir logits:", "no --logits-load-dir")),
     ("--inprocess-restart", 1, ("--inprocess-restart True:", "no --inprocess-restart")),
     (
@@ -151,17 +151,13 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         1,
         ("--dataloader-inter-document-masking True:", "--core-attention sdpa beside it, or"),
     ),
-    ("--overlap-moe-expert-parallel-comm", 1, ("--overlap-moe-expert-parallel-comm True:", "entry point")),
 ]
 
 
 #: Where upstream refuses first without a GPU, the refusal is checked on a good run's arguments.
 SETTLED: dict[str, object] = {
-    "mtp_num_layers": 1,
     "qk_clip": True,
     "fine_grained_activation_offloading": True,
-    "delay_wgrad_compute": True,
-    "overlap_moe_expert_parallel_comm": True,
     "perform_rl_step": True,
     "heterogeneous_layers_config_path": "layers.json",
     "heterogeneous_layers_config_encoded_json": "{}",
@@ -212,5 +208,6 @@ GOOD: dict[str, tuple[int, SLAConfig]] = {
         2,
         SLAConfig(12, 12, (9,), 9),
     ),
+    "--sla --position-embedding-type rope --mtp-num-layers 2": (1, SLAConfig(12, 12, (9,), 9)),
     "--sla --num-experts 4 --bf16 --use-distributed-optimizer --disable-bias-linear": (1, SLAConfig(12, 12, (9,), 9)),
 }

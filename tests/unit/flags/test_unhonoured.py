@@ -77,6 +77,11 @@ REFUSED: dict[str, str] = {
     f"{MASK} --no-create-attention-mask-in-dataloader": f"{MASK} True: expected no --no-create-attention-mask",
     # They end a run when it has started, or do not end it.
     "--moe-use-upcycling --num-experts 4 --disable-bias-linear": "--moe-use-upcycling True: expected no",
+    f"{ROPE} --mtp-num-layers 1 --pipeline-model-parallel-size 2": "--mtp-num-layers 1: expected --untie-embeddings-an",
+    f"{ROPE} --mtp-num-layers 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tmL": (
+        "--mtp-num-layers 1: expected --untie-embeddings-and-output-weights beside it, or a --pipeline-model-parallel"
+    ),
+    "--mtp-hybrid-override-pattern M": "--mtp-hybrid-override-pattern M: expected --mtp-num-layers in its place",
     "--moe-paged-stash": "--moe-paged-stash True: expected no --moe-paged-stash: it needs kernels",
     "--config-logger-dir dir": "--config-logger-dir dir: expected no --config-logger-dir: Megatron cannot write",
     "--adlr-autoresume": "--adlr-autoresume True: expected no --adlr-autoresume: it needs NVIDIA's own cluster",
@@ -166,6 +171,9 @@ FINE = (
     "--attention-backend unfused",
     "--lr-decay-style WSD --lr-wsd-decay-iters 1",
     "--full-validation --multiple-validation-sets",
+    f"{ROPE} --mtp-num-layers 1",
+    f"{ROPE} --mtp-num-layers 1 --untie-embeddings-and-output-weights --pipeline-model-parallel-size 2 "
+    "--global-batch-size 4",
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 4",
 )
 

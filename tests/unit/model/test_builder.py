@@ -41,6 +41,30 @@ def test_the_rope_scaling_factor_is_forwarded_and_marked(settled: Callable[[str]
     assert not hasattr(unscaled, "rope_scaling_factor_honoured")
 
 
+@pytest.mark.parametrize("core_attention", ["megatron", "sdpa"])
+def test_layers_that_predict_further_tokens_have_no_skip_heads(
+    settled: Callable[[str], Namespace], core_attention: str
+) -> None:
+    """Their attention is upstream's class, with the core attention that was asked for; the decoder's is ours."""
+    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from sla_megatron.attention.core_attention import TorchAttention
+    from sla_megatron.attention.self_attention import SLASelfAttention
+    from sla_megatron.commands.convert.megatron_model import build, megatron_alone
+
+    args = settled(f"--sla {ROPE} --mtp-num-layers 2 --core-attention {core_attention}")
+    args.padded_vocab_size = 128
+    with megatron_alone():
+        model = build(args)
+    further = [layer.mtp_model_layer.self_attention for layer in model.mtp.layers]
+    decoders = [layer.self_attention for layer in model.decoder.layers]
+    assert [type(attention) for attention in further] == [SelfAttention] * 2
+    assert {type(attention) for attention in decoders} == {SLASelfAttention}
+    expected = TorchAttention if core_attention == "sdpa" else DotProductAttention
+    assert {type(attention.core_attention) for attention in (*further, *decoders)} == {expected}
+
+
 def test_a_stage_without_a_mask_ends_the_run(
     settled: Callable[[str], Namespace], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,24 @@ def test_megatron_s_written_layouts(megatron: None, written: str | list, size: i
     assert layout == PipelineLayout.of_sizes(size, sizes)
 
 
+@pytest.mark.parametrize(
+    ("written", "size", "hidden_states"),
+    [
+        pytest.param(None, 3, [1, 1], id="with-the-loss"),
+        pytest.param("Et|ttt|ttmmL", 3, [1, 1], id="written-with-the-loss"),
+        pytest.param("Ettt|tttmm|L", 3, [1, 3], id="before-the-loss"),
+        pytest.param("Et|tt|t|tt|mm|L", 3, [1, 1, 1, 1, 3], id="alone-interleaved"),
+    ],
+)
+def test_hidden_states_of_further_tokens(
+    megatron: None, written: str | None, size: int, hidden_states: list[int]
+) -> None:
+    """One more for each of two further tokens, on the hops behind the layers that predict them."""
+    layout = megatron_layout(6, size, pipeline_model_parallel_layout=written, mtp_num_layers=2)
+    assert layout.num_layers == 6
+    assert [layout.hidden_states(hop) for hop in range(layout.num_stages - 1)] == hidden_states
+
+
 def test_the_layers_of_a_stage_by_hand(megatron: None) -> None:
     """Chunk 0 of every rank comes before chunk 1 of any."""
     layout = megatron_layout(12, 4, 2, **first_and_last(2, 2))

@@ -250,6 +250,8 @@ MODELS = {
     "pruned": {"sla": True, "sla_kv_projection": "pruned", "qk_layernorm": True},
     "llama": {**_GQA, **_LLAMA, "untie_embeddings_and_output_weights": True, "qk_layernorm": True, "kv_channels": 8},
     "experts": {**_LLAMA, **_MOE, "moe_shared_expert_intermediate_size": 24},
+    "further-tokens": {**_LLAMA, "mtp_num_layers": 2, "sla": True},
+    "one-layer-for-further-tokens": {**_LLAMA, **_MOE, "mtp_num_layers": 2, "mtp_use_repeated_layer": True},
 }
 
 

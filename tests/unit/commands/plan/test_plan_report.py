@@ -119,6 +119,14 @@ def test_memory_is_the_residency_of_the_fullest_tensor_rank(plan: RoutePlan) -> 
         assert memory.arriving_hidden_bytes == memory.arrival_buffers * hidden
 
 
+def test_further_hidden_states_cross_behind_the_layers_that_make_them() -> None:
+    plain = job()
+    further = replace(plain, layout=replace(plain.layout, further_tokens=2, further_stage=plain.layout.num_stages - 2))
+    *before, last = (hop.hidden_bytes for hop in hop_traffic(plain))
+    assert [hop.hidden_bytes for hop in hop_traffic(further)] == [*before, 3 * last]
+    assert [hop.kv_bytes for hop in hop_traffic(further)] == [hop.kv_bytes for hop in hop_traffic(plain)]
+
+
 def test_sequence_parallelism_splits_hidden_states_and_context_parallelism_both() -> None:
     plain = job(tensor_parallel_size=2)
     hidden, kv = hop_traffic(plain)[0].hidden_bytes, hop_traffic(plain)[0].kv_bytes

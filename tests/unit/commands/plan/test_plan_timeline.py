@@ -223,6 +223,23 @@ def test_recomputed_attention() -> None:
     assert found[0][1] - plain[0][1] == 2 * 4 * 2 * (64 * 64 // 2) * 64
 
 
+@pytest.mark.parametrize(("further_stage", "where"), [(None, 1), (0, 0)])
+def test_layers_that_predict_further_tokens_by_hand(further_stage: int | None, where: int) -> None:
+    """Two of them: dense layers with a matrix of 64 x 32 before, and their own logits; run again where layers are."""
+    layout = replace(LAYOUT, further_tokens=2, further_stage=further_stage)
+    work = replace(WORK, recompute="full")
+    plain = stage_operations(work, SHAPE, LAYOUT, skipping("pruned"))
+    found = stage_operations(work, SHAPE, layout, skipping("pruned"))
+    dense = stage_operations(WORK, SHAPE, LAYOUT, skipping(), dense=True)[0][0] // 2
+    layers, logits = 2 * (dense + 2 * 128 * 64 * 32), 2 * (2 * 128 * 32 * 256)
+    more = [logits * stage + layers * (stage == where) for stage in range(2)]
+    assert [f - g for (f, _), (g, _) in zip(found, plain, strict=True)] == more
+    again = [layers * (stage == where) for stage in range(2)]
+    assert [b - c for (_, b), (_, c) in zip(found, plain, strict=True)] == [
+        2 * m + a for m, a in zip(more, again, strict=True)
+    ]
+
+
 def test_output_gate_is_as_wide_as_the_query() -> None:
     plain, gated = (stage_operations(one, SHAPE, LAYOUT, skipping()) for one in (WORK, replace(WORK, output_gate=True)))
     assert gated[0][0] - plain[0][0] == 2 * (2 * 128 * 32 * 64)
