@@ -106,8 +106,6 @@ def _check_recomputation(args: Namespace) -> None:
         # Upstream's checkpoint returns the bias parameter as an output of its autograd function, which makes the
         # parameter a child of that function; backward then calls itself without end.  So it does without --sla.
         raise FlagError("--recompute-modules", args.recompute_modules, "no mlp, or --disable-bias-linear beside it")
-    if args.recompute_granularity == "full" and (getattr(args, "fp8", None) or getattr(args, "fp4", None)):
-        raise FlagError("--recompute-granularity", "full", "selective with --sla and fp8 or fp4")
 
 
 def _resolve_shape(args: Namespace) -> None:
@@ -224,4 +222,26 @@ def _check_projection(args: Namespace) -> None:
                 "pruned",
                 f"full, or live K/V groups that are divisible by TP: layer {layer} has {len(live)}, "
                 f"{'+'.join(map(str, shares))} on the {size} tensor-parallel ranks",
+            )
+    _check_quantized_rows(args, sla)
+
+
+def _check_quantized_rows(args: Namespace, sla: SLAConfig) -> None:
+    """Products in fp8 and fp4 need matrices of some multiple of rows: what is left out must leave one."""
+    if not (args.fp8 or args.fp4):
+        return
+    from megatron.core.fp8_utils import get_fp8_align_size, is_first_last_bf16_layer
+
+    # What fp4's kernels load are 16 bytes at a time; upstream's get_fp4_align_size is larger, and of tokens.
+    multiple = get_fp8_align_size(args.fp8_recipe) if args.fp8 else 32
+    for layer in range(1, args.num_layers + 1):
+        heads = args.num_attention_heads + 2 * len(sla.live_groups(layer))
+        rows = heads // args.tensor_model_parallel_size * args.kv_channels
+        if rows % multiple and not is_first_last_bf16_layer(args, layer - 1):
+            recipe = f"--fp8-recipe {args.fp8_recipe}" if args.fp8 else f"--fp4-recipe {args.fp4_recipe}"
+            raise FlagError(
+                "--sla-kv-projection",
+                "pruned",
+                f"full, or with {recipe} rows of linear_qkv in multiples of {multiple}: layer {layer} has {rows} on a "
+                "tensor-parallel rank",
             )
