@@ -14,7 +14,7 @@ import pytest
 from tests.support import gpu
 from tests.support.gpu import parity_case
 from tests.support.pipelines import LAYOUTS, MODELS, Layout
-from tests.support.runs import argv
+from tests.support.runs import argv, figures, train_on_all_ranks
 from tests.test_pipeline import Runs, assert_trains_as, model_flags
 
 pytestmark = pytest.mark.gpu
@@ -88,3 +88,15 @@ def test_pipelines(size: int, runs: Runs) -> None:
             for answer in runs.answers[name]:
                 assert answer["alive"] == 0, name
             print(f"{gpu.DEVICE} {name}: losses {runs.figures(name)['loss']}")
+
+
+@pytest.mark.parametrize("implementation", gpu.IMPLEMENTATIONS)
+def test_a_pipelines_step_as_a_cuda_graph(implementation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two interleaved ranks, K/V between them: losses and gradient norms are those of the run without."""
+    gpu.prepare(monkeypatch, 2)
+    flags = {"tensor_model_parallel_size": 1, "transformer_impl": implementation, "sla": True, "sla_skip_distance": 2}
+    flags |= {"no_gradient_accumulation_fusion": True, "no_persist_layer_norm": True}
+    flags |= {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+    runs = {name: figures(run) for name, run in train_on_all_ranks(gpu.graph_requests(**flags), 2, tmp_path).items()}
+    for what in ("loss", "grad_norm", "evaluations"):
+        assert runs["graph"][what] == pytest.approx(runs["eager"][what], rel=LOSS_TOLERANCE)

@@ -15,6 +15,8 @@ from ..pipeline.schedule import Schedule
 #: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
 SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
 
+_GRAPHED_LAYERS = "graphs of single layers neither take nor return other layers' K/V"
+
 # Megatron options that do not go with --sla: attribute, values that are fine, what the message says is accepted.
 _REFUSED: tuple[Refusal, ...] = (
     ("multi_latent_attention", OFF, "no multi-latent attention with --sla: there are no K/V groups to share"),
@@ -26,9 +28,13 @@ _REFUSED: tuple[Refusal, ...] = (
     ("hybrid_layer_pattern", OFF, "a GPT with --sla, no hybrid model"),
     ("no_rope_freq", OFF, "the same rotary embedding in all layers with --sla: K/V are shared between them"),
     ("qk_clip", OFF, "no --qk-clip with --sla: it rescales a layer's own keys by logits that came from others"),
-    ("cuda_graph_impl", (*OFF, "none"), "none with --sla: CUDA graphs are not supported"),
-    ("enable_cuda_graph", OFF, "no CUDA graphs with --sla"),
-    ("external_cuda_graph", OFF, "no CUDA graphs with --sla"),
+    (
+        "cuda_graph_impl",
+        (*OFF, "none", "full_iteration"),
+        f"none or full_iteration with --sla: {_GRAPHED_LAYERS}",
+    ),
+    ("enable_cuda_graph", OFF, f"--cuda-graph-impl full_iteration with --sla: {_GRAPHED_LAYERS}"),
+    ("external_cuda_graph", OFF, f"--cuda-graph-impl full_iteration with --sla: {_GRAPHED_LAYERS}"),
     ("fine_grained_activation_offloading", OFF, "no activation offloading with --sla"),
     ("cpu_offloading_num_layers", OFF, "0 with --sla: activation offloading is not supported"),
     ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm with --sla"),
@@ -99,6 +105,7 @@ def resolve_sla_args(args: Namespace) -> None:
     _check_pipeline(args)
     _check_projection(args)
     _check_recomputation(args)
+    _check_cuda_graph(args)
 
 
 def _check_recomputation(args: Namespace) -> None:
@@ -106,6 +113,24 @@ def _check_recomputation(args: Namespace) -> None:
         # Upstream's checkpoint returns the bias parameter as an output of its autograd function, which makes the
         # parameter a child of that function; backward then calls itself without end.  So it does without --sla.
         raise FlagError("--recompute-modules", args.recompute_modules, "no mlp, or --disable-bias-linear beside it")
+
+
+def _check_cuda_graph(args: Namespace) -> None:
+    if getattr(args, "cuda_graph_impl", "none") != "full_iteration":
+        return
+    if args.cuda_graph_warmup_steps < 1:
+        raise FlagError(
+            "--cuda-graph-warmup-steps",
+            args.cuda_graph_warmup_steps,
+            "1 or more with --sla: the first step compares the ranks' settings, which no graph can hold",
+        )
+    if args.pipeline_model_parallel_size > 1 and not args.overlap_p2p_comm:
+        raise FlagError(
+            "--cuda-graph-impl",
+            args.cuda_graph_impl,
+            "none with a pipeline that is not interleaved or overlaps no communication: upstream then waits for the "
+            "GPU at each exchange, which no graph can hold",
+        )
 
 
 def _resolve_shape(args: Namespace) -> None:

@@ -164,7 +164,7 @@ SETTLED: dict[str, object] = {
     "heterogeneous_layers_config_encoded_json": "{}",
     "use_megatron_fsdp": True,
     "use_torch_fsdp2": True,
-    "cuda_graph_impl": "full_iteration",
+    "cuda_graph_impl": "local",
     "transformer_impl": "inference_optimized",
     "sft": True,
     "dataloader_inter_document_masking": True,

@@ -141,6 +141,31 @@ def test_rows_that_fp8_needs(settle: Callable[..., Run], changes: dict[str, obje
         resolve_sla_args(args)
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, None),
+        ({"cuda_graph_warmup_steps": 0}, "--cuda-graph-warmup-steps 0: expected 1 or more"),
+        (
+            {"pipeline_model_parallel_size": 2},
+            "--cuda-graph-impl full_iteration: expected none with a pipeline",
+        ),
+        ({"pipeline_model_parallel_size": 2, "overlap_p2p_comm": True, "global_batch_size": 2}, None),
+    ],
+)
+def test_a_step_as_a_graph(settle: Callable[..., Run], changes: dict[str, object], refused: str | None) -> None:
+    """The whole step, on a GPU, where neither upstream nor a first step waits for the host."""
+    from sla_megatron.flags.validation import resolve_sla_args
+
+    args = settle("--sla").args
+    vars(args).update({"cuda_graph_impl": "full_iteration", **changes})
+    if refused is None:
+        resolve_sla_args(args)
+        return
+    with pytest.raises(FlagError, match=refused):
+        resolve_sla_args(args)
+
+
 def test_refusals_name_flags_that_megatron_has(megatron: None) -> None:
     """Every option that a refusal names is spelled as Megatron's parser spells it."""
     from megatron.training.arguments import add_megatron_arguments
