@@ -7,7 +7,6 @@ Python does between operations has other losses when it is run again.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,19 +29,18 @@ LAYOUTS = {
     },
 }
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-PRUNED = {"sla_kv_projection": "pruned", "sla_skip_distance": 2, "sla_num_skip_groups": 2}
+PRUNED = {"sla_kv_projection": "pruned"}
 CASES = {
     "dense": LAYOUTS["pp2v2"],
     "tp2": LAYOUTS["tp2"] | SLA,
     "pp2": LAYOUTS["pp2"] | SLA | FULL,
-    "pp2v2": LAYOUTS["pp2v2"] | SLA,
-    "pruned": LAYOUTS["pp2v2"] | SLA | PRUNED,
+    "pp2v2": LAYOUTS["pp2v2"] | SLA | PRUNED,
 }
 
 #: Attention that looks at a value; and attention that depends on how often Python came by.
 BROKEN = {
-    "value": "query = query * float(query.abs().max() > 0)",
     "count": "counted.append(1); query = query * (1 + len(counted) / 100)",
+    "value": "query = query * float(query.abs().max() > 0)",
 }
 SCRIPT = """
 from sla_megatron import pretrain_gpt
@@ -73,9 +71,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         script.write_text(SCRIPT.format(line=line))
         runs[name] = {"argv": argv(**COMMON | CASES["tp2"]), "entry": str(script)}
     recorded = {f"{name}, recorded": run | {"graphs": True} for name, run in runs.items()}
-    # Last, since its step ends in the middle.
-    recorded["value, recorded"] = recorded.pop("value, recorded")
-    return train_on_all_ranks(runs | recorded, 2, Path(folder))
+    # It shall not be recorded, and is the last, since its step ends in the middle.
+    runs.pop("value")
+    return train_on_all_ranks(runs | recorded, 2, folder)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,8 +90,8 @@ def test_replays_are_steps(answers: dict[str, Any], name: str) -> None:
 
 
 def test_what_waits_for_the_host_is_found(answers: dict[str, Any]) -> None:
-    """Control: it runs as always, and is not recorded."""
-    assert figures(answers["value"])["loss"]
+    """Control: its first step runs, and the second is not recorded."""
+    assert [len(answer["grad_norm"]) for answer in answers["value, recorded"]] == [1, 1]
     assert {answer["status"] for answer in answers["value, recorded"]} == {
         "needs the host: aten._local_scalar_dense.default"
     }

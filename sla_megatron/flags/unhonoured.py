@@ -61,6 +61,10 @@ def _no_layernorm_of_keys(args: Namespace) -> bool:
     return args.sla or not args.qk_layernorm or args.normalization != "LayerNorm"
 
 
+def _step_is_a_graph(args: Namespace) -> bool:
+    return args.cuda_graph_impl == "full_iteration"
+
+
 def _unknown_spec(args: Namespace) -> bool:
     """Whether ``--spec MODULE NAME`` names nothing; upstream logs that, and builds its default."""
     try:
@@ -166,6 +170,24 @@ _FAILS_LATE = (
     *(
         Row(name, OFF, f"no {flag_of(name)} without a GPU", lambda args: cpu_backend_is_active())
         for name in ("log_straggler", "gpu_sniff_test_interval", "record_memory_history", "async_save")
+    ),
+    Row(
+        "check_for_spiky_loss",
+        OFF,
+        "no --check-for-spiky-loss with --cuda-graph-impl full_iteration: a graph looks at no loss",
+        _step_is_a_graph,
+    ),
+    Row(
+        "timing_log_level",
+        (0,),
+        "0 with --cuda-graph-impl full_iteration: timers inside a step wait for the GPU",
+        _step_is_a_graph,
+    ),
+    Row(
+        "fp32_residual_connection",
+        OFF,
+        "no --fp32-residual-connection without a GPU: torch's norms take one type",
+        lambda args: cpu_backend_is_active(),
     ),
     Row("moe_use_upcycling", OFF, "no --moe-use-upcycling: Megatron cannot load a model built in this way for it"),
     Row("moe_paged_stash", OFF, "no --moe-paged-stash: it needs kernels and a dispatcher of its own"),

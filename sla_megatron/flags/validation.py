@@ -26,7 +26,6 @@ _REFUSED: tuple[Refusal, ...] = (
     ("heterogeneous_layers_config_path", OFF, "equal layers with --sla"),
     ("heterogeneous_layers_config_encoded_json", OFF, "equal layers with --sla"),
     ("hybrid_layer_pattern", OFF, "a GPT with --sla, no hybrid model"),
-    ("no_rope_freq", OFF, "the same rotary embedding in all layers with --sla: K/V are shared between them"),
     ("qk_clip", OFF, "no --qk-clip with --sla: it rescales a layer's own keys by logits that came from others"),
     (
         "cuda_graph_impl",
@@ -101,6 +100,7 @@ def resolve_sla_args(args: Namespace) -> None:
     refuse_unsupported(args)
     _resolve_shape(args)
     _check_layers(args)
+    _check_positions(args)
     _check_parallelism(args)
     _check_pipeline(args)
     _check_projection(args)
@@ -163,6 +163,26 @@ def _check_layers(args: Namespace) -> None:
         eligible = f"{nearest + 1}-{args.num_layers}" if nearest < args.num_layers else "no --sla-layers"
         raise FlagError("--sla-layers", args.sla_layers, f"layers beyond the distance {nearest}: {eligible}")
     args.sla_layers = compact_ranges(layers)
+
+
+def _check_positions(args: Namespace) -> None:
+    """K is rotated by its reader: what a layer without rotary embedding reads must come from one without."""
+    pattern = args.no_rope_freq
+    if not pattern:
+        return
+    sla = sla_config_from_args(args)
+    if isinstance(pattern, int):
+        pattern = [layer % pattern == 0 for layer in range(1, args.num_layers + 1)]
+    for layer in sla.consumer_layers:
+        for source in sorted({sla.source(layer, group) for group in range(sla.num_query_groups)}):
+            # Of another length: upstream says so.
+            if pattern[layer - 1 : layer] != pattern[source - 1 : source]:
+                raise FlagError(
+                    "--no-rope-freq",
+                    args.no_rope_freq,
+                    "rotary embedding in both or in neither of two layers that share K/V with --sla, as where "
+                    f"--sla-skip-distance is a multiple of it: layer {layer} reads layer {source}'s",
+                )
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:

@@ -166,6 +166,18 @@ def test_a_step_as_a_graph(settle: Callable[..., Run], changes: dict[str, object
         resolve_sla_args(args)
 
 
+def test_two_types_in_a_pipeline_are_refused(settle: Callable[..., Run]) -> None:
+    """On a GPU; without one it is refused before."""
+    from sla_megatron.flags.validation import resolve_sla_args
+
+    args = settle("--sla").args
+    args.fp32_residual_connection = True
+    resolve_sla_args(args)
+    args.pipeline_model_parallel_size = 2
+    with pytest.raises(FlagError, match="--fp32-residual-connection True: .* travel as one type"):
+        resolve_sla_args(args)
+
+
 def test_refusals_name_flags_that_megatron_has(megatron: None) -> None:
     """Every option that a refusal names is spelled as Megatron's parser spells it."""
     from megatron.training.arguments import add_megatron_arguments
