@@ -116,11 +116,19 @@ class _NoHost(TorchFunctionMode):
 
 
 class RecordedGraph:
-    """Stands for ``torch.cuda.CUDAGraph``."""
+    """Stands for ``torch.cuda.CUDAGraph``.
+
+    Attributes:
+        waits: how often the GPU was waited for while it was recorded, of which nothing is left on a CPU.
+    """
 
     def __init__(self) -> None:
         self.operations: list[_Operation] = []
-        self.replays = 0
+        self.replays = self.waits = 0
+
+    def wait(self, *_: Any) -> None:
+        """Stands for ``torch.cuda.synchronize``."""
+        self.waits += 1
 
     def register_generator_state(self, state: Any) -> None:
         """Nothing that draws random numbers is recorded in these tests."""
@@ -142,7 +150,11 @@ class RecordedGraph:
 def recording(graph: RecordedGraph, **_: Any) -> Iterator[None]:
     """Stands for ``torch.cuda.graph``."""
     recorder = _Recorder(graph.operations)
-    with recorder, _NoHost(recorder):
+    with ExitStack() as stack:
+        stack.callback(setattr, torch.cuda, "synchronize", torch.cuda.synchronize)
+        torch.cuda.synchronize = graph.wait
+        stack.enter_context(recorder)
+        stack.enter_context(_NoHost(recorder))
         yield
 
 

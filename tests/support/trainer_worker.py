@@ -99,7 +99,7 @@ def run(
     # Not after an error, which ends this rank: the others may be waiting for something else than to leave together.
     forget_megatron()
     return {"status": status, "stderr": stderr.getvalue(), "stdout": stdout.getvalue(), **heard.answer()} | {
-        "graphs": [(len(graph.operations), graph.replays) for graph in recorded]
+        "graphs": [(len(graph.operations), graph.replays, graph.waits) for graph in recorded]
     }
 
 
