@@ -31,6 +31,7 @@ class ReferenceGPT:
     pruned: bool = False
     rope: bool = False
     rotary_percent: float = 1.0
+    layers_without_rope: tuple[int, ...] = ()
     rms_norm: bool = False
     swiglu: bool = False
     eps: float = 1e-5
@@ -83,10 +84,11 @@ class ReferenceGPT:
         queries, start = [], 0
         for group in range(self.num_groups):
             for _ in range(heads_per_group):
-                queries.append(self._position(self._head_norm(w, p + "q_layernorm", rows[..., start : start + d])))
+                query = self._head_norm(w, p + "q_layernorm", rows[..., start : start + d])
+                queries.append(self._position(query, layer))
                 start += d
             if self.is_projected(layer, group):
-                key = self._position(self._head_norm(w, p + "k_layernorm", rows[..., start : start + d]))
+                key = self._position(self._head_norm(w, p + "k_layernorm", rows[..., start : start + d]), layer)
                 projected[layer, group] = (key, rows[..., start + d : start + 2 * d])
                 start += 2 * d
         assert start == rows.shape[-1], (start, rows.shape)
@@ -99,9 +101,9 @@ class ReferenceGPT:
             outputs.append(scores.masked_fill(is_hidden, -math.inf).softmax(-1) @ value)
         return self._linear(w, p + "linear_proj", torch.cat(outputs, dim=-1))
 
-    def _position(self, x: Tensor) -> Tensor:
-        """Rotary embedding of ``[b, s, d]``, halves rotated against each other, base 10000."""
-        if not self.rope:
+    def _position(self, x: Tensor, layer: int) -> Tensor:
+        """Rotary embedding of ``[b, s, d]`` in ``layer``, halves rotated against each other, base 10000."""
+        if not self.rope or layer in self.layers_without_rope:
             return x
         turning = round(self.head_size * self.rotary_percent)
         rotated, kept = x[..., :turning], x[..., turning:]

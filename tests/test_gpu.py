@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support import gpu
 from tests.support.gpu import parity_case
-from tests.support.runs import CPU_FLAGS, argv, train
+from tests.support.runs import CLOSE, CPU_FLAGS, NO_DROPOUT, argv, train
 
 pytestmark = pytest.mark.gpu
 
@@ -84,3 +85,44 @@ def test_off_switch(implementation: str, tmp_path: Path) -> None:
         assert runs[name]["loss"] == runs[as_in]["loss"]
         assert runs[name]["grad_norm"] == runs[as_in]["grad_norm"]
     assert runs["sla"]["loss"] != runs["upstream"]["loss"]
+
+
+@pytest.mark.parametrize("implementation", gpu.IMPLEMENTATIONS)
+def test_a_step_as_a_cuda_graph(implementation: str, tmp_path: Path) -> None:
+    """Captured in the second step, replayed in three others: losses and gradient norms are those of the run without."""
+    flags = {"tensor_model_parallel_size": 1, "transformer_impl": implementation, "sla": True, "sla_skip_distance": 2}
+    flags |= {"no_gradient_accumulation_fusion": True, "no_persist_layer_norm": True, "deterministic_mode": gpu.ON_GPU}
+    runs = train(gpu.graph_requests(**flags), 1, tmp_path)
+    assert runs["graph"]["status"] == runs["eager"]["status"] == 0, runs["graph"]["stderr"]
+    for what in ("loss", "grad_norm", "evaluations"):
+        assert runs["graph"][what] == pytest.approx(runs["eager"][what], rel=CLOSE)
+    assert len(set(runs["eager"]["loss"])) == 5
+
+
+@pytest.mark.skipif("transformer_engine" not in gpu.IMPLEMENTATIONS, reason="no Transformer Engine")
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_full_recomputation_in_fp8(recipe: str, tmp_path: Path) -> None:
+    """Losses and gradient norms as without recomputation, for all layers and for some; and fp8 is not bf16."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    shared = {"tensor_model_parallel_size": 1, "transformer_impl": "transformer_engine", "bf16": True, "sla": True}
+    shared |= {
+        "sla_skip_distance": 2,
+        "no_gradient_accumulation_fusion": True,
+        "deterministic_mode": True,
+        **NO_DROPOUT,
+    }
+    fp8 = shared | {"fp8_format": "hybrid", "fp8_recipe": recipe}
+    full = {"recompute_granularity": "full", "recompute_num_layers": 2}
+    requests = {
+        "bf16": {"argv": argv(**shared)},
+        "fp8": {"argv": argv(**fp8)},
+        "uniform": {"argv": argv(**fp8, **full, recompute_method="uniform")},
+        "block": {"argv": argv(**fp8, **full, recompute_method="block")},
+    }
+    runs = train(requests, 1, tmp_path)
+    assert {name: run["status"] for name, run in runs.items()} == dict.fromkeys(requests, 0)
+    for name in ("uniform", "block"):
+        for what in ("loss", "grad_norm"):
+            assert runs[name][what] == pytest.approx(runs["fp8"][what], rel=1e-3)
+    assert runs["fp8"]["loss"] != runs["bf16"]["loss"]

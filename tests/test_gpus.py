@@ -139,3 +139,15 @@ def test_experts_overlapped(size: int, implementation: str, tmp_path: Path) -> N
             assert found[what] == pytest.approx(expected[what], rel=BF16_TOLERANCE), (name, what)
         assert [answer["alive"] for answer in answers[name]] == [0] * size, name
         print(f"{gpu.DEVICE} {name}: losses {found['loss']}")
+
+
+@pytest.mark.parametrize("implementation", gpu.IMPLEMENTATIONS)
+def test_a_pipelines_step_as_a_cuda_graph(implementation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two interleaved ranks, K/V between them: losses and gradient norms are those of the run without."""
+    gpu.prepare(monkeypatch, 2)
+    flags = {"tensor_model_parallel_size": 1, "transformer_impl": implementation, "sla": True, "sla_skip_distance": 2}
+    flags |= {"no_gradient_accumulation_fusion": True, "no_persist_layer_norm": True}
+    flags |= {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+    runs = {name: figures(run) for name, run in train_on_all_ranks(gpu.graph_requests(**flags), 2, tmp_path).items()}
+    for what in ("loss", "grad_norm", "evaluations"):
+        assert runs["graph"][what] == pytest.approx(runs["eager"][what], rel=LOSS_TOLERANCE)

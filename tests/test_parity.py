@@ -97,6 +97,7 @@ def _extra_cases() -> dict[str, dict[str, Any]]:
         "swiglu": {"swiglu": True, "bias": False},
         "tied": {"tied": True},
         "half-rotary": {"rotary_percent": 0.5},
+        "every-other-rotary": {"no_rope_freq": 2, "layers_without_rope": [2, 4], "distances": [2], "skip_groups": 3},
         "distance-1": {"distances": [1], "skip_groups": 3},
         "distance-1-recompute-1": {"distances": [1], "skip_groups": 3, "recompute": "uniform"},
         "distance-1-recompute-2": {"distances": [1], "skip_groups": 3, "recompute": "uniform2"},

@@ -61,6 +61,8 @@ def move(
     if not some.numel():
         return True
     table, more = _table(_Moves(copies, sums), layout, some.device)
+    if some.is_cuda and torch.cuda.is_current_stream_capturing():
+        _read_by_graphs.append(table)
     addresses = [*storages, *[next(iter(storages))] * (_ADDRESSES - len(storages))]
     block = triton.next_power_of_2(width)
     block_rows = min(max(1, _BLOCK // block), triton.next_power_of_2(rows))
@@ -80,6 +82,10 @@ def move(
         BLOCK=block,
     )
     return True
+
+
+#: Tables that captured graphs read at every replay, by their addresses: the cache may forget them, memory must not.
+_read_by_graphs: list[Tensor] = []
 
 
 #: Which storage, where in it a tensor begins, and the strides of s, b, heads and d.
@@ -113,6 +119,11 @@ def _table(moves: _Moves, layout: tuple[tuple[_Placed | None, ...], ...], device
 
     ``[target heads, 2 + added, 5]``: storage (-1: zeros), the head's offset in it, strides of s, b and d.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A copy to the device, which CUDA would refuse in words of its own.
+        raise RuntimeError(
+            "K/V lie in a step that is captured as they lay in no step before: more --cuda-graph-warmup-steps"
+        )
     targets, sources = layout
     slots: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for run, is_sum in [*((run, False) for run in moves.copies), *((run, True) for run in moves.sums)]:

@@ -7,7 +7,7 @@ layer's K/V there, before anything downstream runs.  Rotary embedding, every cor
 flash), its recomputation and the output projection are upstream's, called once a layer, and see ordinary K/V.
 
 K is shared before rotary embedding and rotated by the reader.  That is the K that the source's own attention sees:
-rotation depends on the position alone, and is the same in all layers; ``flags/validation.py`` refuses other patterns.
+rotation depends on the position alone, and ``flags/validation.py`` sees to it that both layers rotate, or neither.
 """
 
 from __future__ import annotations

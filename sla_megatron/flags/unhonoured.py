@@ -69,6 +69,10 @@ def _sdpa(args: Namespace) -> bool:
     return getattr(args, "core_attention", MEGATRON) == SDPA
 
 
+def _step_is_a_graph(args: Namespace) -> bool:
+    return args.cuda_graph_impl == "full_iteration"
+
+
 def _unknown_spec(args: Namespace) -> bool:
     """Whether ``--spec MODULE NAME`` names nothing; upstream logs that, and builds its default."""
     try:
@@ -228,6 +232,24 @@ _FAILS_LATE = (
         "--untie-embeddings-and-output-weights beside it, or a --pipeline-model-parallel-layout with m before the "
         "last stage: Megatron cannot save tied weights where the last stage has both",
         lambda args: not args.untie_embeddings_and_output_weights and _further_tokens_on_the_last_stage(args),
+    ),
+    Row(
+        "check_for_spiky_loss",
+        OFF,
+        "no --check-for-spiky-loss with --cuda-graph-impl full_iteration: a graph looks at no loss",
+        _step_is_a_graph,
+    ),
+    Row(
+        "timing_log_level",
+        (0,),
+        "0 with --cuda-graph-impl full_iteration: timers inside a step wait for the GPU",
+        _step_is_a_graph,
+    ),
+    Row(
+        "fp32_residual_connection",
+        OFF,
+        "no --fp32-residual-connection without a GPU: torch's norms take one type",
+        lambda args: cpu_backend_is_active(),
     ),
     Row("moe_use_upcycling", OFF, "no --moe-use-upcycling: Megatron cannot load a model built in this way for it"),
     Row("moe_paged_stash", OFF, "no --moe-paged-stash: it needs kernels and a dispatcher of its own"),

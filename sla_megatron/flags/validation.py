@@ -15,6 +15,8 @@ from ..pipeline.schedule import Schedule
 #: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
 SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
 
+_GRAPHED_LAYERS = "graphs of single layers neither take nor return other layers' K/V"
+
 # Megatron options that do not go with --sla: attribute, values that are fine, what the message says is accepted.
 _REFUSED: tuple[Refusal, ...] = (
     ("multi_latent_attention", OFF, "no multi-latent attention with --sla: there are no K/V groups to share"),
@@ -23,11 +25,14 @@ _REFUSED: tuple[Refusal, ...] = (
     ("heterogeneous_layers_config_path", OFF, "equal layers with --sla"),
     ("heterogeneous_layers_config_encoded_json", OFF, "equal layers with --sla"),
     ("hybrid_layer_pattern", OFF, "a GPT with --sla, no hybrid model"),
-    ("no_rope_freq", OFF, "the same rotary embedding in all layers with --sla: K/V are shared between them"),
     ("qk_clip", OFF, "no --qk-clip with --sla: it rescales a layer's own keys by logits that came from others"),
-    ("cuda_graph_impl", (*OFF, "none"), "none with --sla: CUDA graphs are not supported"),
-    ("enable_cuda_graph", OFF, "no CUDA graphs with --sla"),
-    ("external_cuda_graph", OFF, "no CUDA graphs with --sla"),
+    (
+        "cuda_graph_impl",
+        (*OFF, "none", "full_iteration"),
+        f"none or full_iteration with --sla: {_GRAPHED_LAYERS}",
+    ),
+    ("enable_cuda_graph", OFF, f"--cuda-graph-impl full_iteration with --sla: {_GRAPHED_LAYERS}"),
+    ("external_cuda_graph", OFF, f"--cuda-graph-impl full_iteration with --sla: {_GRAPHED_LAYERS}"),
     ("fine_grained_activation_offloading", OFF, "no activation offloading with --sla"),
     ("cpu_offloading_num_layers", OFF, "0 with --sla: activation offloading is not supported"),
     ("use_megatron_fsdp", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
@@ -86,10 +91,12 @@ def resolve_sla_args(args: Namespace) -> None:
     refuse_unsupported(args)
     _resolve_shape(args)
     _check_layers(args)
+    _check_positions(args)
     _check_parallelism(args)
     _check_pipeline(args)
     _check_projection(args)
     _check_recomputation(args)
+    _check_cuda_graph(args)
 
 
 def _check_recomputation(args: Namespace) -> None:
@@ -97,8 +104,24 @@ def _check_recomputation(args: Namespace) -> None:
         # Upstream's checkpoint returns the bias parameter as an output of its autograd function, which makes the
         # parameter a child of that function; backward then calls itself without end.  So it does without --sla.
         raise FlagError("--recompute-modules", args.recompute_modules, "no mlp, or --disable-bias-linear beside it")
-    if args.recompute_granularity == "full" and (getattr(args, "fp8", None) or getattr(args, "fp4", None)):
-        raise FlagError("--recompute-granularity", "full", "selective with --sla and fp8 or fp4")
+
+
+def _check_cuda_graph(args: Namespace) -> None:
+    if getattr(args, "cuda_graph_impl", "none") != "full_iteration":
+        return
+    if args.cuda_graph_warmup_steps < 1:
+        raise FlagError(
+            "--cuda-graph-warmup-steps",
+            args.cuda_graph_warmup_steps,
+            "1 or more with --sla: the first step compares the ranks' settings, which no graph can hold",
+        )
+    if args.pipeline_model_parallel_size > 1 and not args.overlap_p2p_comm:
+        raise FlagError(
+            "--cuda-graph-impl",
+            args.cuda_graph_impl,
+            "none with a pipeline that is not interleaved or overlaps no communication: upstream then waits for the "
+            "GPU at each exchange, which no graph can hold",
+        )
 
 
 def _resolve_shape(args: Namespace) -> None:
@@ -131,6 +154,26 @@ def _check_layers(args: Namespace) -> None:
         eligible = f"{nearest + 1}-{args.num_layers}" if nearest < args.num_layers else "no --sla-layers"
         raise FlagError("--sla-layers", args.sla_layers, f"layers beyond the distance {nearest}: {eligible}")
     args.sla_layers = compact_ranges(layers)
+
+
+def _check_positions(args: Namespace) -> None:
+    """K is rotated by its reader: what a layer without rotary embedding reads must come from one without."""
+    pattern = args.no_rope_freq
+    if not pattern:
+        return
+    sla = sla_config_from_args(args)
+    if isinstance(pattern, int):
+        pattern = [layer % pattern == 0 for layer in range(1, args.num_layers + 1)]
+    for layer in sla.consumer_layers:
+        for source in sorted({sla.source(layer, group) for group in range(sla.num_query_groups)}):
+            # Of another length: upstream says so.
+            if pattern[layer - 1 : layer] != pattern[source - 1 : source]:
+                raise FlagError(
+                    "--no-rope-freq",
+                    args.no_rope_freq,
+                    "rotary embedding in both or in neither of two layers that share K/V with --sla, as where "
+                    f"--sla-skip-distance is a multiple of it: layer {layer} reads layer {source}'s",
+                )
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
@@ -233,4 +276,26 @@ def _check_projection(args: Namespace) -> None:
                 "pruned",
                 f"full, or live K/V groups that are divisible by TP: layer {layer} has {len(live)}, "
                 f"{'+'.join(map(str, shares))} on the {size} tensor-parallel ranks",
+            )
+    _check_quantized_rows(args, sla)
+
+
+def _check_quantized_rows(args: Namespace, sla: SLAConfig) -> None:
+    """Products in fp8 and fp4 need matrices of some multiple of rows: what is left out must leave one."""
+    if not (args.fp8 or args.fp4):
+        return
+    from megatron.core.fp8_utils import get_fp8_align_size, is_first_last_bf16_layer
+
+    # What fp4's kernels load are 16 bytes at a time; upstream's get_fp4_align_size is larger, and of tokens.
+    multiple = get_fp8_align_size(args.fp8_recipe) if args.fp8 else 32
+    for layer in range(1, args.num_layers + 1):
+        heads = args.num_attention_heads + 2 * len(sla.live_groups(layer))
+        rows = heads // args.tensor_model_parallel_size * args.kv_channels
+        if rows % multiple and not is_first_last_bf16_layer(args, layer - 1):
+            recipe = f"--fp8-recipe {args.fp8_recipe}" if args.fp8 else f"--fp4-recipe {args.fp4_recipe}"
+            raise FlagError(
+                "--sla-kv-projection",
+                "pruned",
+                f"full, or with {recipe} rows of linear_qkv in multiples of {multiple}: layer {layer} has {rows} on a "
+                "tensor-parallel rank",
             )

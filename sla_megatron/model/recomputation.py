@@ -4,14 +4,18 @@ Upstream's re-runs a chunk of layers during backward, through reentrant checkpoi
 of the checkpointed function get gradients.  K/V that reached a chunk by any other way would yield the right loss with
 wrong gradients, silently.  So each chunk here takes the bundles that its layers read as arguments, and returns the ones
 that later layers read.
+
+In fp8 and fp4 each layer runs in the context that upstream opens for it, in the forward pass and when it is recomputed;
+the checkpoint is then Transformer Engine's, which finds a layer's scales again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from megatron.core import tensor_parallel
+from megatron.core import recompute, tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
@@ -39,8 +43,8 @@ def _checkpointed_forward(
 
     ``hidden_states`` is ``[s, b, h]``.  The chunks are upstream's (``--recompute-method``, ``--recompute-num-layers``).
     """
-    if use_inner_quantization_context or extract_layer_indices:
-        raise RuntimeError("full recomputation with --sla supports neither fp8/fp4 nor the extraction of hidden states")
+    if extract_layer_indices:
+        raise RuntimeError("full recomputation with --sla does not support the extraction of hidden states")
     layer_arguments = dict(
         attention_mask=attention_mask,
         context=context,
@@ -51,37 +55,51 @@ def _checkpointed_forward(
         packed_seq_params=packed_seq_params,
         padding_mask=padding_mask,
     )
-    for layers, is_recomputed in _chunks(self):
-        if is_recomputed:
-            hidden_states = _recomputed_chunk(
-                layers, layer_arguments, self.config.distribute_saved_activations, hidden_states
-            )
+
+    def run(layers: Sequence[Any], hidden_states: Tensor) -> Tensor:
+        for layer in layers:
+            with _quantization(layer) if use_inner_quantization_context else nullcontext():
+                hidden_states, _ = layer(hidden_states=hidden_states, **layer_arguments)
+        return hidden_states
+
+    chunks, left = _chunks(self)
+    for layers in chunks:
+        # Transformer Engine's checkpoint needs an input with a gradient: upstream turns to later layers instead.
+        too_early = _is_quantized(self) and self.config.recompute_method == "block" and not hidden_states.requires_grad
+        if left and not too_early:
+            left -= 1
+            hidden_states = _recomputed_chunk(self, layers, run, hidden_states)
         else:
-            hidden_states = _run(layers, layer_arguments, hidden_states)
+            hidden_states = run(layers, hidden_states)
     return hidden_states
 
 
-def _chunks(block: TransformerBlock) -> Iterator[tuple[Sequence[Any], bool]]:
-    """The block's layers as upstream groups them, and whether each group is recomputed."""
+def _chunks(block: TransformerBlock) -> tuple[list[Sequence[Any]], int]:
+    """The block's layers as upstream groups them, and how many of the groups are recomputed."""
     layers, size = list(block.layers), block.config.recompute_num_layers
     if block.config.recompute_method == "uniform":
-        for start in range(0, len(layers), size):
-            yield layers[start : start + size], True
-    elif block.config.recompute_method == "block":
-        for index, layer in enumerate(layers):
-            yield [layer], index < size
-    else:
-        raise ValueError(f"--recompute-method {block.config.recompute_method}: expected uniform or block")
+        chunks = [layers[start : start + size] for start in range(0, len(layers), size)]
+        return chunks, len(chunks)
+    if block.config.recompute_method == "block":
+        return [[layer] for layer in layers], size
+    raise ValueError(f"--recompute-method {block.config.recompute_method}: expected uniform or block")
 
 
-def _run(layers: Sequence[Any], layer_arguments: dict[str, Any], hidden_states: Tensor) -> Tensor:
-    for layer in layers:
-        hidden_states, _ = layer(hidden_states=hidden_states, **layer_arguments)
-    return hidden_states
+def _is_quantized(block: TransformerBlock) -> bool:
+    return bool(block.config.fp8 or block.config.fp4)
+
+
+def _quantization(layer: Any) -> AbstractContextManager:
+    """What upstream opens for ``layer`` where the recipe has a context for each layer."""
+    opens = recompute.get_fp8_context if layer.config.fp8 else recompute.get_fp4_context
+    return opens(layer.config, layer.layer_number - 1)
 
 
 def _recomputed_chunk(
-    layers: Sequence[Any], layer_arguments: dict[str, Any], distribute_saved_activations: bool, hidden_states: Tensor
+    block: TransformerBlock,
+    layers: Sequence[Any],
+    run: Callable[[Sequence[Any], Tensor], Tensor],
+    hidden_states: Tensor,
 ) -> Tensor:
     """One checkpoint: hidden states and the bundles it reads go in, hidden states and the bundles it leaves, out."""
     reads, leaves = _crossing(layers)
@@ -90,14 +108,21 @@ def _recomputed_chunk(
     def chunk(hidden_states: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         with microbatch() as inner:
             put_tensors(inner, reads, tensors)
-            hidden_states = _run(layers, layer_arguments, hidden_states)
+            hidden_states = run(layers, hidden_states)
             return (hidden_states, *take_tensors(inner, leaves))
 
-    hidden_states, *left = tensor_parallel.checkpoint(
-        chunk, distribute_saved_activations, hidden_states, *take_tensors(kv, reads)
-    )
+    hidden_states, *left = _checkpoint(block, chunk, hidden_states, *take_tensors(kv, reads))
     put_tensors(kv, leaves, left)
     return hidden_states
+
+
+def _checkpoint(block: TransformerBlock, function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``function(*tensors)``, recomputed in backward: by the checkpoint that upstream would use."""
+    distributes = block.config.distribute_saved_activations
+    if _is_quantized(block):
+        tracker = tensor_parallel.random.get_cuda_rng_tracker
+        return recompute.te_checkpoint(function, distributes, tracker, block.pg_collection.tp, *tensors)
+    return tensor_parallel.checkpoint(function, distributes, *tensors)
 
 
 def take_tensors(kv: MicrobatchKV, names: Sequence[BundleName]) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 
 from . import bf16
 from .launch import run_worker
+from .runs import NO_DROPOUT, argv
 
 DEVICE = os.environ.get("SLA_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
@@ -51,6 +52,15 @@ def parity_case(**changes: Any) -> dict[str, Any]:
         "skip_groups": 3,
     }
     return case | changes
+
+
+def graph_requests(**flags: Any) -> dict[str, dict[str, Any]]:
+    """A run of the trainer, and the same whose steps after the first are one CUDA graph, or what stands for it."""
+    eager = argv(**flags, **NO_DROPOUT, no_check_for_nan_in_loss_and_grad=True)
+    if not ON_GPU:
+        return {"eager": {"argv": eager}, "graph": {"argv": eager, "graphs": True}}
+    graph = ["--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", "1"]
+    return {"eager": {"argv": eager}, "graph": {"argv": [*eager, *graph]}}
 
 
 @dataclass(frozen=True)

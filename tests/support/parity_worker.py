@@ -318,6 +318,7 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         pruned=case["projection"] == "pruned",
         rope=case["rope"],
         rotary_percent=case.get("rotary_percent", 1.0),
+        layers_without_rope=tuple(case.get("layers_without_rope", ())),
         rms_norm=case["rms_norm"],
         swiglu=case.get("swiglu", False),
     )
@@ -356,6 +357,7 @@ def transformer_config(case: dict[str, Any]) -> Any:
         add_bias_linear=case.get("bias", True),
         add_qkv_bias=case.get("bias", True),
         qk_layernorm=case.get("qk_norm", False),
+        no_rope_freq=case.get("no_rope_freq"),
         normalization="RMSNorm" if case["rms_norm"] else "LayerNorm",
         layernorm_epsilon=1e-5,
         hidden_dropout=0.0,

@@ -63,9 +63,16 @@ def open_servers(ports: list[int]) -> dict[str, Any]:
     }
 
 
-def run(folder: Path, name: str, argv: list[str], entry: str = "sla", pipeline: bool = False) -> dict[str, Any]:
-    """One run: exit status, what it printed on stderr, and what the listener heard (``pipeline``: also on the wire)."""
+def run(
+    folder: Path, name: str, argv: list[str], entry: str = "sla", pipeline: bool = False, graphs: bool = False
+) -> dict[str, Any]:
+    """One run: exit status, what it printed on stderr, and what the listener heard (``pipeline``: also on the wire).
+
+    With ``graphs`` each step after the first is a recorded graph's replay (``recorded_graph.py``).
+    """
     from megatron.training import training
+
+    from .recorded_graph import HostNeeded, steps_as_graphs
 
     heard = Listener(folder / f"{name}.jsonl")
     if pipeline:
@@ -76,16 +83,24 @@ def run(folder: Path, name: str, argv: list[str], entry: str = "sla", pipeline: 
     old_argv, sys.argv = sys.argv, ["pretrain", *argv]
     heard.listen_to(training)
     try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        with (
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+            steps_as_graphs(training) if graphs else contextlib.nullcontext([]) as recorded,
+        ):
             ENTRIES.get(entry, lambda: runpy.run_path(entry, run_name="__main__"))()
     except SystemExit as ended:
         status = ended.code or 0
+    except HostNeeded as error:
+        status = f"needs the host: {error}"
     finally:
         sys.argv = old_argv
         heard.stop()
     # Not after an error, which ends this rank: the others may be waiting for something else than to leave together.
     forget_megatron()
-    return {"status": status, "stderr": stderr.getvalue(), "stdout": stdout.getvalue(), **heard.answer()}
+    return {"status": status, "stderr": stderr.getvalue(), "stdout": stdout.getvalue(), **heard.answer()} | {
+        "graphs": [(len(graph.operations), graph.replays, graph.waits) for graph in recorded]
+    }
 
 
 def enter_sla() -> None:

@@ -89,7 +89,16 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         1,
         ("--experimental-attention-variant dsa:", "no experimental"),
     ),
-    ("--sla --position-embedding-type rope --no-rope-freq 4", 1, ("--no-rope-freq 4:", "in all layers")),
+    (
+        "--sla --position-embedding-type rope --no-rope-freq 4",
+        1,
+        ("--no-rope-freq 4:", "in both or in neither", "layer 12 reads layer 3's"),
+    ),
+    (
+        "--sla --position-embedding-type rope --no-rope-freq ([0]*2+[1]*1)*4 --sla-skip-distance 3 1",
+        1,
+        ("--no-rope-freq 0 0 1 0", "layer 3 reads layer 2's"),
+    ),
     ("--sla --cpu-offloading-num-layers 2", 1, ("--cpu-offloading-num-layers 2:", "0 with --sla")),
     (
         "--sla --recompute-granularity selective --recompute-modules core_attn mlp",
@@ -113,7 +122,7 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     (
         "--sla --pipeline-model-parallel-size 2 --bf16 --fp32-residual-connection",
         2,
-        ("--fp32-residual-connection True:", "travel as one type"),
+        ("--fp32-residual-connection True:", "without a GPU"),
     ),
     (
         "--sla --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3 --global-batch-size 1",
@@ -163,7 +172,7 @@ SETTLED: dict[str, object] = {
     "heterogeneous_layers_config_encoded_json": "{}",
     "use_megatron_fsdp": True,
     "use_torch_fsdp2": True,
-    "cuda_graph_impl": "full_iteration",
+    "cuda_graph_impl": "local",
     "transformer_impl": "inference_optimized",
     "hybrid_context_parallel": True,
     "inprocess_restart": True,
@@ -199,6 +208,7 @@ GOOD: dict[str, tuple[int, SLAConfig]] = {
         1,
         SLAConfig(12, 12, (9,), 9),
     ),
+    "--sla --position-embedding-type rope --no-rope-freq 3": (1, SLAConfig(12, 12, (9,), 9)),
     "--sla --pipeline-model-parallel-size 3": (3, SLAConfig(12, 12, (9,), 9)),
     "--sla --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3 --global-batch-size 4": (
         2,

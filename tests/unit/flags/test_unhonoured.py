@@ -109,6 +109,7 @@ REFUSED: dict[str, str] = {
     "--log-straggler": f"--log-straggler True: expected no --log-straggler {NO_GPU}",
     "--gpu-sniff-test-interval 10": f"--gpu-sniff-test-interval 10: expected no --gpu-sniff-test-interval {NO_GPU}",
     "--record-memory-history": f"--record-memory-history True: expected no --record-memory-history {NO_GPU}",
+    "--bf16 --fp32-residual-connection": "--fp32-residual-connection True: expected no --fp32-residual-connection wi",
 }
 
 #: The same, of what this entry point alone does not do.
@@ -119,6 +120,8 @@ ENTRY_POINT: dict[str, str] = {
     "--multi-latent-attention": f"--multi-latent-attention True: {NEEDS_TE}",
 }
 
+GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
+
 #: The same, of jobs for GPUs.
 ON_GPUS: dict[str, str] = {
     MASK: f"{MASK} True: expected --transformer-impl local: Transformer Engine's attention is causal over all",
@@ -127,6 +130,8 @@ ON_GPUS: dict[str, str] = {
     f"{MASK} --transformer-impl local --bf16": f"{MASK} True: expected --no-masked-softmax-fusion beside it",
     "--transformer-impl local --fp8-format hybrid --bf16": f"--fp8-format hybrid: {NEEDS_TE}",
     "--transformer-impl local --cpu-offloading-num-layers 2": f"--cpu-offloading-num-layers 2: {NEEDS_TE}",
+    f"{GRAPH} --check-for-spiky-loss": "--check-for-spiky-loss True: expected no --check-for-spiky-loss with --cuda",
+    f"{GRAPH} --timing-log-level 1": "--timing-log-level 1: expected 0 with --cuda-graph-impl full_iteration",
     "--transformer-impl local --delay-wgrad-compute": f"--delay-wgrad-compute True: {NEEDS_TE}",
 }
 

@@ -101,16 +101,81 @@ def test_refused_with_sla_on_any_device(settle: Callable[..., Run], name: str) -
     resolve_sla_args(dense)
 
 
-def test_full_recomputation_in_fp8_is_refused(settle: Callable[..., Run]) -> None:
-    """Either alone is fine."""
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        # Heads of 8: 12 of queries, and keys and values of 12 in the first nine layers, of 3 in the last three.
+        ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, None),
+        (
+            {"fp8": "hybrid", "fp8_recipe": "mxfp8"},
+            "mxfp8 rows of linear_qkv in multiples of 32: layer 10",
+        ),
+        ({"fp4": "e2m1", "fp4_recipe": "nvfp4"}, "nvfp4 rows of linear_qkv in multiples of 32: layer 10"),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8", "sla_kv_projection": "full"}, None),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed", "kv_channels": 6}, "multiples of 16: layer 1 has 216 on"),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8", "kv_channels": 32}, None),
+        (
+            {
+                "fp8": "hybrid",
+                "fp8_recipe": "mxfp8",
+                "first_last_layers_bf16": True,
+                "num_layers_at_start_in_bf16": 1,
+                "num_layers_at_end_in_bf16": 3,
+            },
+            None,
+        ),
+    ],
+)
+def test_rows_that_fp8_needs(settle: Callable[..., Run], changes: dict[str, object], refused: str | None) -> None:
+    """Left-out projections leave a multiple that the recipe can take, or the line says which layer does not."""
     from sla_megatron.flags.validation import resolve_sla_args
 
-    full = settle("--sla --recompute-granularity full --recompute-method uniform --recompute-num-layers 1").args
-    full.fp8 = "e4m3"
-    with pytest.raises(FlagError, match="--recompute-granularity full: expected selective"):
-        resolve_sla_args(full)
-    full.recompute_granularity = "selective"
-    resolve_sla_args(full)
+    flags = "--sla --sla-kv-projection pruned --kv-channels 8"
+    recomputed = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    args = settle(f"{flags} {recomputed}").args
+    vars(args).update(changes)
+    if refused is None:
+        resolve_sla_args(args)
+        return
+    with pytest.raises(FlagError, match=f"--sla-kv-projection pruned: expected full, or with .*{refused}"):
+        resolve_sla_args(args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, None),
+        ({"cuda_graph_warmup_steps": 0}, "--cuda-graph-warmup-steps 0: expected 1 or more"),
+        (
+            {"pipeline_model_parallel_size": 2},
+            "--cuda-graph-impl full_iteration: expected none with a pipeline",
+        ),
+        ({"pipeline_model_parallel_size": 2, "overlap_p2p_comm": True, "global_batch_size": 2}, None),
+    ],
+)
+def test_a_step_as_a_graph(settle: Callable[..., Run], changes: dict[str, object], refused: str | None) -> None:
+    """The whole step, on a GPU, where neither upstream nor a first step waits for the host."""
+    from sla_megatron.flags.validation import resolve_sla_args
+
+    args = settle("--sla").args
+    vars(args).update({"cuda_graph_impl": "full_iteration", **changes})
+    if refused is None:
+        resolve_sla_args(args)
+        return
+    with pytest.raises(FlagError, match=refused):
+        resolve_sla_args(args)
+
+
+def test_two_types_in_a_pipeline_are_refused(settle: Callable[..., Run]) -> None:
+    """On a GPU; without one it is refused before."""
+    from sla_megatron.flags.validation import resolve_sla_args
+
+    args = settle("--sla").args
+    args.fp32_residual_connection = True
+    resolve_sla_args(args)
+    args.pipeline_model_parallel_size = 2
+    with pytest.raises(FlagError, match="--fp32-residual-connection True: .* travel as one type"):
+        resolve_sla_args(args)
 
 
 def test_refusals_name_flags_that_megatron_has(megatron: None) -> None:
