@@ -99,9 +99,9 @@ def refusal(flags: str) -> StartError | None:
     from .entry_point import require_pretraining
 
     def check(args: Namespace) -> None:
+        args.rank, args.world_size = 0, fewest_gpus(args)
         # What is not installed here says nothing about the run's machine.
         require_pretraining(args, packages=False)
-        args.rank, args.world_size = 0, fewest_gpus(args)
         # Megatron's default, which needs Transformer Engine here.
         args.apply_rope_fusion = False
 

@@ -80,6 +80,11 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         2,
         ("--tensor-parallel-num-weight-shards 2:", "1 with --sla"),
     ),
+    (
+        "--num-experts 4 --disable-bias-linear --expert-model-parallel-size 4 --pipeline-model-parallel-size 2",
+        4,
+        ("--expert-model-parallel-size 4:", "divides the processes"),
+    ),
     ("--sla --context-parallel-size 2", 2, ("--context-parallel-size 2:", "1 without a GPU")),
     ("--sla --multi-latent-attention", 1, ("--multi-latent-attention True:", "no multi-latent attention")),
     ("--sla --hybrid-layer-pattern M*M*", 1, ("--hybrid-layer-pattern M*M*:", "no hybrid model")),
