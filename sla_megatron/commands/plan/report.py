@@ -47,7 +47,8 @@ def summary(job: Job) -> str:
         f"SLA: {job.description}",
         f"GPUs: {job.num_gpus} = TP {shape.tensor_parallel_size} x CP {shape.context_parallel_size} x "
         f"PP {layout.pipeline_size} x DP {job.data_parallel_size}"
-        + ("; sequence parallel" if shape.sequence_parallel else ""),
+        + ("; sequence parallel" if shape.sequence_parallel else "")
+        + (f"; a stage's experts over {job.expert_gpus}" if job.expert_gpus != shape.tensor_parallel_size else ""),
         f"Pipeline: {chunks}; {held} layers a stage; {schedule.num_microbatches} microbatches a step",
     ]
     return "\n".join(lines)
@@ -188,6 +189,8 @@ def assumptions(job: Job, simulated: bool) -> str:
             "Not modelled: gradient reduction, optimizer, data loading, embeddings, copies that pack and unpack K/V.",
             "Interleaved transfers meet compute as upstream's do: what arrives overlaps, what leaves is waited for.",
         ]
+        if job.work.further_tokens:
+            lines.append("Layers of multi-token prediction are counted on the last stage, and not recomputed.")
         if not job.work.vocabulary:
             lines.append("Not modelled: the output layer, whose size no flag tells (--vocab-size would).")
     return "\n".join(lines)
