@@ -89,6 +89,14 @@ WORKS = (
         limits=("--position-embedding-type mrope --mrope-section 1 1 2",),
     ),
     Family(
+        "sliding windows, yarn's positions",
+        (
+            "--window-size 5,0 --window-attn-skip-freq 2",
+            "--position-embedding-type yarn --rotary-scaling-factor 4.0 --yarn-original-max-position-embeddings 8",
+        ),
+        ("tests/test_trainer.py::test_same_training_however_it_is_run",),
+    ),
+    Family(
         "attention by torch: `--core-attention sdpa`",
         (_SDPA,),
         ("tests/test_trainer.py::test_same_training_however_it_is_run",),
@@ -180,6 +188,14 @@ WORKS = (
         ),
     ),
     Family(
+        "optimizers and their schedules: Adam, SGD",
+        (
+            "--optimizer adam --adam-beta2 0.95 --lr-decay-style cosine",
+            "--optimizer sgd --sgd-momentum 0.9 --weight-decay 0.1 --lr-decay-style linear --min-lr 1e-4",
+        ),
+        ("tests/test_trainer.py::test_same_training_however_it_is_run",),
+    ),
+    Family(
         "batches that grow, skipped steps, loss a token, other microbatches in evaluation",
         (
             "--step-batch-size-schedule 0:4",
@@ -210,6 +226,14 @@ WORKS = (
         ),
         limits=("--inprocess-restart",),
     ),
+    Family(
+        "logging, timers, checks of weights",
+        (
+            "--log-params-norm --log-num-zeros-in-grad --log-throughput --timing-log-level 2",
+            "--manual-gc --manual-gc-interval 2 --check-weight-hash-across-dp-replicas-interval 2",
+        ),
+        ("tests/test_trainer.py::test_bit_for_bit",),
+    ),
 )
 
 #: At most five: a test counts.
@@ -217,7 +241,7 @@ REFUSED = (
     Family(
         "layers of another kind",
         (
-            "--multi-latent-attention",
+            "--multi-latent-attention --q-lora-rank 8",
             "--linear-attention-freq 2",
             "--experimental-attention-variant dsa",
             f"{_ROPE} --no-rope-freq 4",
@@ -250,15 +274,32 @@ REFUSED = (
         ("--perform-rl-step", "--transformer-impl inference_optimized"),
     ),
     Family(
-        "what is no pretraining on text",
+        "what is no pretraining of a GPT on text",
         (
             "--sft",
             "--fim-data",
             "--logits-load-dir logits",
             "--per-dataset-sequences-path sequences.json",
             "--dataloader-type external",
+            "--titles-data-path titles",
+            "--vision-pretraining",
         ),
     ),
 )
 
 FAMILIES = (*WORKS, *REFUSED)
+
+#: Groups of Megatron's parser of which no row has a flag, by their titles.
+UNTESTED = (
+    "profiling",
+    "autoresume",
+    "straggler",
+    "workload inspector",
+    "inference",
+    "Transformer-Engine",
+    "one logger",
+    "ft_package",
+    "rerun engine",
+    "msc",
+    "fault injector",
+)

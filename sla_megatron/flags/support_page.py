@@ -20,7 +20,7 @@ from ..common.errors import FlagError, StartError
 from ..common.files import write_whole
 from ..common.silence import silence
 from ..cpu.device import add_device_arg, megatron_device
-from .support import FAMILIES, FROM_0_20, Family
+from .support import FAMILIES, FROM_0_20, UNTESTED, Family
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 
@@ -71,6 +71,10 @@ def page(families: Sequence[Family]) -> str:
     header = ("family", "flags", "because")
     parts += ["## Refused\n", _table(header, _refusals(refused, said))]
     parts += ["## Refused of what works\n", _table(header, _refusals(works, said))]
+    parts += [
+        "## Without a test\n",
+        f"Of these groups of `sla-pretrain --help` no flag is above: {', '.join(UNTESTED)}.\n",
+    ]
     return "\n".join(parts)
 
 

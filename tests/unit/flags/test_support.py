@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -161,7 +162,7 @@ WRONG: dict[str, tuple[Callable[[], Sequence[Family]], str]] = {
         _with(replace(WORKS[0], name="new", limits=("--num-attention-heads 7",))),
         "new: --num-attention-heads 7: Megatron does not accept these flags",
     ),
-    "a row that is missing": (lambda: _without("--multi-latent-attention"), "'--multi-latent-attention', "),
+    "a row that is missing": (lambda: _without("--qk-clip"), "'--qk-clip', "),
     "a check that is missing": (lambda: _without("--tensor-parallel-num-weight-shards 2"), "in 0 families"),
     "a row of the entry point that is missing": (lambda: _without("--fim-data"), "--fim-data: in no family"),
     "a row twice": (_with(replace(WORKS[0], name="new", limits=("--multi-latent-attention",))), "in 2 families"),
@@ -189,6 +190,22 @@ def test_a_refusal_that_the_table_does_not_know_is_found(
     row = ("squared_relu", (None, False), "no squares with --sla")
     monkeypatch.setattr(validation, "_REFUSED", (*validation._REFUSED, row))
     assert _table_faults(FAMILIES, said) == [f"validation {('--squared-relu', row[2])}: in 0 families"]
+
+
+def test_every_group_of_megatrons_flags_is_there() -> None:
+    """A flag of each group of its parser is in the table, or the page says that none is."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = ArgumentParser()
+    add_megatron_arguments(parser)
+    words = {word for family in FAMILIES for flags in (*family.flags, *family.limits) for word in flags.split()}
+    # The first two are argparse's own.
+    missing = [
+        group.title
+        for group in parser._action_groups[2:]
+        if not words & {flag for action in group._group_actions for flag in action.option_strings}
+    ]
+    assert sorted(missing) == sorted(support.UNTESTED)
 
 
 # The table and the tests.
