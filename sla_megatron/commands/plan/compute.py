@@ -29,7 +29,6 @@ class ModelWork:
         vocabulary: rows of the output layer, padding included; 0 where the flags do not tell.
         recompute: what a backward pass computes again: nothing, attention without its projections, or whole layers.
         recomputed_layers: of each virtual stage, how many layers ``"full"`` recomputes; ``None``: all.
-        further_tokens: layers of multi-token prediction, which are dense; they run behind the last stage's own.
     """
 
     num_heads: int
@@ -38,7 +37,6 @@ class ModelWork:
     vocabulary: int = 0
     recompute: Literal["none", "attention", "full"] = "none"
     recomputed_layers: int | None = None
-    further_tokens: int = 0
 
 
 def stage_operations(
@@ -60,11 +58,7 @@ def stage_operations(
         elif work.recompute == "attention":
             again = len(forwards) * _attention(work, shape)
         if stage == layout.num_stages - 1:
-            output = 2 * tokens * shape.hidden_size * work.vocabulary
-            # Each joins the embedding of one more token to the hidden states, and has the output layer's loss.
-            further = _layer(work, shape, layout.num_layers, sla.num_query_groups)
-            further += 2 * tokens * 2 * shape.hidden_size**2 + output
-            forward += output + work.further_tokens * further
+            forward += 2 * tokens * shape.hidden_size * work.vocabulary
         stages.append((forward / gpus, (BACKWARD_OVER_FORWARD * forward + again) / gpus))
     return stages
 

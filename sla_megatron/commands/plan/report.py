@@ -189,8 +189,6 @@ def assumptions(job: Job, simulated: bool) -> str:
             "Not modelled: gradient reduction, optimizer, data loading, embeddings, copies that pack and unpack K/V.",
             "Interleaved transfers meet compute as upstream's do: what arrives overlaps, what leaves is waited for.",
         ]
-        if job.work.further_tokens:
-            lines.append("Layers of multi-token prediction are counted on the last stage, and not recomputed.")
         if not job.work.vocabulary:
             lines.append("Not modelled: the output layer, whose size no flag tells (--vocab-size would).")
     return "\n".join(lines)

@@ -100,7 +100,6 @@ def model_work(args: Namespace, config: Any) -> ModelWork:
         vocabulary=_vocabulary(args),
         recompute=recompute,
         recomputed_layers=args.recompute_num_layers if args.recompute_method == "block" else None,
-        further_tokens=args.mtp_num_layers or 0,
     )
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -216,33 +215,6 @@ def test_recomputed_layers(recompute: str, layers: int | None, again: int) -> No
     plain, found = (stage_operations(one, SHAPE, LAYOUT, skipping()) for one in (WORK, work))
     layer = plain[0][0] / 2
     assert [b for _, b in found] == [b + again * layer for _, b in plain]
-
-
-def test_further_tokens_are_what_megatron_counts(megatron: None) -> None:
-    """A layer as any dense one, the projection of two hidden states, an output layer, on the last stage alone."""
-    from megatron.training.training import num_floating_point_operations
-
-    from sla_megatron.commands.convert.megatron_model import args_of
-
-    words = "--num-layers 4 --hidden-size 32 --num-attention-heads 8 --group-query-attention --num-query-groups 4"
-    words += " --kv-channels 8 --ffn-hidden-size 128 --seq-length 64 --max-position-embeddings 64 --vocab-size 256"
-    words += " --tokenizer-type NullTokenizer --micro-batch-size 2"
-    args = args_of(words.split(), torch.float32)
-    args.padded_vocab_size = 256
-
-    def theirs(further: int) -> int:
-        args.mtp_num_layers = further or None
-        return num_floating_point_operations(args, 2)
-
-    def ours(further: int) -> float:
-        found = stage_operations(replace(WORK, further_tokens=further), SHAPE, LAYOUT, skipping())
-        assert found[0] == stage_operations(WORK, SHAPE, LAYOUT, skipping())[0]
-        return sum(map(sum, found))
-
-    assert ours(0) == theirs(0)
-    # Megatron counts three norms of each such layer as well, and no others.
-    for further in (1, 2):
-        assert ours(further) == theirs(further) - further * 6 * 128 * 3 * 32
 
 
 def test_recomputed_attention() -> None:
