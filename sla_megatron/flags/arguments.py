@@ -23,7 +23,7 @@ from megatron.training.global_vars import set_global_variables
 from ..common.errors import FlagError, StartError, flag_of, one_line_errors
 from ..common.flag_types import refusal
 from ..common.silence import silence
-from ..cpu.backend import cpu_backend_is_active
+from ..cpu.backend import another_machine, cpu_backend_is_active
 from ..cpu.flags import fit_to_cpu
 from ..upstream.megatron_version import require_megatron
 from ..upstream.seams import Reliance
@@ -104,7 +104,8 @@ def settled_args(
     args_defaults = args_defaults or {}
     require_megatron()
     PARSING.require()
-    with _command_line(argv), silence() if silent else nullcontext():
+    here = nullcontext() if will_run_here else another_machine()
+    with _command_line(argv), here, silence() if silent else nullcontext():
         with megatron_refusals():
             args = upstream.parse_args(partial(_with_sla, extra_args_provider), ignore_unknown_args)
         if will_run_here and cpu_backend_is_active():

@@ -243,6 +243,13 @@ def test_refused_for_gpus(examined: Callable[..., str], flags: str) -> None:
     assert examined(f"--sla {flags}", on_cpu=False)
 
 
+@pytest.mark.parametrize("flags", ["--gpu-sniff-test-interval 10", "--record-memory-history"])
+def test_a_gpus_run_is_planned_without_one(examined: Callable[..., str], flags: str) -> None:
+    """What only a GPU does is refused of a run on this machine, not of one on another."""
+    assert "without a GPU" in examined(flags)
+    assert examined(flags, on_cpu=False) == ""
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_that_is_missing(
     trained: Callable[..., str], examined: Callable[..., str], monkeypatch: pytest.MonkeyPatch, package: str
