@@ -15,7 +15,7 @@ class Family:
 
     Attributes:
         name: the purpose.
-        flags: command lines, each of which turns it on.
+        flags: command lines, each of which turns it on; variables of the environment, ``NAME=value``, come first.
         tests: ``file::function``, which show that it works.
         gpu_checks: the same of what only a GPU can show, and no GPU has yet.
         limits: command lines of the family that are refused; where nothing of it works, these are ``flags``.

@@ -96,7 +96,10 @@ def faults(families: Sequence[Family], said: Mapping[str, StartError | None]) ->
 
 
 def refusal(flags: str) -> StartError | None:
-    """What a run on GPUs says that has ``flags`` beside :data:`BASE`; ``None`` where they are accepted."""
+    """What a run on GPUs says that has ``flags`` beside :data:`BASE`; ``None`` where they are accepted.
+
+    What is ``NAME=value`` is a variable of its environment.
+    """
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from .arguments import fewest_gpus, megatron_refusals, settled_args
@@ -109,14 +112,19 @@ def refusal(flags: str) -> StartError | None:
         # Megatron's default, which needs Transformer Engine here.
         args.apply_rope_fusion = False
 
+    variables = [word for word in flags.split() if "=" in word and not word.startswith("-")]
+    argv = [*BASE.split(), *(word for word in flags.split() if word not in variables)]
+    before = dict(os.environ)
+    os.environ.update(word.split("=") for word in variables)
     try:
-        args = settled_args(
-            _with_later_flags, check=check, will_run_here=False, argv=[*BASE.split(), *flags.split()], silent=True
-        )
+        args = settled_args(_with_later_flags, check=check, will_run_here=False, argv=argv, silent=True)
         with silence(), megatron_refusals():
             core_transformer_config_from_args(args)
     except StartError as error:
         return error
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return None
 
 
