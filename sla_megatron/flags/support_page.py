@@ -95,11 +95,15 @@ def faults(families: Sequence[Family], said: Mapping[str, StartError | None]) ->
     ]
 
 
-def refusal(flags: str) -> StartError | None:
-    """What a run on GPUs says that has ``flags`` beside :data:`BASE`; ``None`` where they are accepted.
+def in_words(flags: str) -> tuple[dict[str, str], list[str]]:
+    """The variables of the environment, and all flags, of a run with ``flags`` beside :data:`BASE`."""
+    variables = [word for word in flags.split() if "=" in word and not word.startswith("-")]
+    words = [*BASE.split(), *(word for word in flags.split() if word not in variables)]
+    return dict(word.split("=") for word in variables), words
 
-    What is ``NAME=value`` is a variable of its environment.
-    """
+
+def refusal(flags: str) -> StartError | None:
+    """What a run on GPUs says that has ``flags`` beside :data:`BASE`; ``None`` where they are accepted."""
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from .arguments import fewest_gpus, megatron_refusals, settled_args
@@ -112,10 +116,9 @@ def refusal(flags: str) -> StartError | None:
         # Megatron's default, which needs Transformer Engine here.
         args.apply_rope_fusion = False
 
-    variables = [word for word in flags.split() if "=" in word and not word.startswith("-")]
-    argv = [*BASE.split(), *(word for word in flags.split() if word not in variables)]
+    variables, argv = in_words(flags)
     before = dict(os.environ)
-    os.environ.update(word.split("=") for word in variables)
+    os.environ.update(variables)
     try:
         args = settled_args(_with_later_flags, check=check, will_run_here=False, argv=argv, silent=True)
         with silence(), megatron_refusals():

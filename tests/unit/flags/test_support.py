@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -206,6 +207,26 @@ def test_every_group_of_megatrons_flags_is_there() -> None:
         if not words & {flag for action in group._group_actions for flag in action.option_strings}
     ]
     assert sorted(missing) == sorted(support.UNTESTED)
+
+
+def test_the_plan_and_the_doctor_take_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each settles every command line that works in its own way, and says what is to be said of it."""
+    from sla_megatron.commands.doctor.job import job_args, sizes
+    from sla_megatron.commands.doctor.place import Place
+    from sla_megatron.commands.plan.figures import Figures
+    from sla_megatron.commands.plan.report import report
+    from sla_megatron.commands.plan.settle import settled_job
+
+    for flags in (flags for family in FAMILIES for flags in family.accepted):
+        with monkeypatch.context() as patch:
+            variables, words = support_page.in_words(flags)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["sla-plan", *words])
+            job = settled_job()
+            assert f"GPUs: {job.num_gpus} = " in report(Figures.of(job)), flags
+            args = job_args(Place(0, 1, 0, "here", launched=False), None, on_cpu=False)
+            assert sizes(args).startswith(f"world size {job.num_gpus}: "), flags
 
 
 # The table and the tests.
