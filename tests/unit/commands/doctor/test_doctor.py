@@ -252,10 +252,6 @@ def test_how_the_ranks_divide(job_args: JobArgs, changes: dict[str, Any], expect
         ({"sla_skip_distance": 0}, "--sla-skip-distance 0: expected one or more integers >= 1"),
         ({"num_layers": 3, "pipeline_model_parallel_size": 2}, "Megatron does not accept these flags: "),
         ({"num_gpus": 3}, "Megatron does not accept these flags: world size (3) is not divisible by"),
-        ({"no_such_flag": True}, "--no-such-flag: expected a known flag"),
-        ({"hidden_size": "wide"}, "--hidden-size wide: expected an integer"),
-        ({"multi_latent_attention": True}, "--multi-latent-attention True: expected no multi-latent attention"),
-        ({"on_cpu": True, "context_parallel_size": 2}, "--context-parallel-size 2: expected 1 without a GPU"),
         (
             _TE | _LENGTH | {"context_parallel_size": 8},
             "Megatron does not accept these flags: seq-length should be a multiple of 2 * context-parallel-size",
@@ -279,6 +275,10 @@ def test_how_the_ranks_divide(job_args: JobArgs, changes: dict[str, Any], expect
         ),
         (_MOE | {"moe_router_topk": 5}, "--moe-router-topk 5: expected at most as many as --num-experts"),
         (_MOE | {"tensor_model_parallel_size": 2}, "--num-experts 4: expected --sequence-parallel beside it"),
+        ({"no_such_flag": True}, "--no-such-flag: expected a known flag"),
+        ({"hidden_size": "wide"}, "--hidden-size wide: expected an integer"),
+        ({"multi_latent_attention": True}, "--multi-latent-attention True: expected no multi-latent attention"),
+        ({"on_cpu": True, "context_parallel_size": 2}, "--context-parallel-size 2: expected 1 without a GPU"),
     ],
 )
 def test_flags_that_do_not(job_args: JobArgs, changes: dict[str, Any], expected: str) -> None:
