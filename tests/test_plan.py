@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -21,10 +22,12 @@ from sla_megatron.commands.plan.compute import ModelWork
 from sla_megatron.commands.plan.job import Job
 from sla_megatron.commands.plan.program import RECEIVE, RUN, SEND, WAIT, Communication, Pipeline, operations
 from sla_megatron.commands.plan.traffic import hop_traffic, totals
+from sla_megatron.common.presets import preset_flags
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.schedule import Schedule
 from tests.support import runs
+from tests.support.launch import ROOT
 from tests.support.pipelines import HIDDEN, LAYOUTS, MICRO_BATCH, MODELS, SEQUENCE, hop_elements
 from tests.unit.pipeline import test_schedule
 
@@ -155,6 +158,18 @@ def test_bytes_are_the_bound_on_every_context_parallel_rank(sla_plan: SlaPlan, m
         # Another layout keeps the split of the sequence.
         pipelines = {one["pipeline_parallel_size"] * one["data_parallel_size"] for one in found["suggestions"]}
         assert pipelines == {16 // split.tensor}
+
+
+def test_the_page_on_long_contexts(sla_plan: SlaPlan) -> None:
+    """Its command prints the lines that it shows, and without context parallelism the number that it names."""
+    page = (ROOT / "docs" / "long_context.md").read_text()
+    ((presets, flags),) = re.findall(r'^sla-plan \$\(launch/presets.sh "(.*)"\) (.*)$', page, re.MULTILINE)
+    shown = re.search(r"^```\n(GPUs: .*?)^```", page, re.MULTILINE | re.DOTALL)[1].splitlines()
+    for names, expected in ((presets, shown), (presets.replace("16k-cp2", "16k"), [])):
+        done = sla_plan(*preset_flags(names), *flags.split())
+        assert [line for line in expected if line not in done.stdout.splitlines()] == []
+    (hop,) = [line for line in done.stdout.splitlines() if line.startswith("    0  0 -> 1  ")]
+    assert "  256.00 MiB  " in hop and "has 256 MiB on hop 0" in " ".join(page.split())
 
 
 def test_one_pipeline_stage(sla_plan: SlaPlan) -> None:

@@ -16,7 +16,6 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 HUGGING_FACE = (ROOT / "docs" / "huggingface.md").read_text()
 PIPELINE = (ROOT / "docs" / "pipeline.md").read_text()
-LONG_CONTEXT = (ROOT / "docs" / "long_context.md").read_text()
 
 
 def test_first_command_comes_early() -> None:
@@ -62,12 +61,6 @@ def test_the_plans() -> None:
     assert "Layouts of two pipeline ranks or more" in _printed(command)
     command, printed = re.findall(r"^```\w*\n((?:sla-plan|Model:).*?)^```", PIPELINE, flags=re.MULTILINE | re.DOTALL)
     assert _printed(command) == printed
-    command, lines = re.findall(r"^```\w*\n((?:sla-plan|GPUs:).*?)^```", LONG_CONTEXT, flags=re.MULTILINE | re.DOTALL)
-    found = _printed(command)
-    assert [line for line in lines.splitlines() if line not in found.splitlines()] == []
-    # Without context parallelism, as the text says.
-    (hop,) = [line for line in _printed(command.replace("16k-cp2", "16k")).splitlines() if line.startswith("    0  ")]
-    assert "  256.00 MiB  " in hop and "has 256 MiB on hop 0" in LONG_CONTEXT
 
 
 @pytest.mark.distributed
