@@ -179,7 +179,7 @@ WORKS = (
     Family(
         "data, tokenizers",
         (
-            "--split 90,10,0 --data-cache-path cache",
+            "--data-path corpus_text_document --split 90,10,0 --data-cache-path cache",
             "--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer",
         ),
         (

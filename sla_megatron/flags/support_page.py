@@ -24,11 +24,10 @@ from .support import FAMILIES, FROM_0_20, UNTESTED, Family
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 
-#: The run that flags are added to.
+#: The run that flags are added to, on mock data unless they name others.
 BASE = (
     "--sla --num-layers 12 --hidden-size 48 --num-attention-heads 12 --seq-length 16 --max-position-embeddings 16 "
-    "--micro-batch-size 1 --train-iters 2 --lr 1e-3 --eval-interval 1 --mock-data --tokenizer-type NullTokenizer "
-    "--vocab-size 255"
+    "--micro-batch-size 1 --train-iters 2 --lr 1e-3 --eval-interval 1 --tokenizer-type NullTokenizer --vocab-size 255"
 )
 
 HEAD = """\
@@ -98,7 +97,9 @@ def faults(families: Sequence[Family], said: Mapping[str, StartError | None]) ->
 def in_words(flags: str) -> tuple[dict[str, str], list[str]]:
     """The variables of the environment, and all flags, of a run with ``flags`` beside :data:`BASE`."""
     variables = [word for word in flags.split() if "=" in word and not word.startswith("-")]
-    words = [*BASE.split(), *(word for word in flags.split() if word not in variables)]
+    words = [word for word in flags.split() if word not in variables]
+    data = [] if "--data-path" in words else ["--mock-data"]
+    words = [*BASE.split(), *data, *words]
     return dict(word.split("=") for word in variables), words
 
 
