@@ -168,8 +168,8 @@ WRONG: dict[str, tuple[Callable[[], Sequence[Family]], str]] = {
     "a row of the entry point that is missing": (lambda: _without("--fim-data"), "--fim-data: in no family"),
     "a row twice": (_with(replace(WORKS[0], name="new", limits=("--multi-latent-attention",))), "in 2 families"),
     "too many": (
-        _with(*(Family(f"new {n}", (flags,)) for n, flags in enumerate(("--sft",) * 6))),
-        "families are refus",
+        _with(*(Family(f"new {number}", ("--fim-data",)) for number in range(6))),
+        f"{6 + len(REFUSED)} families are refused",
     ),
 }
 
