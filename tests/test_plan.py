@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -21,9 +22,13 @@ from sla_megatron.commands.plan.compute import ModelWork
 from sla_megatron.commands.plan.job import Job
 from sla_megatron.commands.plan.program import RECEIVE, RUN, SEND, WAIT, Communication, Pipeline, operations
 from sla_megatron.commands.plan.traffic import hop_traffic, totals
+from sla_megatron.common.presets import preset_flags
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.schedule import Schedule
+from tests.support import runs
+from tests.support.launch import ROOT
+from tests.support.pipelines import HIDDEN, LAYOUTS, MICRO_BATCH, MODELS, SEQUENCE, hop_elements
 from tests.unit.pipeline import test_schedule
 
 # Of Megatron's own making.
@@ -127,6 +132,44 @@ def test_thousands_of_gpus_uneven_stages_and_experts_as_json(sla_plan: SlaPlan) 
     assert forward[0] == pytest.approx(3 * layer)
     assert backward[:5] == pytest.approx([3 * seconds for seconds in forward[:5]])
     assert forward[5] - forward[0] == pytest.approx(2 * 4096 * 2048 * 51200 / 8 / 400e12)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("gqa-full-long-and-short", "pp4v2"), ("mha-full-long", "tp2pp2v2"), ("gqa-pruned-two-short", "pp2v2-uneven")],
+)
+def test_bytes_are_the_bound_on_every_context_parallel_rank(sla_plan: SlaPlan, model: str, layout: str) -> None:
+    """The specification's formula, which has ``q / C`` in both of its parts: hidden states and K/V."""
+    split, experts = LAYOUTS[layout], {"moe_router_topk": 2, "num_experts": 4, "disable_bias_linear": True}
+    for context in (1, 2, 4):
+        flags = MODELS[model].argv() | split.argv() | experts | {"context_parallel_size": context}
+        # Experts, spread over the same ranks, change nothing that crosses.
+        flags |= {"expert_model_parallel_size": context, "expert_tensor_parallel_size": 1, "global_batch_size": 64}
+        done = sla_plan(*runs.argv(**flags), "--num-gpus", str(16 * context), "--suggest", "--json", "-")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        size = found["run"]["element_bytes"]
+        bounds = [hop_elements(MODELS[model], split, rank) for rank in range(split.tensor)]
+        widest = [max(each) // context * size for each in zip(*bounds, strict=True)]
+        assert [hop["payload_bytes"] for hop in found["hops"]] == widest
+        hidden = SEQUENCE * MICRO_BATCH * HIDDEN // split.tensor // context * size
+        assert {hop["hidden_bytes"] for hop in found["hops"]} == {hidden}
+        assert found["run"]["context_parallel_size"] == context
+        # Another layout keeps the split of the sequence.
+        pipelines = {one["pipeline_parallel_size"] * one["data_parallel_size"] for one in found["suggestions"]}
+        assert pipelines == {16 // split.tensor}
+
+
+def test_the_page_on_long_contexts(sla_plan: SlaPlan) -> None:
+    """Its command prints the lines that it shows, and without context parallelism the number that it names."""
+    page = (ROOT / "docs" / "long_context.md").read_text()
+    ((presets, flags),) = re.findall(r'^sla-plan \$\(launch/presets.sh "(.*)"\) (.*)$', page, re.MULTILINE)
+    shown = re.search(r"^```\n(GPUs: .*?)^```", page, re.MULTILINE | re.DOTALL)[1].splitlines()
+    for names, expected in ((presets, shown), (presets.replace("16k-cp2", "16k"), [])):
+        done = sla_plan(*preset_flags(names), *flags.split())
+        assert [line for line in expected if line not in done.stdout.splitlines()] == []
+    (hop,) = [line for line in done.stdout.splitlines() if line.startswith("    0  0 -> 1  ")]
+    assert "  256.00 MiB  " in hop and "has 256 MiB on hop 0" in " ".join(page.split())
 
 
 def test_one_pipeline_stage(sla_plan: SlaPlan) -> None:

@@ -15,6 +15,13 @@ pytestmark = pytest.mark.distributed
 SLA = {"sla": True, "sla_skip_distance": 2, "sla_num_skip_groups": 2}
 MOE = {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True, "sequence_parallel": True}
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+#: What looks on and changes nothing.
+WATCHED = {"log_params_norm": True, "log_num_zeros_in_grad": True, "log_throughput": True, "timing_log_level": 2}
+WATCHED |= {"manual_gc": True, "manual_gc_interval": 2, "check_weight_hash_across_dp_replicas_interval": 2}
+#: Each token sees itself and the five before it, in every second layer; yarn's positions.
+YARN = {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 8}
+WINDOWS = YARN | {"window_size": "5,0", "window_attn_skip_freq": 2}
+SGD = {"optimizer": "sgd", "sgd_momentum": 0.9, "weight_decay": 0.1, "lr_decay_style": "linear", "min_lr": 1e-3}
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "upstream": {"argv": [*argv(), *CPU_FLAGS], "entry": "upstream"},
@@ -73,6 +80,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
             recompute_modules=["core_attn"],
         )
     },
+    "watched": {"argv": argv(**SLA, **WATCHED)},
+    "yarn": {"argv": argv(**SLA, **NO_DROPOUT, **YARN)},
+    "windows": {"argv": argv(**SLA, **NO_DROPOUT, **WINDOWS)},
+    "windows-tp1": {"argv": argv(**SLA, **NO_DROPOUT, **WINDOWS, tensor_model_parallel_size=1)},
+    "sgd": {"argv": argv(**SLA, **NO_DROPOUT, **SGD)},
+    "sgd-tp1": {"argv": argv(**SLA, **NO_DROPOUT, **SGD, tensor_model_parallel_size=1)},
     "dense": {"argv": argv(**NO_DROPOUT)},
     "dense-sdpa": {"argv": argv(**NO_DROPOUT, core_attention="sdpa")},
 }
@@ -111,6 +124,7 @@ def test_no_shared_kv_outlives_its_step(runs: dict[str, dict[str, Any]], name: s
         ("sla-again", "sla"),
         ("own-script", "sla"),
         ("full-recompute-dropout", "sla"),
+        ("watched", "sla"),
     ],
 )
 def test_bit_for_bit(runs: dict[str, dict[str, Any]], name: str, twin: str) -> None:
@@ -119,7 +133,10 @@ def test_bit_for_bit(runs: dict[str, dict[str, Any]], name: str, twin: str) -> N
         assert runs[name][what] == runs[twin][what]
 
 
-@pytest.mark.parametrize(("name", "dense"), [("sla", "off"), ("moe-sla", "moe"), ("pruned", "sla")])
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [("sla", "off"), ("moe-sla", "moe"), ("pruned", "sla"), ("yarn", "tp2"), ("windows", "yarn"), ("sgd", "tp2")],
+)
 def test_settings_matter(runs: dict[str, dict[str, Any]], name: str, dense: str) -> None:
     """Skipping, and leaving projections out, are not silently ignored."""
     assert runs[name]["loss"] != runs[dense]["loss"]
@@ -136,6 +153,8 @@ def test_settings_matter(runs: dict[str, dict[str, Any]], name: str, dense: str)
         ("sdpa", "tp2"),
         ("sdpa-selective-recompute", "tp2"),
         ("dense-sdpa", "dense"),
+        ("windows-tp1", "windows"),
+        ("sgd-tp1", "sgd"),
     ],
 )
 def test_same_training_however_it_is_run(runs: dict[str, dict[str, Any]], name: str, twin: str) -> None:

@@ -12,11 +12,23 @@ from ..upstream.seams import replaced
 from .tensors import CudaMeansCpu
 
 _active = False
+_elsewhere = False
 
 
 def cpu_backend_is_active() -> bool:
-    """Whether the caller runs inside :func:`cpu_backend`."""
-    return _active
+    """Whether the caller runs inside :func:`cpu_backend`, and not for :func:`another_machine`."""
+    return _active and not _elsewhere
+
+
+@contextmanager
+def another_machine() -> Iterator[None]:
+    """Within the block, flags are those of a run elsewhere, on GPUs: that none is here refuses none of them."""
+    global _elsewhere
+    before, _elsewhere = _elsewhere, True
+    try:
+        yield
+    finally:
+        _elsewhere = before
 
 
 @contextmanager

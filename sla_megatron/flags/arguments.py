@@ -23,7 +23,7 @@ from megatron.training.global_vars import set_global_variables
 from ..common.errors import FlagError, StartError, flag_of, one_line_errors
 from ..common.flag_types import refusal
 from ..common.silence import silence
-from ..cpu.backend import cpu_backend_is_active
+from ..cpu.backend import another_machine, cpu_backend_is_active
 from ..cpu.flags import fit_to_cpu
 from ..upstream.megatron_version import require_megatron
 from ..upstream.seams import Reliance
@@ -104,7 +104,8 @@ def settled_args(
     args_defaults = args_defaults or {}
     require_megatron()
     PARSING.require()
-    with _command_line(argv), silence() if silent else nullcontext():
+    here = nullcontext() if will_run_here else another_machine()
+    with _command_line(argv), here, silence() if silent else nullcontext():
         with megatron_refusals():
             args = upstream.parse_args(partial(_with_sla, extra_args_provider), ignore_unknown_args)
         if will_run_here and cpu_backend_is_active():
@@ -202,6 +203,8 @@ def _command_line(argv: Sequence[str] | None) -> Iterator[None]:
 
 def fewest_gpus(args: Namespace) -> int:
     """The smallest world size that the parallel sizes of parsed arguments divide."""
-    dense = args.tensor_model_parallel_size * args.context_parallel_size
+    # Refused with --sla, in words of ours, once the world is as large as they ask for.
+    shards = getattr(args, "tensor_parallel_num_weight_shards", None) or 1
+    dense = math.lcm(args.tensor_model_parallel_size, shards) * args.context_parallel_size
     experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
     return math.lcm(dense, experts) * args.pipeline_model_parallel_size

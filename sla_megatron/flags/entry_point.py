@@ -27,15 +27,18 @@ _NOT_HERE: tuple[Refusal, ...] = (
 )
 
 
-def require_pretraining(args: Namespace) -> None:
-    """Refuse what the entry point, or Megatron, does not do, rather than ignore it.  Raises :class:`FlagError`."""
+def require_pretraining(args: Namespace, packages: bool = True) -> None:
+    """Refuse what the entry point, or Megatron, does not do, rather than ignore it.  Raises :class:`FlagError`.
+
+    ``packages``: so too what needs a package that is not installed here.
+    """
     refuse(args, _NOT_HERE)
-    refuse_unhonoured(args)
+    refuse_unhonoured(args, packages)
 
 
-def refuse_unhonoured(args: Namespace) -> None:
+def refuse_unhonoured(args: Namespace, packages: bool = True) -> None:
     """Raise :class:`FlagError` for a flag that would not do what it says, here or in a script of the user's own."""
-    refuse_rows(args, (*ROWS, *NOT_INSTALLED))
+    refuse_rows(args, (*ROWS, *NOT_INSTALLED) if packages else ROWS)
 
 
 def require_data_and_folders(args: Namespace) -> None:

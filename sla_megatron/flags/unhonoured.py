@@ -56,6 +56,12 @@ def _fused_gelu(args: Namespace) -> bool:
     return fused and not (args.swiglu or args.quick_geglu or args.squared_relu or args.moe_grouped_gemm)
 
 
+def _ranks_of_experts(args: Namespace) -> int:
+    """Ranks that hold all experts of a pipeline once."""
+    tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return args.expert_model_parallel_size * tensor * args.pipeline_model_parallel_size
+
+
 def _no_layernorm_of_keys(args: Namespace) -> bool:
     return args.sla or not args.qk_layernorm or args.normalization != "LayerNorm"
 
@@ -279,6 +285,24 @@ _FAILS_LATE = (
         OFF,
         "--disable-bias-linear or --no-bias-gelu-fusion beside it: Megatron's experts have no fused gelu",
         _fused_gelu,
+    ),
+    Row(
+        "num_experts",
+        OFF,
+        "--sequence-parallel beside it, with tensor parallelism: Megatron's experts do not train without",
+        lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
+    ),
+    Row(
+        "moe_router_topk",
+        (2,),
+        "at most as many as --num-experts",
+        lambda args: args.moe_router_topk > (args.num_experts or args.moe_router_topk),
+    ),
+    Row(
+        "expert_model_parallel_size",
+        (1,),
+        "a size that with --expert-tensor-parallel-size and --pipeline-model-parallel-size divides the processes",
+        lambda args: args.world_size % _ranks_of_experts(args),
     ),
     Row(
         "quick_geglu",

@@ -91,7 +91,12 @@ HARMLESS = {
             "overlap_p2p_comm": True,
         },
     ),
-    "context-parallel": Row(SWIGLU, {"context_parallel_size": 2, "cp_comm_type": ["a2a"]}),
+    "context-parallel": Row(
+        SWIGLU, {"context_parallel_size": 2, "cp_comm_type": ["a2a"], "dataloader_inter_document_masking": True}
+    ),
+    "sharded-and-restarted": Row(
+        {}, {"use_torch_fsdp2": True, "expert_model_parallel_size": 2, "inprocess_restart": True, "async_save": True}
+    ),
     "transformer-engine": Row(
         SWIGLU,
         {
@@ -107,7 +112,7 @@ HARMLESS = {
     "op-fuser": Row({}, {"use_transformer_engine_op_fuser": True}),
     "core-attention": Row(SWIGLU, {"core_attention": "sdpa", "device": "cuda"}),
     "recompute": Row({}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
-    "cuda-graph": Row({}, {"cuda_graph_impl": "local", "cuda_graph_warmup_steps": 5}),
+    "cuda-graph": Row({}, {"cuda_graph_impl": "full_iteration", "cuda_graph_warmup_steps": 5}),
     "chunks": Row({"mlp_chunks_for_training": 2}),
     "qk-clip": Row({}, {"qk_clip": True, "qk_clip_alpha": 0.3}),
     "first-weights": Row({"init_method_std": 0.3, "embedding_init_method_std": 1.0}),

@@ -27,14 +27,14 @@ def job_args(place: Place, num_gpus: int | None, on_cpu: bool) -> Namespace:
     from ...flags.fused_kernels import switch_off_missing_kernels
 
     def check(args: Namespace) -> None:
-        require_pretraining(args)
-        switch_off_missing_kernels(args)
         if place.launched:
             args.rank, args.world_size = place.rank, place.world_size
             if num_gpus not in (None, place.world_size):
                 raise FlagError("--num-gpus", num_gpus, f"the job's world size, {place.world_size}, or nothing")
         else:
             args.rank, args.world_size = 0, num_gpus or fewest_gpus(args)
+        require_pretraining(args)
+        switch_off_missing_kernels(args)
 
     try:
         return settled_args(
@@ -48,19 +48,25 @@ def job_args(place: Place, num_gpus: int | None, on_cpu: bool) -> Namespace:
         raise Fault(error.reason) from error
 
 
-def sizes(args: Namespace) -> str:
-    """How the world size divides; it does, or Megatron's validation would have raised."""
+def sharding(args: Namespace) -> str:
+    """``TP 2 x PP 4 x VPP 2``: how validated arguments divide the ranks; experts divide those of a stage once more."""
     parts = {
         "TP": args.tensor_model_parallel_size,
         "PP": args.pipeline_model_parallel_size,
         "VPP": args.virtual_pipeline_model_parallel_size or 1,
         "CP": args.context_parallel_size,
-        "EP": args.expert_model_parallel_size,
         "DP": args.data_parallel_size,
     }
     shown = " x ".join(f"{name} {size}" for name, size in parts.items() if size > 1) or "one rank"
+    if args.expert_model_parallel_size > 1:
+        shown += f", experts TP {args.expert_tensor_parallel_size} x EP {args.expert_model_parallel_size}"
+    return shown
+
+
+def sizes(args: Namespace) -> str:
+    """How the world size divides; it does, or Megatron's validation would have raised."""
     microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     return (
-        f"world size {args.world_size}: {shown}; {args.num_layers} layers, {args.num_attention_heads} heads; "
+        f"world size {args.world_size}: {sharding(args)}; {args.num_layers} layers, {args.num_attention_heads} heads; "
         f"{args.global_batch_size} samples a step, {microbatches} microbatches of {args.micro_batch_size} a pipeline"
     )

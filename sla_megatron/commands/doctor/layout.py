@@ -13,6 +13,7 @@ from typing import Any
 
 from ...common.silence import silence
 from .finding import Fault, Skipped
+from .job import sharding
 from .tiny import num_microbatches, on_one_process, tiny_args
 
 SEED = 1
@@ -50,19 +51,6 @@ def layout(args: Namespace, store: Any, seconds: float, launched: bool, reached:
     # Only the last stage knows the loss.
     loss = f"loss {checked_loss(losses):.3f}, " if losses else ""
     return f"{shape}: {loss}gradients of {tensors} tensors finite; {time.monotonic() - start:.1f} s"
-
-
-def sharding(args: Namespace) -> str:
-    """``TP 2 x PP 4 x VPP 2``: what of the job's layout was run."""
-    sizes = (
-        ("TP", args.tensor_model_parallel_size),
-        ("PP", args.pipeline_model_parallel_size),
-        ("VPP", args.virtual_pipeline_model_parallel_size or 1),
-        ("CP", args.context_parallel_size),
-        ("EP", args.expert_model_parallel_size),
-        ("DP", args.data_parallel_size),
-    )
-    return " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "one rank"
 
 
 @contextmanager

@@ -47,7 +47,8 @@ def summary(job: Job) -> str:
         f"SLA: {job.description}",
         f"GPUs: {job.num_gpus} = TP {shape.tensor_parallel_size} x CP {shape.context_parallel_size} x "
         f"PP {layout.pipeline_size} x DP {job.data_parallel_size}"
-        + ("; sequence parallel" if shape.sequence_parallel else ""),
+        + ("; sequence parallel" if shape.sequence_parallel else "")
+        + (f"; a stage's experts over {job.expert_gpus}" if job.expert_gpus != shape.tensor_parallel_size else ""),
         f"Pipeline: {chunks}; {held} layers a stage; {schedule.num_microbatches} microbatches a step",
     ]
     return "\n".join(lines)

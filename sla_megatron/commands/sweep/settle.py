@@ -38,8 +38,8 @@ def _settled(run: Run, processes: int | None) -> Namespace:
     from ...flags.entry_point import require_pretraining
 
     def check(args: Namespace) -> None:
-        require_pretraining(args)
         args.rank, args.world_size = 0, processes or fewest_gpus(args)
+        require_pretraining(args)
         if args.device != "cpu":
             # Megatron's default, which needs Transformer Engine here.
             args.apply_rope_fusion = False

@@ -71,6 +71,11 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         ("--tensor-model-parallel-size 8:", "divisor of the 12 K/V groups"),
     ),
     (
+        "--num-experts 4 --disable-bias-linear --expert-model-parallel-size 4 --pipeline-model-parallel-size 2",
+        4,
+        ("--expert-model-parallel-size 4:", "divides the processes"),
+    ),
+    (
         "--sla --tensor-model-parallel-size 2 --group-query-attention --num-query-groups 1",
         2,
         ("--tensor-model-parallel-size 2:", "divisor of the 1 K/V groups"),

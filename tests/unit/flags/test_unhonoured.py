@@ -91,6 +91,9 @@ REFUSED: dict[str, str] = {
     "--init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta-device w",
     "--num-experts 4 --no-bias-gelu-fusion": "--num-experts 4: expected --disable-bias-linear beside it: what",
     "--num-experts 4 --swiglu": "--num-experts 4: expected --disable-bias-linear beside it: what Megatron's local",
+    "--num-experts 4 --disable-bias-linear --tensor-model-parallel-size 2": "--num-experts 4: expected "
+    "--sequence-parallel beside it",
+    "--num-experts 4 --disable-bias-linear --moe-router-topk 5": "--moe-router-topk 5: expected at most as many as",
     "--quick-geglu": "--quick-geglu True: expected --disable-bias-linear or --no-bias-gelu-fusion beside it",
     "--init-method-xavier-uniform": "--init-method-xavier-uniform True: expected no --init-method-xavier-uniform",
     "--lr-decay-style WSD": "--lr-decay-style WSD: expected --lr-wsd-decay-iters or --lr-wsd-decay-samples beside it",
@@ -259,6 +262,13 @@ def test_refused_by_the_entry_point(trained: Callable[..., str], examined: Calla
 def test_refused_for_gpus(examined: Callable[..., str], flags: str) -> None:
     assert examined(flags, on_cpu=False).startswith(ON_GPUS[flags])
     assert examined(f"--sla {flags}", on_cpu=False)
+
+
+@pytest.mark.parametrize("flags", ["--gpu-sniff-test-interval 10", "--record-memory-history"])
+def test_a_gpus_run_is_planned_without_one(examined: Callable[..., str], flags: str) -> None:
+    """What only a GPU does is refused of a run on this machine, not of one on another."""
+    assert "without a GPU" in examined(flags)
+    assert examined(flags, on_cpu=False) == ""
 
 
 @pytest.mark.parametrize("package", PACKAGES)

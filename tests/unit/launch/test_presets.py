@@ -26,7 +26,9 @@ LAUNCH_README = (ROOT / "launch" / "README.md").read_text()
 
 #: Parameters that the name says.
 MODELS = {"gpt2-124m": 124e6, "gpt2-350m": 350e6, "gpt2-774m": 774e6, "1b": 1e9, "7b": 7e9, "13b": 13e9}
-CONTEXTS = {"1k": 1024, "2k": 2048, "4k": 4096, "8k": 8192, "16k": 16384}
+#: Their experts are counted too.
+MODELS |= {"gpt2-124m-8e": 520e6, "8x7b": 46.7e9}
+CONTEXTS = {"1k": 1024, "2k": 2048, "4k": 4096, "8k": 8192, "16k": 16384, "16k-cp2": 16384}
 VARIANTS = ("", "sla", "sla-pruned")
 
 TOKENS_A_STEP = 2**19
@@ -92,6 +94,7 @@ def test_combination(
     """Megatron and we accept it on the GPUs it is meant for, and ``sla-plan`` finds a schedule for it."""
     flags, gpus = flags_of(f"{model} {context} {variant}"), num_gpus(model)
     args = settle(flags, gpus)
+    assert args.context_parallel_size == (2 if context == "16k-cp2" else 1)
     length = CONTEXTS[context]
     assert (args.seq_length, args.max_position_embeddings) == (length, length)
     assert args.seq_length * args.global_batch_size == TOKENS_A_STEP
@@ -130,7 +133,7 @@ def test_readme_says_what_the_model_is(settle: Callable[..., Namespace], model: 
         "TP": args.tensor_model_parallel_size,
         "PP": args.pipeline_model_parallel_size,
         "layers a virtual stage": args.num_layers_per_virtual_pipeline_stage or "-",
-        "CP": args.context_parallel_size,
+        "EP": args.expert_model_parallel_size,
     }
     assert {name: row[name] for name in settled} == {name: str(value) for name, value in settled.items()}
 
@@ -140,9 +143,11 @@ def test_readme_lists_every_preset() -> None:
     assert list(table("model")) == list(MODELS)
     assert {name: int(row["tokens a sample"]) for name, row in table("context").items()} == CONTEXTS
     for name, row in table("context").items():
+        split = () if row["CP"] == "1" else ("--context-parallel-size", row["CP"])
         assert preset(name)[4:] == (
             *("--micro-batch-size", row["samples a microbatch"]),
             *("--global-batch-size", row["samples a step"]),
+            *split,
         )
     for file in PRESETS.glob("*.flags"):
         assert f"`{file.stem}`" in LAUNCH_README, file.name
@@ -182,6 +187,7 @@ def test_parameters_are_those_of_the_name() -> None:
         if (stage := "--num-layers-per-virtual-pipeline-stage") in flags:
             del flags[flags.index(stage) : flags.index(stage) + 2]
         flags += ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+        flags += ["--expert-model-parallel-size", "1"]
         args = args_of(flags, torch.float32)
         # Without memory, since on this device there is nothing but shapes.
         with torch.device("meta"):

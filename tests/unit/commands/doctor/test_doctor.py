@@ -218,12 +218,63 @@ def test_flags_that_do(job_args: JobArgs) -> None:
     assert job_args(Place(3, 8, 3, "node", launched=True)).rank == 3
 
 
+_TE = {"tensor_model_parallel_size": 1}
+_MOE = _TE | {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True}
+_LENGTH = {"seq_length": 24, "max_position_embeddings": 24}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"context_parallel_size": 2}, "world size 4: TP 2 x CP 2; 4 layers"),
+        (
+            {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "num_gpus": 16},
+            "world size 16: TP 2 x PP 2 x CP 2 x DP 2; 4 layers, 4 heads; 8 samples a step, 2 microbatches of 2",
+        ),
+        # 24 positions are six chunks for three ranks, and not sixteen for eight.
+        (_TE | _LENGTH | {"context_parallel_size": 3}, "world size 3: CP 3; "),
+        (
+            _MOE | {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "context_parallel_size": 2},
+            "world size 4: PP 2 x CP 2, experts TP 1 x EP 2; ",
+        ),
+        # Experts count on replicas: four of them, on four ranks.
+        (_MOE | {"expert_model_parallel_size": 4}, "world size 4: DP 4, experts TP 1 x EP 4; "),
+    ],
+)
+def test_how_the_ranks_divide(job_args: JobArgs, changes: dict[str, Any], expected: str) -> None:
+    """Over contexts and experts as well; by hand."""
+    assert job.sizes(job_args(**changes)).startswith(expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"sla_skip_distance": 0}, "--sla-skip-distance 0: expected one or more integers >= 1"),
         ({"num_layers": 3, "pipeline_model_parallel_size": 2}, "Megatron does not accept these flags: "),
         ({"num_gpus": 3}, "Megatron does not accept these flags: world size (3) is not divisible by"),
+        (
+            _TE | _LENGTH | {"context_parallel_size": 8},
+            "Megatron does not accept these flags: seq-length should be a multiple of 2 * context-parallel-size",
+        ),
+        (
+            {"context_parallel_size": 2, "num_gpus": 6},
+            "Megatron does not accept these flags: world size (6) is not divisible by total_model_size (total_model",
+        ),
+        (
+            _TE | {"context_parallel_size": 4, "cp_comm_type": "a2a+p2p"},
+            "Megatron does not accept these flags: --hierarchical-context-parallel-sizes must be set",
+        ),
+        (_TE | {"expert_model_parallel_size": 2}, "Megatron does not accept these flags: num_experts must be non None"),
+        (
+            _MOE | {"expert_model_parallel_size": 3, "global_batch_size": 6},
+            "Megatron does not accept these flags: Number of experts should be a multiple of expert model parallel_si",
+        ),
+        (
+            _MOE | {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2, "num_gpus": 4},
+            "--expert-model-parallel-size 4: expected a size that with",
+        ),
+        (_MOE | {"moe_router_topk": 5}, "--moe-router-topk 5: expected at most as many as --num-experts"),
+        (_MOE | {"tensor_model_parallel_size": 2}, "--num-experts 4: expected --sequence-parallel beside it"),
         ({"no_such_flag": True}, "--no-such-flag: expected a known flag"),
         ({"hidden_size": "wide"}, "--hidden-size wide: expected an integer"),
         ({"multi_latent_attention": True}, "--multi-latent-attention True: expected no multi-latent attention"),
