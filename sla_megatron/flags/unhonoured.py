@@ -210,6 +210,10 @@ _PACKED = (
         "over the ranks, Megatron splits the sequence",
         lambda args: args.context_parallel_size > 1 and not _sdpa(args),
     ),
+    *(
+        Row(name, OFF, "no --cuda-graph-impl full_iteration: documents end elsewhere in each step", _step_is_a_graph)
+        for name in ("dataloader_inter_document_masking", "sft")
+    ),
     Row("sft", OFF, "--tokenizer-type SFTTokenizer beside it", lambda args: args.tokenizer_type != "SFTTokenizer"),
     Row("sft", OFF, "--data-path FILE.jsonl beside it, no --mock-data", lambda args: args.mock_data),
     Row(
