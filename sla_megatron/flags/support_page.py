@@ -1,4 +1,4 @@
-"""Write ``docs/support.md`` from the table in ``support.py`` and from what the checks say, and from nothing else.
+"""Write ``docs/support.md`` from the table in ``support.py`` and what the checks of the flags say, and nothing else.
 
     python -m sla_megatron.flags.support_page            # writes it
     python -m sla_megatron.flags.support_page --check    # ends with status 1 where it is not what these say
@@ -20,7 +20,8 @@ from ..common.errors import FlagError, StartError
 from ..common.files import write_whole
 from ..common.silence import silence
 from ..cpu.device import add_device_arg, megatron_device
-from .support import FAMILIES, FROM_0_20, UNTESTED, Family
+from .families import FROM_0_20, UNTESTED, Family
+from .support import FAMILIES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 

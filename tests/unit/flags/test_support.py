@@ -20,8 +20,9 @@ from traceback import walk_tb
 import pytest
 
 from sla_megatron.common.errors import FlagError, StartError, flag_of
-from sla_megatron.flags import support, support_page
-from sla_megatron.flags.support import FAMILIES, REFUSED, WORKS, Family
+from sla_megatron.flags import support_page
+from sla_megatron.flags.families import FROM_0_20, REFUSED, UNTESTED, Family
+from sla_megatron.flags.support import FAMILIES, WORKS
 from tests.support.launch import ROOT
 
 pytestmark = [pytest.mark.usefixtures("megatron"), pytest.mark.filterwarnings("ignore")]
@@ -206,7 +207,7 @@ def test_every_group_of_megatrons_flags_is_there() -> None:
         for group in parser._action_groups[2:]
         if not words & {flag for action in group._group_actions for flag in action.option_strings}
     ]
-    assert sorted(missing) == sorted(support.UNTESTED)
+    assert sorted(missing) == sorted(UNTESTED)
 
 
 def test_the_plan_and_the_doctor_take_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,4 +292,4 @@ def test_the_tables_are_told_apart() -> None:
     assert [family.name for family in WORKS if family.is_refused] == []
     assert [family.name for family in REFUSED if not family.is_refused] == []
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
-    assert support.FROM_0_20 == ("--enable-mhc-connections",)
+    assert FROM_0_20 == ("--enable-mhc-connections",)
