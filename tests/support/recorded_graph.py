@@ -52,17 +52,18 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, operations: list[_Operation]) -> None:
         super().__init__()
         self._operations = operations
-        self._on_host: list[Tensor] = []
+        #: By their storages, which are theirs as long as they live.
+        self._on_host: dict[int, Tensor] = {}
 
     def is_on_host(self, tensor: Tensor) -> bool:
-        return tensor.dtype == torch.uint8 or tensor.untyped_storage()._cdata in _storages(self._on_host)
+        return tensor.dtype == torch.uint8 or tensor.untyped_storage()._cdata in self._on_host
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         kwargs = kwargs or {}
         read = _tensors((args, kwargs))
         if func.overloadpacket is _aten.lift_fresh or (read and all(map(self.is_on_host, read))):
             result = func(*args, **kwargs)
-            self._on_host += _tensors(result)
+            self._on_host.update((tensor.untyped_storage()._cdata, tensor) for tensor in _tensors(result))
             return result
         if func.overloadpacket in HOST:
             raise HostNeeded(str(func))
