@@ -26,6 +26,7 @@ NEEDS_TE = "expected --transformer-impl transformer_engine beside it: local laye
 NOTHING = "expected no such flag: nothing in Megatron heeds it"
 NO_GPU = "without a GPU"
 MASK = "--reset-attention-mask"
+FSDP2 = "--use-torch-fsdp2 --untie-embeddings-and-output-weights"
 
 #: Flags -> the line, as it begins; on the CPU, in a model that is whole without them.
 REFUSED: dict[str, str] = {
@@ -76,6 +77,9 @@ REFUSED: dict[str, str] = {
     "--lazy-mpu-init": "--lazy-mpu-init True: expected no --lazy-mpu-init: it is another trainer's",
     "--use-ring-exchange-p2p": "--use-ring-exchange-p2p True: expected no --use-ring-exchange-p2p",
     "--init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta-device w",
+    f"{FSDP2} --init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta",
+    f"{FSDP2} --ckpt-format torch_dcp": "--ckpt-format torch_dcp: expected torch_dist: what Megatron saves as",
+    f"{FSDP2} --load checkpoints": "--use-torch-fsdp2 True: expected --no-load-optim or --finetune beside it, with",
     "--num-experts 4 --no-bias-gelu-fusion": "--num-experts 4: expected --disable-bias-linear beside it: what",
     "--num-experts 4 --swiglu": "--num-experts 4: expected --disable-bias-linear beside it: what Megatron's local",
     "--quick-geglu": "--quick-geglu True: expected --disable-bias-linear or --no-bias-gelu-fusion beside it",
@@ -158,6 +162,7 @@ FINE = (
     "--attention-backend unfused",
     "--lr-decay-style WSD --lr-wsd-decay-iters 1",
     "--full-validation --multiple-validation-sets",
+    f"{FSDP2} --load checkpoints --no-load-optim",
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 4",
 )
 
