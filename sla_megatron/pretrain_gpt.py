@@ -56,7 +56,7 @@ def _pretrain() -> None:
     from .flags.fused_kernels import switch_off_missing_kernels
     from .model.builder import gpt_config_from_args
     from .model.report import report_model
-    from .training.checkpoint_writer import carry_tokenizer_along, shield_checkpoint_writer
+    from .training.checkpoint_writer import carry_tokenizer_along, find_sharded_parameters, shield_checkpoint_writer
     from .training.data import train_valid_test_datasets
     from .training.further_tokens import embedding_ranks
     from .training.loss import forward_step
@@ -78,6 +78,7 @@ def _pretrain() -> None:
     report_model(model_config)
     shield_checkpoint_writer(args)
     carry_tokenizer_along(args)
+    find_sharded_parameters(args)
     pretrain(
         container,
         train_valid_test_datasets,

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 DEVICE_INDEX = 0
 
@@ -125,3 +127,11 @@ class UnpinnedDataLoader(torch.utils.data.DataLoader):
         kwargs["pin_memory"] = False
         kwargs.setdefault("generator", torch.Generator())
         super().__init__(*args, **kwargs)
+
+
+class DeviceMeshOfCpus:
+    """Stands for ``DeviceMesh`` where Megatron makes one for FSDP2: of the same ranks, and on the CPU."""
+
+    @staticmethod
+    def from_group(group: ProcessGroup, device_type: str) -> DeviceMesh:
+        return DeviceMesh.from_group(group, "cpu")

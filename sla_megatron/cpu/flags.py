@@ -47,7 +47,6 @@ _NEEDS_GPU: tuple[Refusal, ...] = (
     ("moe_grouped_gemm", OFF, "no --moe-grouped-gemm without a GPU"),
     ("cross_entropy_loss_fusion", OFF, "no --cross-entropy-loss-fusion without a GPU"),
     ("use_megatron_fsdp", OFF, "no FSDP without a GPU"),
-    ("use_torch_fsdp2", OFF, "no FSDP without a GPU"),
 )
 
 
@@ -67,6 +66,8 @@ def fit_to_cpu(args: Namespace) -> None:
     """
     refuse(args, _NEEDS_GPU)
     _refuse_recomputed_layernorm(args)
+    # Megatron insists on 1 with tensor parallelism and on more with FSDP2; here there are no connections to count.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8" if args.use_torch_fsdp2 else "1"
     changed = {name: value for name, value in _ON_CPU.items() if getattr(args, name) != value}
     vars(args).update(changed)
     if changed and os.environ.get("RANK", "0") == "0":

@@ -131,6 +131,11 @@ def _of_megatron() -> list[Seam]:
             stand_in=optimizer.set_main_param_and_optimizer_states,
         ),
         Seam(
+            "megatron.core.distributed.torch_fully_sharded_data_parallel:DeviceMesh",
+            "with --use-torch-fsdp2 Megatron asks, by name, for a mesh of CUDA devices",
+            stand_in=cuda_api.DeviceMeshOfCpus,
+        ),
+        Seam(
             "megatron.training.training:set_jit_fusion_options",
             "it warms up kernels on random tensors, drawn here from the generator that initialises the weights, which "
             "would then depend on the tensor-parallel size",

@@ -6,7 +6,7 @@ script of one's own with ``--sla``.  The rows say what was seen with Megatron 0.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from argparse import Namespace
 
 from ..common.errors import OFF, flag_of
@@ -94,6 +94,13 @@ def _further_tokens_on_the_last_stage(args: Namespace) -> bool:
     """Whether the last of several pipeline stages has the layers of ``--mtp-num-layers``."""
     layout = args.pipeline_model_parallel_layout
     return args.pipeline_model_parallel_size > 1 and (layout is None or "m" in layout.rpartition("|")[2])
+
+
+def _loads_torchs_adam(args: Namespace) -> bool:
+    """Whether a checkpoint's optimizer is to be loaded, and nobody's but torch's is installed."""
+    loads = args.load and args.optimizer == "adam" and not (args.no_load_optim or args.finetune)
+    others = ("transformer_engine", "apex")
+    return loads and (cpu_backend_is_active() or not any(map(importlib.util.find_spec, others)))
 
 
 _NO_EFFECT = (
@@ -275,8 +282,8 @@ _FAILS_LATE = (
     Row(
         "init_model_with_meta_device",
         OFF,
-        "no --init-model-with-meta-device without FSDP: the weights would stay as memory was",
-        lambda args: not (args.use_megatron_fsdp or args.use_torch_fsdp2),
+        "no --init-model-with-meta-device without Megatron-FSDP: the weights would stay as memory was, or nowhere",
+        lambda args: not args.use_megatron_fsdp,
     ),
     Row(
         "num_experts",
@@ -342,6 +349,17 @@ _FAILS_LATE = (
         OFF,
         "--multiple-validation-sets beside it",
         lambda args: not args.multiple_validation_sets,
+    ),
+    Row(
+        "ckpt_format",
+        ("torch_dist", "torch", "fsdp_dtensor"),
+        "torch_dist: what Megatron saves as torch_dcp it cannot load",
+    ),
+    Row(
+        "use_torch_fsdp2",
+        OFF,
+        "--no-load-optim or --finetune beside it, with --load: Megatron does not load torch's Adam into FSDP2",
+        _loads_torchs_adam,
     ),
     Row("save", (None,), "--save-interval beside it", lambda args: not args.save_interval),
     Row("wandb_project", (None, ""), "--wandb-exp-name beside it", lambda args: not args.wandb_exp_name),

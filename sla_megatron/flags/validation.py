@@ -36,7 +36,6 @@ _REFUSED: tuple[Refusal, ...] = (
     ("fine_grained_activation_offloading", OFF, "no activation offloading with --sla"),
     ("cpu_offloading_num_layers", OFF, "0 with --sla: activation offloading is not supported"),
     ("use_megatron_fsdp", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
-    ("use_torch_fsdp2", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
     ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
     ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel with --sla"),

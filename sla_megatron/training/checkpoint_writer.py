@@ -1,5 +1,7 @@
 """What a checkpoint of ours needs beside Megatron's writer: to be finished after a signal, and to hold its tokenizer.
 
+With FSDP2 and a new torch it needs a third thing, to be written at all.
+
 A save that is under way when a job is told to end must not be cut short by the same signal.
 
 Under ``--exit-signal-handler`` the ranks note the signal and go on to the end of their step, saves included.  Slurm
@@ -46,6 +48,29 @@ def shield_checkpoint_writer(args: Namespace) -> None:
         get_write_results_queue()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
+def _parameters_own_memory(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def to_local_if_dtensor(tensor: Any) -> Any:
+        return getattr(tensor, "_local_tensor", tensor)
+
+    return to_local_if_dtensor
+
+
+LOCAL_TENSOR = Wrapping(
+    "megatron.core.dist_checkpointing.optimizer:to_local_if_dtensor",
+    "it is compared, by identity, with the tensor that a model's checkpoint holds of an FSDP2 parameter; from 2.15 on "
+    "torch answers a parameter with another one each time, and nothing of the optimizer is found",
+    ("tensor",),
+    wrap=_parameters_own_memory,
+)
+
+
+def find_sharded_parameters(args: Namespace) -> None:
+    """Have a checkpoint of this run find the optimizer's state of FSDP2 parameters; nothing without FSDP2."""
+    if args.use_torch_fsdp2:
+        wrap_once([LOCAL_TENSOR])
 
 
 def _with_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:

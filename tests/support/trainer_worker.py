@@ -194,10 +194,13 @@ class Listener:
         }
 
 
-def forget_megatron() -> None:
+def forget_megatron(together: bool = True) -> None:
     """Undo what a run leaves in Megatron's module globals, so that the next can have another shape.
 
     The process groups too: each keeps gloo's threads alive, and hundreds of them slow every later run down.
+
+    Args:
+        together: whether all ranks come here, and leave the groups at once.
     """
     import torch
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
@@ -205,7 +208,8 @@ def forget_megatron() -> None:
     from megatron.training import global_vars
 
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        if together:
+            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     parallel_state.destroy_model_parallel()
     global_vars.destroy_global_vars()

@@ -23,7 +23,7 @@ from ...model.schedule_plan import BUILD_SCHEDULE_PLAN, SCHEDULE_NODES
 from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
 from ...pipeline.transport import SCHEDULE_HELPERS, SCHEDULES
-from ...training.checkpoint_writer import RESULTS_QUEUE, SAVE_CONFIG
+from ...training.checkpoint_writer import LOCAL_TENSOR, RESULTS_QUEUE, SAVE_CONFIG
 from ...upstream.compiled_helpers import COMPILE_HELPERS
 from ...upstream.seams import Reliance, Seam, SeamError, Wrapping
 
@@ -39,6 +39,7 @@ CORE_ATTENTION = "with --core-attention sdpa"
 LOCAL = "with --non-persistent-ckpt-type local, where checkpoints are loaded, with --sla or without"
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
 SAVE = "with --sla and --save, from our entry point, until upstream saves tokenizers itself"
+FSDP2 = "with --use-torch-fsdp2, from our entry point, with --sla or without"
 WHEEL = "with megatron-core's wheel, on any device: a checkout has the Makefile"
 KERNELS = "from our entry point on a GPU, with --sla or without"
 CPU = "on the CPU"
@@ -85,6 +86,7 @@ def registry() -> list[Entry]:
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(SAVE, [SAVE_CONFIG]),
+        *_entries(FSDP2, [LOCAL_TENSOR]),
         *_entries(ALWAYS, [PARSING]),
         *_entries(KERNELS, [FUSED_GRADIENTS, APEX, FUSED_ROTARY]),
         *_entries(WHEEL, [COMPILE_HELPERS]),

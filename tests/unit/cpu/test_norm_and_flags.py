@@ -188,7 +188,6 @@ REFUSED = {
     "--moe-grouped-gemm": "--moe-grouped-gemm True: expected no --moe-grouped-gemm",
     "--cross-entropy-loss-fusion": "--cross-entropy-loss-fusion True: expected no --cross-entropy",
     "--use-megatron-fsdp": "--use-megatron-fsdp True: expected no FSDP",
-    "--use-torch-fsdp2": "--use-torch-fsdp2 True: expected no FSDP",
     "--recompute-modules moe_act layernorm": "--recompute-modules moe_act layernorm: expected no layernorm",
 }
 

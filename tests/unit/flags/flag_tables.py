@@ -176,7 +176,6 @@ SETTLED: dict[str, object] = {
     "heterogeneous_layers_config_path": "layers.json",
     "heterogeneous_layers_config_encoded_json": "{}",
     "use_megatron_fsdp": True,
-    "use_torch_fsdp2": True,
     "cuda_graph_impl": "local",
     "transformer_impl": "inference_optimized",
     "hybrid_context_parallel": True,

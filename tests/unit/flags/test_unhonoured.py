@@ -28,6 +28,7 @@ NO_GPU = "without a GPU"
 MASK = "--reset-attention-mask"
 PACKED = "--dataloader-inter-document-masking"
 SDPA_PACKED = f"{PACKED} --core-attention sdpa"
+FSDP2 = "--use-torch-fsdp2 --untie-embeddings-and-output-weights"
 
 #: Flags -> the line, as it begins; on the CPU, in a model that is whole without them.
 REFUSED: dict[str, str] = {
@@ -89,6 +90,9 @@ REFUSED: dict[str, str] = {
     "--lazy-mpu-init": "--lazy-mpu-init True: expected no --lazy-mpu-init: it is another trainer's",
     "--use-ring-exchange-p2p": "--use-ring-exchange-p2p True: expected no --use-ring-exchange-p2p",
     "--init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta-device w",
+    f"{FSDP2} --init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta",
+    f"{FSDP2} --ckpt-format torch_dcp": "--ckpt-format torch_dcp: expected torch_dist: what Megatron saves as",
+    f"{FSDP2} --load checkpoints": "--use-torch-fsdp2 True: expected --no-load-optim or --finetune beside it, with",
     "--num-experts 4 --no-bias-gelu-fusion": "--num-experts 4: expected --disable-bias-linear beside it: what",
     "--num-experts 4 --swiglu": "--num-experts 4: expected --disable-bias-linear beside it: what Megatron's local",
     "--num-experts 4 --disable-bias-linear --tensor-model-parallel-size 2": "--num-experts 4: expected "
@@ -182,6 +186,7 @@ FINE = (
     f"{ROPE} --mtp-num-layers 1",
     f"{ROPE} --mtp-num-layers 1 --untie-embeddings-and-output-weights --pipeline-model-parallel-size 2 "
     "--global-batch-size 4",
+    f"{FSDP2} --load checkpoints --no-load-optim",
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 4",
 )
 

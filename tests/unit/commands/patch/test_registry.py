@@ -135,21 +135,24 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
     from sla_megatron.model.schedule_plan import BUILD_SCHEDULE_PLAN, install_sharing_in_plans
     from sla_megatron.model.transformer_block import CHECKPOINTED_FORWARD, sla_transformer_blocks
     from sla_megatron.pipeline.transport import SCHEDULES, install_transport
-    from sla_megatron.training.checkpoint_writer import SAVE_CONFIG, carry_tokenizer_along
+    from sla_megatron.training.checkpoint_writer import (
+        LOCAL_TENSOR,
+        SAVE_CONFIG,
+        carry_tokenizer_along,
+        find_sharded_parameters,
+    )
     from sla_megatron.upstream.compiled_helpers import COMPILE_HELPERS
 
     def everything() -> dict[str, Any]:
         # What is wrapped stays so for the rest of the process; here, until upstream's own is put back.
         sla = SLAConfig(4, 4, (3,), 3)
-        with (
-            cpu_backend(),
-            sla_transformer_blocks(sla, torch_attention=True),
-            as_before([*SCHEDULES, BUILD_SCHEDULE_PLAN, CHECKED_ON_LOADING, SAVE_CONFIG]),
-        ):
+        wrapped = [*SCHEDULES, BUILD_SCHEDULE_PLAN, CHECKED_ON_LOADING, SAVE_CONFIG, LOCAL_TENSOR]
+        with cpu_backend(), sla_transformer_blocks(sla, torch_attention=True), as_before(wrapped):
             install_transport()
             install_sharing_in_plans()
             check_settings_on_loading(Namespace(non_persistent_ckpt_type="local"))
             carry_tokenizer_along(Namespace(save="checkpoints", sla=True, ckpt_format="torch_dist"))
+            find_sharded_parameters(Namespace(use_torch_fsdp2=True))
             with sla_transformer_blocks(sla, BertModel), replaced([CHECKPOINTED_FORWARD, COMPILE_HELPERS]):
                 return attributes()
 
