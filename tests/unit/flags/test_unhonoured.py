@@ -82,6 +82,8 @@ REFUSED: dict[str, str] = {
     f"{ROPE} --mtp-num-layers 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tmL": (
         "--mtp-num-layers 1: expected --untie-embeddings-and-output-weights beside it, or a --pipeline-model-parallel"
     ),
+    f"{ROPE} --mtp-num-layers 1 --untie-embeddings-and-output-weights --pipeline-model-parallel-size 2 "
+    "--pipeline-model-parallel-layout Et|tt|tm|L": "--pipeline-model-parallel-layout Et|tt|tm|L: expected m on another",
     "--mtp-hybrid-override-pattern M": "--mtp-hybrid-override-pattern M: expected --mtp-num-layers in its place",
     "--moe-paged-stash": "--moe-paged-stash True: expected no --moe-paged-stash: it needs kernels",
     "--config-logger-dir dir": "--config-logger-dir dir: expected no --config-logger-dir: Megatron cannot write",
