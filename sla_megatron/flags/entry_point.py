@@ -19,7 +19,6 @@ _NOT_HERE: tuple[Refusal, ...] = (
     ("mtp_num_layers", OFF, "no --mtp-num-layers in this entry point"),
     ("logits_load_dir", OFF, "no --logits-load-dir: distillation is not part of this entry point"),
     ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm in this entry point"),
-    ("inprocess_restart", OFF, "no --inprocess-restart in this entry point"),
     ("per_dataset_sequences_path", OFF, "no --per-dataset-sequences-path in this entry point"),
     ("perform_rl_step", OFF, "no reinforcement learning in this entry point"),
     ("dataloader_type", (None, "single", "cyclic"), "single or cyclic: an external loader needs a script of its own"),

@@ -174,6 +174,18 @@ _FAILS_LATE = (
         Row(name, OFF, f"no {flag_of(name)} without a GPU", lambda args: cpu_backend_is_active())
         for name in ("log_straggler", "gpu_sniff_test_interval", "record_memory_history", "async_save")
     ),
+    Row(
+        "inprocess_restart",
+        OFF,
+        "no --inprocess-restart without GPUs: nothing wakes a rank on gloo that waits for one that failed",
+        lambda args: cpu_backend_is_active() and args.world_size > 1,
+    ),
+    Row(
+        "fine_grained_activation_offloading",
+        OFF,
+        "--recompute-granularity selective or none beside it: Megatron empties what is to be computed again from",
+        lambda args: args.recompute_granularity == "full",
+    ),
     Row("moe_use_upcycling", OFF, "no --moe-use-upcycling: Megatron cannot load a model built in this way for it"),
     Row("moe_paged_stash", OFF, "no --moe-paged-stash: it needs kernels and a dispatcher of its own"),
     Row(

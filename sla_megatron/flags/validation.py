@@ -29,8 +29,12 @@ _REFUSED: tuple[Refusal, ...] = (
     ("cuda_graph_impl", (*OFF, "none"), "none with --sla: CUDA graphs are not supported"),
     ("enable_cuda_graph", OFF, "no CUDA graphs with --sla"),
     ("external_cuda_graph", OFF, "no CUDA graphs with --sla"),
-    ("fine_grained_activation_offloading", OFF, "no activation offloading with --sla"),
-    ("cpu_offloading_num_layers", OFF, "0 with --sla: activation offloading is not supported"),
+    (
+        "cpu_offloading_num_layers",
+        OFF,
+        "0 with --sla: which tensors Transformer Engine empties cannot be told it; --fine-grained-activation-offloading "
+        "is supported",
+    ),
     ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm with --sla"),
     ("delay_wgrad_compute", OFF, "no --delay-wgrad-compute with --sla"),
     ("use_megatron_fsdp", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
@@ -43,7 +47,6 @@ _REFUSED: tuple[Refusal, ...] = (
         "no --dataloader-inter-document-masking with --sla: packed sequences are not supported",
     ),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel with --sla"),
-    ("inprocess_restart", OFF, "no --inprocess-restart with --sla"),
 )
 
 # The same of options that Megatron has from 0.20 on.

@@ -141,7 +141,8 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         ("--mtp-num-layers 1:", "no --mtp-num-layers"),
     ),
     ("--logits-load-dir logits", 1, ("--logits-load-dir logits:", "no --logits-load-dir")),
-    ("--inprocess-restart", 1, ("--inprocess-restart True:", "no --inprocess-restart")),
+    ("--inprocess-restart", 1, ("--inprocess-restart True:", "nvidia-resiliency-ext")),
+    ("--sla --inprocess-restart", 2, ("--inprocess-restart True:", "no --inprocess-restart without GPUs")),
     (
         "--per-dataset-sequences-path x",
         1,
@@ -156,7 +157,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
 SETTLED: dict[str, object] = {
     "mtp_num_layers": 1,
     "qk_clip": True,
-    "fine_grained_activation_offloading": True,
     "delay_wgrad_compute": True,
     "overlap_moe_expert_parallel_comm": True,
     "perform_rl_step": True,
@@ -168,7 +168,6 @@ SETTLED: dict[str, object] = {
     "sft": True,
     "dataloader_inter_document_masking": True,
     "hybrid_context_parallel": True,
-    "inprocess_restart": True,
     "enable_mhc_connections": True,
 }
 
