@@ -32,8 +32,7 @@ _REFUSED: tuple[Refusal, ...] = (
     (
         "cpu_offloading_num_layers",
         OFF,
-        "0 with --sla: which tensors Transformer Engine empties cannot be told it; --fine-grained-activation-offloading "
-        "is supported",
+        "0 with --sla: Transformer Engine itself chooses what to empty; --fine-grained-activation-offloading works",
     ),
     ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm with --sla"),
     ("delay_wgrad_compute", OFF, "no --delay-wgrad-compute with --sla"),

@@ -1,4 +1,4 @@
-"""Megatron's fine-grained activation offloading, and on a processor too, to see what becomes of tensors that are shared.
+"""Megatron's fine-grained activation offloading, on a processor too, to see what becomes of tensors that are shared.
 
 All of it is upstream's: it groups, copies, empties and reloads.  What is changed on a processor is that it takes
 tensors of a CPU for those of a GPU, pins no memory, and tells Transformer Engine nothing, which is not there.
