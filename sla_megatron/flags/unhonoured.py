@@ -290,6 +290,18 @@ _FAILS_LATE = (
         "m on another rank than the first: Megatron does not keep that rank's two embeddings equal",
         _further_tokens_on_the_first_rank,
     ),
+    Row(
+        "inprocess_restart",
+        OFF,
+        "no --inprocess-restart without GPUs: nothing wakes a rank on gloo that waits for one that failed",
+        lambda args: cpu_backend_is_active() and args.world_size > 1,
+    ),
+    Row(
+        "fine_grained_activation_offloading",
+        OFF,
+        "--recompute-granularity selective or none beside it: Megatron empties what is to be computed again from",
+        lambda args: args.recompute_granularity == "full",
+    ),
     Row("moe_use_upcycling", OFF, "no --moe-use-upcycling: Megatron cannot load a model built in this way for it"),
     Row("moe_paged_stash", OFF, "no --moe-paged-stash: it needs kernels and a dispatcher of its own"),
     Row(

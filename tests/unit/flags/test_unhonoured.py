@@ -94,6 +94,8 @@ REFUSED: dict[str, str] = {
     "--init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta-device w",
     f"{FSDP2} --init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta",
     f"{FSDP2} --ckpt-format torch_dcp": "--ckpt-format torch_dcp: expected torch_dist: what Megatron saves as",
+    "--fine-grained-activation-offloading --recompute-granularity full": "--fine-grained-activation-offloading True: "
+    "expected --recompute-granularity selective or none beside it",
     f"{FSDP2} --load checkpoints": "--use-torch-fsdp2 True: expected --no-load-optim or --finetune beside it, with",
     "--num-experts 4 --no-bias-gelu-fusion": "--num-experts 4: expected --disable-bias-linear beside it: what",
     "--num-experts 4 --swiglu": "--num-experts 4: expected --disable-bias-linear beside it: what Megatron's local",
@@ -151,6 +153,7 @@ PACKAGES: dict[str, tuple[tuple[str, str], ...]] = {
         for name in ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
     ),
     "nvidia_resiliency_ext": (
+        ("--inprocess-restart", "--inprocess-restart True: expected the package nvidia-resiliency-ext"),
         ("--enable-ft-package", "--enable-ft-package True: expected the package nvidia-resiliency-ext"),
         ("--fault-injector-ranks 0", "--fault-injector-ranks 0: expected the package nvidia-resiliency-ext"),
         (
