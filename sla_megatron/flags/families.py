@@ -45,8 +45,6 @@ class Family:
 #: Flags that a Megatron of this project's range lacks: it has them from 0.20 on.
 FROM_0_20 = ("--enable-mhc-connections",)
 
-_ROPE = "--position-embedding-type rope"
-
 #: At most five: a test counts.
 REFUSED = (
     Family(
@@ -55,29 +53,11 @@ REFUSED = (
             "--multi-latent-attention --q-lora-rank 8",
             "--linear-attention-freq 2",
             "--experimental-attention-variant dsa",
-            f"{_ROPE} --no-rope-freq 4",
             "--qk-clip",
             "--heterogeneous-layers-config-path layers.json",
             "--heterogeneous-layers-config-encoded-json {}",
             "--hybrid-layer-pattern M*M*",
-            "--mtp-num-layers 1",
             "--enable-mhc-connections",
-        ),
-    ),
-    Family(
-        "activation offloading",
-        ("--fine-grained-activation-offloading", "--cpu-offloading-num-layers 2"),
-    ),
-    Family(
-        "layers that are run, or sharded, from outside of their block",
-        (
-            "--cuda-graph-impl local",
-            "--enable-cuda-graph",
-            "--external-cuda-graph",
-            "--overlap-moe-expert-parallel-comm",
-            "--delay-wgrad-compute",
-            "--use-megatron-fsdp",
-            "--use-torch-fsdp2",
         ),
     ),
     Family(
@@ -85,9 +65,8 @@ REFUSED = (
         ("--perform-rl-step", "--transformer-impl inference_optimized"),
     ),
     Family(
-        "what is no pretraining of a GPT on text",
+        "what trains a GPT on something else than text or conversations",
         (
-            "--sft",
             "--fim-data",
             "--logits-load-dir logits",
             "--per-dataset-sequences-path sequences.json",

@@ -22,7 +22,11 @@ _PP2 = "--pipeline-model-parallel-size 2"
 _VPP = f"{_PP2} --num-virtual-stages-per-pipeline-rank 3 --global-batch-size 4"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _MOE = "--num-experts 4 --moe-router-topk 2 --disable-bias-linear"
-_SDPA = "--transformer-impl local --core-attention sdpa"
+_SDPA, _TE = "--transformer-impl local --core-attention sdpa", "--transformer-impl transformer_engine"
+_GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
+_ALL_TO_ALL = f"{_MOE} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
+_OVERLAPPED = f"{_ALL_TO_ALL} --bf16 --overlap-moe-expert-parallel-comm"
+_CONVERSATIONS = "--sft --tokenizer-type SFTTokenizer --tokenizer-model tokenizer --data-path conversations.jsonl"
 _ROPE = "--position-embedding-type rope"
 _GQA = "--group-query-attention --num-query-groups"
 
@@ -74,9 +78,25 @@ WORKS = (
         (_SAME_TRAINING,),
         limits=(
             "--transformer-impl transformer_engine --core-attention sdpa",
-            f"{_SDPA} --context-parallel-size 2",
             f"{_SDPA} --window-size 4,0",
             f"{_SDPA} --softmax-type learnable",
+        ),
+    ),
+    Family(
+        "context parallelism",
+        (
+            f"{_SDPA} --context-parallel-size 4",
+            f"{_SDPA} --context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel {_PP2}",
+            f"{_TE} --bf16 --context-parallel-size 2 --cp-comm-type a2a",
+            f"{_TE} --bf16 --context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+        ),
+        ("tests/test_context_parallel.py::test_logits_and_every_gradient", _IN_PIPELINES, _BYTES),
+        ("tests/test_gpus.py::test_context_parallel",),
+        limits=(
+            "--transformer-impl local --context-parallel-size 2",
+            f"{_SDPA} --context-parallel-size 2 --cp-comm-type a2a",
+            f"{_SDPA} --context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2",
+            "--hybrid-context-parallel",
         ),
     ),
     Family(
@@ -93,6 +113,16 @@ WORKS = (
         "data parallelism, the distributed optimizer, overlap of both",
         ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
         (_SAME_TRAINING,),
+    ),
+    Family(
+        "sharded weights: torch's FSDP2",
+        (
+            "CUDA_DEVICE_MAX_CONNECTIONS=8 --use-torch-fsdp2 --no-gradient-accumulation-fusion "
+            "--untie-embeddings-and-output-weights",
+        ),
+        ("tests/test_fsdp.py::test_trains_as_data_parallelism_does",),
+        ("tests/test_gpus.py::test_fsdp2",),
+        limits=("--use-megatron-fsdp",),
     ),
     Family(
         "pipelines: 1F1B, interleaved, uneven stages, custom layouts",
@@ -114,10 +144,14 @@ WORKS = (
         "recomputation: selective, full",
         ("--recompute-granularity selective --recompute-modules core_attn", _FULL),
         (_PARITY, _HOWEVER),
-        limits=(
-            "--recompute-granularity selective --recompute-modules core_attn mlp",
-            f"{_FULL} --bf16 --fp8-format hybrid",
-        ),
+        limits=("--recompute-granularity selective --recompute-modules core_attn mlp",),
+    ),
+    Family(
+        "activation offloading",
+        (f"{_TE} --bf16 --fine-grained-activation-offloading --offload-modules core_attn attn_proj",),
+        (_PARITY,),
+        ("tests/test_gpu.py::test_reference",),
+        limits=("--cpu-offloading-num-layers 2",),
     ),
     Family(
         "bf16 and fp16",
@@ -125,15 +159,90 @@ WORKS = (
         ("tests/test_trainer.py::test_bf16_stays_near_fp32", "tests/test_pipeline_options.py::test_half_precision"),
     ),
     Family(
-        "experts",
-        (_MOE, f"{_MOE} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 {_PP2}"),
-        ("tests/test_trainer.py::test_trains_and_evaluates", _PIPELINE_OPTIONS),
+        "fp8 and fp4, with full recomputation too",
+        (
+            f"{_TE} --bf16 --fp8-format hybrid --fp8-recipe delayed",
+            f"{_TE} --bf16 --fp8-format hybrid --fp8-recipe tensorwise --first-last-layers-bf16 {_FULL}",
+            f"{_TE} --bf16 --fp8-format e4m3 --fp8-recipe mxfp8 {_FULL}",
+        ),
+        ("tests/unit/model/test_recomputation_fp8.py::test_contexts_are_upstreams",),
+        ("tests/test_gpu.py::test_full_recomputation_in_fp8",),
+        limits=(f"{_TE} --bf16 --fp8-format hybrid --sla-kv-projection pruned",),
+    ),
+    Family(
+        "a step as one CUDA graph",
+        (_GRAPH, f"{_GRAPH} {_VPP}"),
+        ("tests/test_cuda_graph.py::test_replays_are_steps",),
+        ("tests/test_gpu.py::test_a_step_as_a_cuda_graph", "tests/test_gpus.py::test_a_pipelines_step_as_a_cuda_graph"),
+        limits=(
+            "--cuda-graph-impl local",
+            "--enable-cuda-graph",
+            "--external-cuda-graph",
+            f"{_GRAPH} --cuda-graph-warmup-steps 0",
+            f"{_GRAPH} {_PP2}",
+            f"{_GRAPH} {_TE} --dataloader-inter-document-masking",
+        ),
+    ),
+    Family(
+        "experts: over ranks, every dispatcher, shared ones",
+        (
+            f"{_MOE} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 {_PP2}",
+            f"{_ALL_TO_ALL} {_VPP}",
+            f"{_MOE} --expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+            f"{_MOE} --moe-shared-expert-intermediate-size 48",
+        ),
+        (_PIPELINE_OPTIONS, "tests/test_experts.py::test_as_with_all_experts_on_every_rank"),
+    ),
+    Family(
+        "experts' exchange overlapped with another microbatch's backward pass",
+        (_OVERLAPPED, f"{_OVERLAPPED} {_TE} --delay-wgrad-compute"),
+        ("tests/test_experts.py::test_overlapped_with_another_microbatchs_backward_pass",),
+        ("tests/test_gpus.py::test_experts_overlapped",),
+        limits=(f"{_OVERLAPPED} {_PP2} --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 4",),
+    ),
+    Family(
+        "layers that predict further tokens",
+        (
+            f"{_ROPE} --mtp-num-layers 1",
+            f"{_ROPE} --mtp-num-layers 1 --untie-embeddings-and-output-weights {_VPP}",
+        ),
+        ("tests/test_further_tokens.py::test_as_without_a_pipeline",),
+    ),
+    Family(
+        "layers without rotary embedding",
+        (f"{_ROPE} --no-rope-freq 3",),
+        (_PARITY,),
+        limits=(f"{_ROPE} --no-rope-freq 4",),
     ),
     Family(
         "documents kept apart by a mask",
-        (f"{_SDPA} --reset-attention-mask --eod-mask-loss",),
+        (f"{_SDPA} --reset-attention-mask --reset-position-ids --eod-mask-loss",),
         ("tests/test_pipeline.py::test_every_stage_keeps_documents_apart",),
-        limits=("--dataloader-inter-document-masking", "--hybrid-context-parallel"),
+    ),
+    Family(
+        "documents kept apart without a mask",
+        (
+            f"{_SDPA} --dataloader-inter-document-masking --eod-mask-loss {_VPP}",
+            f"{_SDPA} --dataloader-inter-document-masking --context-parallel-size 2 --calculate-per-token-loss",
+            f"{_TE} --dataloader-inter-document-masking",
+        ),
+        (
+            "tests/test_context_parallel.py::test_logits_and_every_gradient",
+            "tests/test_pipeline.py::test_packed_documents_train_as_masked_ones",
+        ),
+        ("tests/test_gpu.py::test_documents_in_one_sample",),
+        limits=(
+            "--transformer-impl local --dataloader-inter-document-masking",
+            f"{_TE} --dataloader-inter-document-masking --micro-batch-size 2 {_PP2} --global-batch-size 4",
+            f"{_TE} --dataloader-inter-document-masking --context-parallel-size 2",
+            f"{_SDPA} --dataloader-inter-document-masking {_ROPE} --mtp-num-layers 1",
+        ),
+    ),
+    Family(
+        "fine-tuning on conversations",
+        (f"{_SDPA} {_CONVERSATIONS} {_PP2}", f"{_TE} {_CONVERSATIONS} --no-create-attention-mask-in-dataloader"),
+        (_PIPELINE_OPTIONS,),
+        limits=("--sft",),
     ),
     Family(
         "data, tokenizers",
@@ -180,7 +289,12 @@ WORKS = (
             "tests/test_pipeline_checkpoints.py::test_goes_on_in_another_layout",
             "tests/test_resume.py::test_sigkill_between_saves",
         ),
-        limits=("--inprocess-restart",),
+    ),
+    Family(
+        "restart in the process",
+        ("--inprocess-restart",),
+        ("tests/test_restart.py::test_a_fresh_run_is_as_if_nothing_had_been",),
+        ("tests/test_gpus.py::test_inprocess_restart",),
     ),
     Family(
         "logging, timers, checks of weights",
