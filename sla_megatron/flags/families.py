@@ -45,8 +45,6 @@ class Family:
 #: Flags that a Megatron of this project's range lacks: it has them from 0.20 on.
 FROM_0_20 = ("--enable-mhc-connections",)
 
-_ROPE = "--position-embedding-type rope"
-
 #: At most five: a test counts.
 REFUSED = (
     Family(
@@ -55,12 +53,10 @@ REFUSED = (
             "--multi-latent-attention --q-lora-rank 8",
             "--linear-attention-freq 2",
             "--experimental-attention-variant dsa",
-            f"{_ROPE} --no-rope-freq 4",
             "--qk-clip",
             "--heterogeneous-layers-config-path layers.json",
             "--heterogeneous-layers-config-encoded-json {}",
             "--hybrid-layer-pattern M*M*",
-            "--mtp-num-layers 1",
             "--enable-mhc-connections",
         ),
     ),
@@ -68,18 +64,7 @@ REFUSED = (
         "activation offloading",
         ("--fine-grained-activation-offloading", "--cpu-offloading-num-layers 2"),
     ),
-    Family(
-        "layers that are run, or sharded, from outside of their block",
-        (
-            "--cuda-graph-impl local",
-            "--enable-cuda-graph",
-            "--external-cuda-graph",
-            "--overlap-moe-expert-parallel-comm",
-            "--delay-wgrad-compute",
-            "--use-megatron-fsdp",
-            "--use-torch-fsdp2",
-        ),
-    ),
+    Family("Megatron-FSDP", ("--use-megatron-fsdp",)),
     Family(
         "Megatron-side generation, reinforcement learning",
         ("--perform-rl-step", "--transformer-impl inference_optimized"),
@@ -87,7 +72,6 @@ REFUSED = (
     Family(
         "what is no pretraining of a GPT on text",
         (
-            "--sft",
             "--fim-data",
             "--logits-load-dir logits",
             "--per-dataset-sequences-path sequences.json",
@@ -111,4 +95,5 @@ UNTESTED = (
     "rerun engine",
     "msc",
     "fault injector",
+    "sft",
 )

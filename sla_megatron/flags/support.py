@@ -22,6 +22,9 @@ _PP2 = "--pipeline-model-parallel-size 2"
 _VPP = f"{_PP2} --num-virtual-stages-per-pipeline-rank 3 --global-batch-size 4"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _MOE = "--num-experts 4 --moe-router-topk 2 --disable-bias-linear"
+_OVERLAPPED = f"{_MOE} --bf16 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
+_OVERLAPPED += " --overlap-moe-expert-parallel-comm"
+_GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 _SDPA = "--transformer-impl local --core-attention sdpa"
 _ROPE = "--position-embedding-type rope"
 _GQA = "--group-query-attention --num-query-groups"
@@ -61,6 +64,12 @@ WORKS = (
         limits=("--position-embedding-type mrope --mrope-section 1 1 2",),
     ),
     Family(
+        "layers without rotary embedding",
+        (f"{_ROPE} --no-rope-freq 4 --sla-skip-distance 8",),
+        (_PARITY,),
+        limits=(f"{_ROPE} --no-rope-freq 4",),
+    ),
+    Family(
         "sliding windows, yarn's positions",
         (
             "--window-size 5,0 --window-attn-skip-freq 2",
@@ -74,7 +83,6 @@ WORKS = (
         (_SAME_TRAINING,),
         limits=(
             "--transformer-impl transformer_engine --core-attention sdpa",
-            f"{_SDPA} --context-parallel-size 2",
             f"{_SDPA} --window-size 4,0",
             f"{_SDPA} --softmax-type learnable",
         ),
@@ -90,9 +98,37 @@ WORKS = (
         ),
     ),
     Family(
+        "context parallelism with `--core-attention sdpa`",
+        (f"{_SDPA} --context-parallel-size 2 --cp-comm-type all_gather", f"{_SDPA} --context-parallel-size 2 {_PP2}"),
+        ("tests/test_context_parallel.py::test_logits_and_every_gradient", _IN_PIPELINES, _BYTES),
+        limits=(
+            "--transformer-impl local --context-parallel-size 2",
+            f"{_SDPA} --context-parallel-size 2 --cp-comm-type a2a",
+            f"{_SDPA} --context-parallel-size 4 --cp-comm-type all_gather --hierarchical-context-parallel-sizes 2 2",
+            "--hybrid-context-parallel",
+        ),
+    ),
+    Family(
+        "context parallelism with Transformer Engine",
+        (
+            "--context-parallel-size 2",
+            "--context-parallel-size 2 --cp-comm-type a2a",
+            "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+        ),
+        gpu_checks=("tests/test_gpus.py::test_context_parallel",),
+    ),
+    Family(
         "data parallelism, the distributed optimizer, overlap of both",
         ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
         (_SAME_TRAINING,),
+    ),
+    Family(
+        "torch's FSDP2",
+        (
+            "CUDA_DEVICE_MAX_CONNECTIONS=8 --use-torch-fsdp2 --no-gradient-accumulation-fusion "
+            "--untie-embeddings-and-output-weights",
+        ),
+        ("tests/test_fsdp.py::test_trains_as_data_parallelism_does", "tests/test_fsdp.py::test_checkpoints"),
     ),
     Family(
         "pipelines: 1F1B, interleaved, uneven stages, custom layouts",
@@ -114,10 +150,7 @@ WORKS = (
         "recomputation: selective, full",
         ("--recompute-granularity selective --recompute-modules core_attn", _FULL),
         (_PARITY, _HOWEVER),
-        limits=(
-            "--recompute-granularity selective --recompute-modules core_attn mlp",
-            f"{_FULL} --bf16 --fp8-format hybrid",
-        ),
+        limits=("--recompute-granularity selective --recompute-modules core_attn mlp",),
     ),
     Family(
         "bf16 and fp16",
@@ -125,15 +158,81 @@ WORKS = (
         ("tests/test_trainer.py::test_bf16_stays_near_fp32", "tests/test_pipeline_options.py::test_half_precision"),
     ),
     Family(
-        "experts",
-        (_MOE, f"{_MOE} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 {_PP2}"),
-        ("tests/test_trainer.py::test_trains_and_evaluates", _PIPELINE_OPTIONS),
+        "fp8 and fp4, with every recomputation",
+        (
+            f"--bf16 --fp8-format hybrid {_FULL}",
+            f"--bf16 --fp8-format e4m3 --fp8-recipe tensorwise --first-last-layers-bf16 {_FULL}",
+        ),
+        ("tests/unit/model/test_recomputation_fp8.py::test_contexts_are_upstreams",),
+        ("tests/test_gpu.py::test_full_recomputation_in_fp8",),
+        limits=("--bf16 --fp8-format hybrid --sla-kv-projection pruned",),
     ),
     Family(
-        "documents kept apart by a mask",
-        (f"{_SDPA} --reset-attention-mask --eod-mask-loss",),
-        ("tests/test_pipeline.py::test_every_stage_keeps_documents_apart",),
-        limits=("--dataloader-inter-document-masking", "--hybrid-context-parallel"),
+        "a training step as one CUDA graph",
+        (_GRAPH, f"{_GRAPH} {_VPP}"),
+        ("tests/test_cuda_graph.py::test_replays_are_steps",),
+        ("tests/test_gpu.py::test_a_step_as_a_cuda_graph", "tests/test_gpus.py::test_a_pipelines_step_as_a_cuda_graph"),
+        limits=(
+            f"{_GRAPH} {_PP2}",
+            f"{_GRAPH} --cuda-graph-warmup-steps 0",
+            "--cuda-graph-impl local",
+            "--enable-cuda-graph",
+            "--external-cuda-graph",
+        ),
+    ),
+    Family(
+        "experts: on every rank or spread, allgather and alltoall, a shared one, balancing losses",
+        (
+            f"{_MOE} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 {_PP2}",
+            f"{_MOE} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall {_VPP}",
+            f"{_MOE} --moe-shared-expert-intermediate-size 96 --tensor-model-parallel-size 2 --sequence-parallel",
+        ),
+        (
+            "tests/test_trainer.py::test_trains_and_evaluates",
+            _PIPELINE_OPTIONS,
+            "tests/test_experts.py::test_as_with_all_experts_on_every_rank",
+        ),
+    ),
+    Family(
+        "experts' communication overlapped with another microbatch's backward pass",
+        (_OVERLAPPED, f"{_OVERLAPPED} --delay-wgrad-compute"),
+        ("tests/test_experts.py::test_overlapped_with_another_microbatchs_backward_pass",),
+        ("tests/test_gpus.py::test_experts_overlapped",),
+        limits=(f"{_OVERLAPPED} {_PP2} --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 8",),
+    ),
+    Family(
+        "multi-token prediction",
+        (
+            f"{_ROPE} --mtp-num-layers 1",
+            f"{_ROPE} --mtp-num-layers 2 --untie-embeddings-and-output-weights {_VPP}",
+        ),
+        (
+            "tests/test_further_tokens.py::test_as_without_a_pipeline",
+            "tests/test_further_tokens.py::test_an_export_leaves_them_out_by_an_option",
+        ),
+        limits=(f"{_ROPE} --mtp-num-layers 1 {_PP2}",),
+    ),
+    Family(
+        "documents kept apart",
+        (
+            f"{_SDPA} --reset-attention-mask --reset-position-ids --eod-mask-loss",
+            f"{_SDPA} --dataloader-inter-document-masking",
+        ),
+        (
+            "tests/test_pipeline.py::test_every_stage_keeps_documents_apart",
+            "tests/test_pipeline.py::test_packed_documents_train_as_masked_ones",
+        ),
+        limits=("--transformer-impl local --dataloader-inter-document-masking",),
+    ),
+    Family(
+        "documents kept apart with Transformer Engine",
+        ("--dataloader-inter-document-masking --eod-mask-loss",),
+        gpu_checks=("tests/test_gpu.py::test_documents_in_one_sample",),
+        limits=(
+            "--context-parallel-size 2 --dataloader-inter-document-masking",
+            f"--dataloader-inter-document-masking --micro-batch-size 2 {_PP2}",
+            "--reset-attention-mask",
+        ),
     ),
     Family(
         "data, tokenizers",
