@@ -95,5 +95,4 @@ UNTESTED = (
     "rerun engine",
     "msc",
     "fault injector",
-    "sft",
 )

@@ -235,6 +235,12 @@ WORKS = (
         ),
     ),
     Family(
+        "fine-tuning on conversations",
+        (f"{_SDPA} --sft --tokenizer-type SFTTokenizer --data-path conversations.jsonl",),
+        (_PIPELINE_OPTIONS,),
+        limits=("--sft --data-path conversations.jsonl",),
+    ),
+    Family(
         "data, tokenizers",
         (
             "--data-path corpus_text_document --split 90,10,0 --data-cache-path cache",
