@@ -18,6 +18,7 @@ import sys
 import time
 from argparse import Namespace
 from functools import partial
+from typing import Any
 
 # Nothing heavier is imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
 from .common.errors import one_line_errors
@@ -41,19 +42,66 @@ def main() -> None:
     with one_line_errors():
         refuse_unknown_sla_flags(sys.argv[1:])
     with megatron_device():
-        _pretrain()
+        from megatron.training import set_startup_timestamps
+
+        set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
+        args = _arguments()
+        if args.inprocess_restart:
+            _pretrain_restarting()
+        else:
+            _pretrain(args)
 
 
-def _pretrain() -> None:
-    # Megatron is imported here, on the device that was chosen.
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain, set_startup_timestamps
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
+def _arguments() -> Namespace:
+    """The command line's, settled and known to Megatron."""
     from .cpu.device import add_device_arg
-    from .flags.arguments import megatron_refusals, parse_and_validate_args
+    from .flags.arguments import parse_and_validate_args
     from .flags.entry_point import require_data_and_folders, require_pretraining
     from .flags.fused_kernels import switch_off_missing_kernels
+
+    def check(args: Namespace) -> None:
+        require_pretraining(args)
+        switch_off_missing_kernels(args)
+
+    return parse_and_validate_args(
+        extra_args_provider=add_device_arg,
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+        check=check,
+        check_validated=require_data_and_folders,
+    )
+
+
+def _pretrain_restarting() -> None:
+    """Train, and where a rank fails do so again in the same processes.
+
+    Upstream's script wraps ``pretrain`` alone, which finds no arguments in a second attempt, since they are forgotten
+    after the first.  Here an attempt begins with the command line, and so with the number that its rank has in it.
+    """
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+    from megatron.training.inprocess_restart import maybe_wrap_for_inprocess_restart
+    from nvidia_resiliency_ext.inprocess import CallWrapper
+
+    def attempt(store, attempts=None):
+        # What was settled before the first one, to refuse it early; later ones find none.
+        destroy_global_vars()
+        destroy_num_microbatches_calculator()
+        _pretrain(_arguments(), store=store, inprocess_call_wrapper=attempts)
+
+    # As types, not as text: what tells the package which argument it is to pass.
+    attempt.__annotations__ = {"attempts": CallWrapper}
+    restarting, store = maybe_wrap_for_inprocess_restart(attempt)
+    restarting(store)
+
+
+def _pretrain(args: Namespace, **in_process: Any) -> None:
+    """Build what ``args`` describe and train it; ``in_process`` is upstream's for an attempt that may be repeated."""
+    # Megatron is imported here, on the device that was chosen.
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from .flags.arguments import megatron_refusals
     from .model.builder import gpt_config_from_args
     from .model.report import report_model
     from .training.checkpoint_writer import carry_tokenizer_along, find_sharded_parameters, shield_checkpoint_writer
@@ -61,17 +109,6 @@ def _pretrain() -> None:
     from .training.further_tokens import embedding_ranks
     from .training.loss import forward_step
 
-    def check(args: Namespace) -> None:
-        require_pretraining(args)
-        switch_off_missing_kernels(args)
-
-    set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
-    args = parse_and_validate_args(
-        extra_args_provider=add_device_arg,
-        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
-        check=check,
-        check_validated=require_data_and_folders,
-    )
     with one_line_errors(), megatron_refusals():
         model_config = gpt_config_from_args(args)
         container = pretrain_cfg_container_from_args(args, model_config)
@@ -85,6 +122,7 @@ def _pretrain() -> None:
         ModelType.encoder_or_decoder,
         forward_step,
         get_embedding_ranks=partial(embedding_ranks, args),
+        **in_process,
     )
 
 

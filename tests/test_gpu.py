@@ -37,6 +37,10 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "recompute-full": parity_case(**shared, recompute="uniform2"),
         "two-distances": parity_case(**shared, distances=[2, 1]),
     }
+    if request.param == "transformer_engine" or not gpu.ON_GPU:
+        # Upstream has it for Transformer Engine alone.
+        cases["offload"] = parity_case(**shared, offload=True)
+        cases["offload-two-distances"] = parity_case(**shared, offload=True, distances=[2, 1])
     return gpu.parity(request.param, cases, 1, tmp_path_factory.mktemp(request.param))
 
 

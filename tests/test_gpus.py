@@ -13,8 +13,9 @@ import pytest
 
 from tests.support import gpu
 from tests.support.gpu import parity_case
+from tests.support.launch import free_ports, run_worker
 from tests.support.pipelines import LAYOUTS, MODELS, Layout
-from tests.support.runs import NO_DROPOUT, argv, figures, train_on_all_ranks
+from tests.support.runs import NO_DROPOUT, argv, figures, train, train_on_all_ranks
 from tests.test_pipeline import Runs, assert_trains_as, model_flags
 
 pytestmark = pytest.mark.gpu
@@ -151,3 +152,47 @@ def test_a_pipelines_step_as_a_cuda_graph(implementation: str, tmp_path: Path, m
     runs = {name: figures(run) for name, run in train_on_all_ranks(gpu.graph_requests(**flags), 2, tmp_path).items()}
     for what in ("loss", "grad_norm", "evaluations"):
         assert runs["graph"][what] == pytest.approx(runs["eager"][what], rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", gpu.IMPLEMENTATIONS)
+def test_fsdp2(size: int, implementation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's FSDP2 trains as Megatron's data parallelism does; nothing is left alive."""
+    # What Megatron refuses with FSDP2, and needs with tensor parallelism.
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    shared = NO_DROPOUT | {"transformer_impl": implementation, "tensor_model_parallel_size": 1, "train_iters": 3}
+    shared |= {"global_batch_size": 2 * size, "untie_embeddings_and_output_weights": True}
+    shared |= {"sla": True, "sla_skip_distance": 2, "no_gradient_accumulation_fusion": True}
+    requests = {}
+    for projection in ("full", "pruned"):
+        flags = shared | {"sla_kv_projection": projection}
+        requests[f"ddp {projection}"] = {"argv": argv(**flags)}
+        requests[f"fsdp {projection}"] = {"argv": argv(**flags, use_torch_fsdp2=True)}
+    runs = train(requests, size, tmp_path)
+    for projection in ("full", "pruned"):
+        ours, theirs = runs[f"fsdp {projection}"], runs[f"ddp {projection}"]
+        assert ours["status"] == theirs["status"] == 0, ours["stderr"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS_TOLERANCE)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=GRADIENT_TOLERANCE)
+        assert ours["alive"] == 0
+        print(f"{gpu.DEVICE} fsdp2 {implementation} {projection} on {size}: losses {ours['loss']}")
+
+
+def test_inprocess_restart(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that fails in the second step of a pipeline: all of them start again, and train as if it had not."""
+    if size != 2 or not gpu.ON_GPU:
+        pytest.skip("on 2 GPUs: nothing wakes a rank on gloo that waits for one that failed")
+    pytest.importorskip("nvidia_resiliency_ext")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "error")
+    flags = MODELS["gqa-full-long-and-short"].argv() | LAYOUTS["pp2v2"].argv() | {"train_iters": 2, "eval_iters": 0}
+    restarting = flags | {"inprocess_restart": True, "inprocess_granularity": "rank"}
+    fault = {"place": "layer", "rank": 0, "layer": 6, "count": 6}
+    first, second = free_ports(2)
+    requests = {
+        "whole": {"argv": argv(**flags), "port": first},
+        "restarted": {"argv": argv(**restarting), "fault": fault, "port": second},
+    }
+    for rank in run_worker("restart_worker", requests, size, tmp_path):
+        whole, restarted = rank["whole"], rank["restarted"]
+        assert whole["error"] is None and restarted["error"] is None
+        assert restarted["grad_norm"] == [whole["grad_norm"][0], *whole["grad_norm"]]
+        assert restarted["loss"] == [whole["loss"][0], *whole["loss"]]

@@ -107,6 +107,11 @@ def _extra_cases() -> dict[str, dict[str, Any]]:
         "three-distances-recompute": {"distances": [1, 2, 3], "skip_groups": 3, "recompute": "uniform2"},
         "no-skip-group": {"skip_groups": 0},
         "distance-beyond": {"distances": [4]},
+        # Upstream's own offloading, which empties what core attention read; it takes the CPU's tensors for a GPU's.
+        "offload": {"offload": True},
+        "offload-pruned-all-skip": {"offload": True, "projection": "pruned", "distances": [1], "skip_groups": 4},
+        "offload-qk-norm-two": {"offload": True, "qk_norm": True, "distances": [2, 1]},
+        "offload-gqa-learned": {"offload": True, "groups": 2, "skip_groups": 2, "rope": False, "distances": [1]},
         "learned-recompute-block": {"rope": False, "recompute": "block", "distances": [1]},
     }
     return {name: base | extra for name, extra in extras.items()}

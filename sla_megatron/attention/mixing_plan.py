@@ -216,7 +216,13 @@ class LayerPlan:
     handed_on: dict[BundleName, int]
 
     @classmethod
-    def of(cls, role: LayerRole, own: OwnHeads, taken: Sequence[tuple[Sequence[int], Sequence[int]]]) -> LayerPlan:
+    def of(
+        cls,
+        role: LayerRole,
+        own: OwnHeads,
+        taken: Sequence[tuple[Sequence[int], Sequence[int]]],
+        may_be_views: bool = True,
+    ) -> LayerPlan:
         """The plan of ``role``.
 
         A layer that reads all of its own K/V hands on views of the projection, which autograd keeps anyway for this
@@ -227,6 +233,7 @@ class LayerPlan:
             role: of the layer.
             own: where its own heads are.
             taken: for each bundle of ``role.takes``, how many heads each piece of its keys and of its values has.
+            may_be_views: whether a layer may hand on views at all; what it reads may be emptied after its attention.
         """
         inputs = list(own.inputs)
         found: dict[object, tuple[list[Head], list[Head]]] = {None: (list(own.key), list(own.value))}
@@ -246,7 +253,7 @@ class LayerPlan:
                 handed_on[name] = len(pieces)
                 outputs += pieces
         together = tuple(2 * count for count in handed_on.values())
-        return cls(MixingPlan(tuple(inputs), tuple(outputs), not role.takes, together), handed_on)
+        return cls(MixingPlan(tuple(inputs), tuple(outputs), may_be_views and not role.takes, together), handed_on)
 
 
 def _pieces(heads: Sequence[tuple[Head, int]]) -> list[tuple[Head, ...]]:

@@ -146,7 +146,9 @@ class SLASelfAttention(SelfAttention):
         pieces = [piece for bundle in bundles for side in (bundle.keys, bundle.values) for piece in side]
         plan = self._plans.get((heads is self._projection, taken))
         if plan is None:
-            plan = self._plans[heads is self._projection, taken] = LayerPlan.of(self.role, heads, taken)
+            # Offloading empties the memory of what core attention read, whatever else lies in it.
+            plan = LayerPlan.of(self.role, heads, taken, may_be_views=not self.offload_core_attention)
+            self._plans[heads is self._projection, taken] = plan
         outputs = iter(mix(plan.mixing, [*own, *pieces]))
         read = tuple(islice(outputs, 3 if heads.query else 2))
         for name, count in plan.handed_on.items():

@@ -15,7 +15,6 @@ _NOT_HERE: tuple[Refusal, ...] = (
     ("fim_data", OFF, "no --fim-data: fill-in-the-middle is not part of this entry point"),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel in this entry point"),
     ("logits_load_dir", OFF, "no --logits-load-dir: distillation is not part of this entry point"),
-    ("inprocess_restart", OFF, "no --inprocess-restart in this entry point"),
     ("per_dataset_sequences_path", OFF, "no --per-dataset-sequences-path in this entry point"),
     ("perform_rl_step", OFF, "no reinforcement learning in this entry point"),
     ("dataloader_type", (None, "single", "cyclic"), "single or cyclic: an external loader needs a script of its own"),

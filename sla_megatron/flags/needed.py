@@ -46,6 +46,7 @@ NOT_INSTALLED = (
         "the package workload-inspector, which is not installed",
         _without("workload_inspector"),
     ),
+    Row("inprocess_restart", OFF, _NEEDS_NVRX, _without(_NVRX)),
     Row("enable_ft_package", OFF, _NEEDS_NVRX, _without(_NVRX)),
     Row("fault_injector_ranks", OFF, _NEEDS_NVRX, _without(_NVRX)),
     Row("fault_injector_num_ranks", OFF, _NEEDS_NVRX, _without(_NVRX)),

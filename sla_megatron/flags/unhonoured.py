@@ -103,6 +103,22 @@ def _loads_torchs_adam(args: Namespace) -> bool:
     return loads and (cpu_backend_is_active() or not any(map(importlib.util.find_spec, others)))
 
 
+def _further_tokens_on_the_first_rank(args: Namespace) -> bool:
+    """Whether the first of several pipeline ranks has them, in whichever of its virtual stages."""
+    size, layout = args.pipeline_model_parallel_size, args.pipeline_model_parallel_layout
+    if size == 1 or layout is None:
+        return False
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    try:
+        stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except AssertionError:
+        # Megatron will say what it has against it.
+        return False
+    return any(LayerType.mtp in stage for stage in stages[::size])
+
+
 _NO_EFFECT = (
     Row("freeze_all_layers", OFF, "no --freeze-all-layers: Megatron trains all layers of a model built in this way"),
     Row("create_all_gather_group", OFF, "no such flag: a model built in this way does not heed it"),
@@ -267,6 +283,24 @@ _FAILS_LATE = (
         OFF,
         "no --fp32-residual-connection without a GPU: torch's norms take one type",
         lambda args: cpu_backend_is_active(),
+    ),
+    Row(
+        "pipeline_model_parallel_layout",
+        (None,),
+        "m on another rank than the first: Megatron does not keep that rank's two embeddings equal",
+        _further_tokens_on_the_first_rank,
+    ),
+    Row(
+        "inprocess_restart",
+        OFF,
+        "no --inprocess-restart without GPUs: nothing wakes a rank on gloo that waits for one that failed",
+        lambda args: cpu_backend_is_active() and args.world_size > 1,
+    ),
+    Row(
+        "fine_grained_activation_offloading",
+        OFF,
+        "--recompute-granularity selective or none beside it: Megatron empties what is to be computed again from",
+        lambda args: args.recompute_granularity == "full",
     ),
     Row("moe_use_upcycling", OFF, "no --moe-use-upcycling: Megatron cannot load a model built in this way for it"),
     Row("moe_paged_stash", OFF, "no --moe-paged-stash: it needs kernels and a dispatcher of its own"),

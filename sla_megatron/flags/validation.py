@@ -33,13 +33,15 @@ _REFUSED: tuple[Refusal, ...] = (
     ),
     ("enable_cuda_graph", OFF, f"--cuda-graph-impl full_iteration with --sla: {_GRAPHED_LAYERS}"),
     ("external_cuda_graph", OFF, f"--cuda-graph-impl full_iteration with --sla: {_GRAPHED_LAYERS}"),
-    ("fine_grained_activation_offloading", OFF, "no activation offloading with --sla"),
-    ("cpu_offloading_num_layers", OFF, "0 with --sla: activation offloading is not supported"),
+    (
+        "cpu_offloading_num_layers",
+        OFF,
+        "0 with --sla: Transformer Engine itself chooses what to empty; --fine-grained-activation-offloading works",
+    ),
     ("use_megatron_fsdp", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
     ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
     ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel with --sla"),
-    ("inprocess_restart", OFF, "no --inprocess-restart with --sla"),
 )
 
 # The same of options that Megatron has from 0.20 on.

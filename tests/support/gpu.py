@@ -33,6 +33,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch, gpus: int = 1) -> None:
     monkeypatch.setenv("SLA_TEST_DEVICE", DEVICE)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    # With this alone Megatron's fine-grained offloading leaves weights where they are.
+    monkeypatch.setenv("NVTE_CPU_OFFLOAD_V1", "1")
     # What Megatron's --deterministic-mode insists on.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setenv("NCCL_ALGO", "Ring")

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,17 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     import torch
     from megatron.core import tensor_parallel
 
+    from sla_megatron.cpu.backend import cpu_backend_is_active
+    from tests.support import offloading
+
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     reference, model, full_shapes = build(case)
     generator = torch.Generator().manual_seed(17)
     documents = Documents(case.get("documents", [[0]] * BATCH), case.get("packed", "sbhd"))
-    answers = [compare(reference, model, full_shapes, generator, documents) for _ in range(case.get("draws", 1))]
+    # What is offloaded is decided in a first step, and done in the next ones as in the first or otherwise.
+    draws = case.get("draws", 3 if case.get("offload") else 1)
+    with offloading.offloading(cpu_backend_is_active()) if case.get("offload") else nullcontext():
+        answers = [compare(reference, model, full_shapes, generator, documents) for _ in range(draws)]
     return {
         name: {"dead rows": max, "before change": max, "after change": min}.get(name, root_mean_square)(
             [answer[name] for answer in answers]
@@ -87,7 +94,7 @@ def compare(
     import torch
     from megatron.core.distributed import finalize_model_grads
 
-    from tests.support import sharding
+    from tests.support import offloading, sharding
 
     model.train()
     weights = sharding.random_weights(full_shapes, generator)
@@ -105,6 +112,9 @@ def compare(
     torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), share(labels).flatten()).backward()
     finalize_model_grads([model])
     logits = whole_sequence(logits.detach())
+    offloads = model.config.fine_grained_activation_offloading
+    if offloads:
+        offloading.next_step()
 
     # The reference runs in double precision, so that all of the error is Megatron's fp32.
     exact = {name: tensor.cuda().double().requires_grad_() for name, tensor in weights.items()}
@@ -336,6 +346,7 @@ def transformer_config(case: dict[str, Any]) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     from sla_megatron.cpu.flags import CONFIG_ON_CPU
+    from tests.support import offloading
 
     recompute = {
         "none": {},
@@ -368,6 +379,7 @@ def transformer_config(case: dict[str, Any]) -> Any:
         sequence_parallel=case["sequence_parallel"],
         bf16=case.get("bf16", False),
         params_dtype=torch.bfloat16 if case.get("bf16") else torch.float32,
+        **offloading.FLAGS if case.get("offload") else {},
         **CONFIG_ON_CPU | {"transformer_impl": case.get("transformer_impl", "local")},
         **recompute,
         **gated,

@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     logging.disable(logging.WARNING)
     from sla_megatron.cpu.device import megatron_device
 
-    with megatron_device(["--device", "cpu"]):
+    with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]):
         from megatron.core.datasets import gpt_dataset
 
         # As the trainer's worker.

@@ -38,6 +38,26 @@ def test_the_default_pattern() -> None:
     assert views[1].source_heads == slice(1, 4, 1)
 
 
+@given(sla_configs())
+def test_nothing_handed_on_lies_with_what_is_read(sla: SLAConfig) -> None:
+    """Where no views may be: what attention read can be emptied, and what is on its way to later layers stays whole.
+
+    Where they may be, a layer that reads its own K/V alone hands on what lies with them, or this would test nothing.
+    """
+    for layer in range(1, sla.num_layers + 1):
+        role = LayerRole.of(sla, layer)
+        if not role.puts:
+            continue
+        own = OwnHeads.in_projection(role, 1)
+        taken = [((len(role.read),), (len(role.read),)) for _ in role.takes]
+        for may_be_views in (False, True):
+            plan = LayerPlan.of(role, own, taken, may_be_views)
+            inputs = [torch.zeros(1, 1, heads, 3) for heads in plan.mixing.inputs]
+            places = [output.untyped_storage().data_ptr() for output in mix(plan.mixing, inputs)]
+            # Queries, keys and values first.
+            assert set(places[:3]).isdisjoint(places[3:]) == (not may_be_views or bool(role.takes))
+
+
 def test_a_layer_between_mixes_nothing() -> None:
     role = LayerRole.of(SLAConfig(12, 12, (9,), 9), 5)
     assert not role.takes and not role.puts

@@ -154,7 +154,8 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ),
     # What this entry point does not do, with --sla or without.
     ("--logits-load-dir logits", 1, ("--logits-load-dir logits:", "no --logits-load-dir")),
-    ("--inprocess-restart", 1, ("--inprocess-restart True:", "no --inprocess-restart")),
+    ("--inprocess-restart", 1, ("--inprocess-restart True:", "nvidia-resiliency-ext")),
+    ("--sla --inprocess-restart", 2, ("--inprocess-restart True:", "no --inprocess-restart without GPUs")),
     (
         "--per-dataset-sequences-path x",
         1,
@@ -171,7 +172,6 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
 #: Where upstream refuses first without a GPU, the refusal is checked on a good run's arguments.
 SETTLED: dict[str, object] = {
     "qk_clip": True,
-    "fine_grained_activation_offloading": True,
     "perform_rl_step": True,
     "heterogeneous_layers_config_path": "layers.json",
     "heterogeneous_layers_config_encoded_json": "{}",
@@ -179,7 +179,6 @@ SETTLED: dict[str, object] = {
     "cuda_graph_impl": "local",
     "transformer_impl": "inference_optimized",
     "hybrid_context_parallel": True,
-    "inprocess_restart": True,
     "enable_mhc_connections": True,
 }
 

@@ -195,7 +195,7 @@ def test_the_entry_point_and_the_benchmarks_do_so(
     monkeypatch.setattr(arguments, "set_global_variables", stop)
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *FLAGS.split()])
     with cpu_backend(), pytest.raises(Stop) as stopped:
-        pretrain_gpt._pretrain()
+        pretrain_gpt._arguments()
     assert stopped.value.args == (OFF,)
     with cpu_backend():
         args = settle(FLAGS.split())

@@ -82,6 +82,8 @@ REFUSED: dict[str, str] = {
     f"{ROPE} --mtp-num-layers 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tmL": (
         "--mtp-num-layers 1: expected --untie-embeddings-and-output-weights beside it, or a --pipeline-model-parallel"
     ),
+    f"{ROPE} --mtp-num-layers 1 --untie-embeddings-and-output-weights --pipeline-model-parallel-size 2 "
+    "--pipeline-model-parallel-layout Et|tt|tm|L": "--pipeline-model-parallel-layout Et|tt|tm|L: expected m on another",
     "--mtp-hybrid-override-pattern M": "--mtp-hybrid-override-pattern M: expected --mtp-num-layers in its place",
     "--moe-paged-stash": "--moe-paged-stash True: expected no --moe-paged-stash: it needs kernels",
     "--config-logger-dir dir": "--config-logger-dir dir: expected no --config-logger-dir: Megatron cannot write",
@@ -92,6 +94,8 @@ REFUSED: dict[str, str] = {
     "--init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta-device w",
     f"{FSDP2} --init-model-with-meta-device": "--init-model-with-meta-device True: expected no --init-model-with-meta",
     f"{FSDP2} --ckpt-format torch_dcp": "--ckpt-format torch_dcp: expected torch_dist: what Megatron saves as",
+    "--fine-grained-activation-offloading --recompute-granularity full": "--fine-grained-activation-offloading True: "
+    "expected --recompute-granularity selective or none beside it",
     f"{FSDP2} --load checkpoints": "--use-torch-fsdp2 True: expected --no-load-optim or --finetune beside it, with",
     "--num-experts 4 --no-bias-gelu-fusion": "--num-experts 4: expected --disable-bias-linear beside it: what",
     "--num-experts 4 --swiglu": "--num-experts 4: expected --disable-bias-linear beside it: what Megatron's local",
@@ -149,6 +153,7 @@ PACKAGES: dict[str, tuple[tuple[str, str], ...]] = {
         for name in ("muon", "dist_muon", "adaptive_muon", "lion", "soap")
     ),
     "nvidia_resiliency_ext": (
+        ("--inprocess-restart", "--inprocess-restart True: expected the package nvidia-resiliency-ext"),
         ("--enable-ft-package", "--enable-ft-package True: expected the package nvidia-resiliency-ext"),
         ("--fault-injector-ranks 0", "--fault-injector-ranks 0: expected the package nvidia-resiliency-ext"),
         (
