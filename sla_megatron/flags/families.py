@@ -60,10 +60,6 @@ REFUSED = (
             "--enable-mhc-connections",
         ),
     ),
-    Family(
-        "activation offloading",
-        ("--fine-grained-activation-offloading", "--cpu-offloading-num-layers 2"),
-    ),
     Family("Megatron-FSDP", ("--use-megatron-fsdp",)),
     Family(
         "Megatron-side generation, reinforcement learning",

@@ -129,6 +129,7 @@ WORKS = (
             "--untie-embeddings-and-output-weights",
         ),
         ("tests/test_fsdp.py::test_trains_as_data_parallelism_does", "tests/test_fsdp.py::test_checkpoints"),
+        ("tests/test_gpus.py::test_fsdp2",),
     ),
     Family(
         "pipelines: 1F1B, interleaved, uneven stages, custom layouts",
@@ -151,6 +152,16 @@ WORKS = (
         ("--recompute-granularity selective --recompute-modules core_attn", _FULL),
         (_PARITY, _HOWEVER),
         limits=("--recompute-granularity selective --recompute-modules core_attn mlp",),
+    ),
+    Family(
+        "activation offloading, module by module",
+        ("--fine-grained-activation-offloading --offload-modules core_attn",),
+        (_PARITY,),
+        ("tests/test_gpu.py::test_reference",),
+        limits=(
+            "--cpu-offloading-num-layers 2",
+            f"--fine-grained-activation-offloading --offload-modules core_attn {_FULL}",
+        ),
     ),
     Family(
         "bf16 and fp16",
@@ -285,7 +296,15 @@ WORKS = (
             "tests/test_pipeline_checkpoints.py::test_goes_on_in_another_layout",
             "tests/test_resume.py::test_sigkill_between_saves",
         ),
-        limits=("--inprocess-restart",),
+    ),
+    Family(
+        "in-process restart",
+        ("--inprocess-restart",),
+        (
+            "tests/test_restart.py::test_nothing_is_left_of_it",
+            "tests/test_restart.py::test_a_fresh_run_is_as_if_nothing_had_been",
+        ),
+        ("tests/test_gpus.py::test_inprocess_restart",),
     ),
     Family(
         "logging, timers, checks of weights",
