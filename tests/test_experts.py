@@ -20,25 +20,18 @@ CLOSE = 1e-6
 MODEL = MODELS["gqa-full-long-and-short"].argv() | {"num_layers": 4, "sla_skip_distance": [3, 1]}
 EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "swiglu": True, "moe_ffn_hidden_size": 32}
 EXPERTS |= {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
-
-#: Each has parameters of its own; all start from a checkpoint that one run without expert parallelism saved.
-MODELS_OF_EXPERTS: dict[str, dict[str, Any]] = {
-    "experts": {"moe_layer_freq": "[1,1,0,1]"},
-    "shared": {"moe_shared_expert_intermediate_size": 48, "sla_kv_projection": "pruned", "sla_num_skip_groups": 2},
-}
+EXPERTS |= {"moe_layer_freq": "[1,1,0,1]", "moe_shared_expert_intermediate_size": 48}
 
 ALL_TO_ALL, EP2 = {"moe_token_dispatcher_type": "alltoall"}, {"expert_model_parallel_size": 2}
 WHOLE = Layout(1, (4,))
 TENSOR = Layout(1, (4,), tensor=2)
 PIPELINE = Layout(2, (1, 1, 1, 1), (("num_layers_per_virtual_pipeline_stage", 1),))
 
-#: Name -> model, layout and flags; each against the run of its model without any of them, on four data-parallel ranks.
-COMPARED: dict[str, tuple[str, Layout, dict[str, Any]]] = {
-    "ep2-pp2v2-alltoall": ("experts", PIPELINE, EP2 | ALL_TO_ALL),
-    "ep2-tp2": ("experts", TENSOR, EP2),
-    "ep2-tp2-alltoall": ("experts", TENSOR, EP2 | ALL_TO_ALL),
-    "shared-ep2-pp2v2-alltoall": ("shared", PIPELINE, EP2 | ALL_TO_ALL),
-    "shared-overlapped": ("shared", TENSOR, EP2 | ALL_TO_ALL | {"moe_shared_expert_overlap": True}),
+#: Name -> layout and flags; each against the run without any of them, on four data-parallel ranks.
+COMPARED: dict[str, tuple[Layout, dict[str, Any]]] = {
+    "ep2-pp2v2-alltoall": (PIPELINE, EP2 | ALL_TO_ALL),
+    "ep2-tp2-allgather": (TENSOR, EP2),
+    "ep2-tp2-alltoall": (TENSOR, EP2 | ALL_TO_ALL | {"moe_shared_expert_overlap": True}),
 }
 
 #: Upstream interleaves forward and backward passes of layers in half precision alone.
@@ -46,30 +39,22 @@ OVERLAPPED = {"overlap_moe_expert_parallel_comm": True}
 BF16 = EP2 | ALL_TO_ALL | {"bf16": True, "eval_iters": 1, "eval_interval": 2}
 
 
-def _argv(model: str, split: Layout, **flags: Any) -> list[str]:
-    base = MODEL | EXPERTS | MODELS_OF_EXPERTS[model]
-    base |= {"train_iters": STEPS, "lr": 1e-3, "eval_iters": 0, "override_opt_param_scheduler": True}
+def _argv(split: Layout, **flags: Any) -> list[str]:
+    base = MODEL | EXPERTS | {"train_iters": STEPS, "lr": 1e-3, "eval_iters": 0, "override_opt_param_scheduler": True}
     return argv(**base | split.argv() | flags)
 
 
 def _requests(folder: Path) -> dict[str, dict[str, Any]]:
-    requests = {}
-    for model in MODELS_OF_EXPERTS:
-        requests[f"{model}.seed"] = _argv(model, WHOLE, train_iters=1, save=folder / model, save_interval=1)
-    load = {"finetune": True, "no_load_optim": True, "no_load_rng": True}
-    for model in MODELS_OF_EXPERTS:
-        requests[model] = _argv(model, WHOLE, load=folder / model, **load)
-    for name, (model, split, flags) in COMPARED.items():
+    requests = {"seed": _argv(WHOLE, train_iters=1, save=folder / "seed", save_interval=1)}
+    load = {"load": folder / "seed", "finetune": True, "no_load_optim": True, "no_load_rng": True}
+    requests["whole"] = _argv(WHOLE, **load)
+    for name, (split, flags) in COMPARED.items():
         saves = {"save": folder / name, "save_interval": SAVED_AT} if name == "ep2-pp2v2-alltoall" else {}
-        requests[name] = _argv(model, split, load=folder / model, **load, **flags, **saves)
-    for name, split, flags in (
-        ("bf16.pp2v2", PIPELINE, BF16),
-        ("overlapped.pp2v2", PIPELINE, BF16 | OVERLAPPED),
-        ("overlapped.pp1", WHOLE, BF16 | OVERLAPPED),
-    ):
-        requests[name] = _argv("experts", split, load=folder / "experts", **load, **flags)
-    loads = {"load": folder / "ep2-pp2v2-alltoall", "ckpt_step": SAVED_AT}
-    requests["resumed"] = _argv("experts", TENSOR, **loads, **EP2)
+        requests[name] = _argv(split, **load, **flags, **saves)
+    requests["bf16.pp2v2"] = _argv(PIPELINE, **load, **BF16)
+    requests["overlapped.pp2v2"] = _argv(PIPELINE, **load, **BF16 | OVERLAPPED)
+    requests["overlapped.pp1"] = _argv(WHOLE, **load, **BF16 | OVERLAPPED)
+    requests["resumed"] = _argv(TENSOR, load=folder / "ep2-pp2v2-alltoall", ckpt_step=SAVED_AT, **EP2)
     return {name: {"argv": flags} for name, flags in requests.items()}
 
 
@@ -82,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 @pytest.mark.parametrize("name", COMPARED)
 def test_as_with_all_experts_on_every_rank(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
     """The same losses and gradient norms as without expert, tensor and pipeline parallelism."""
-    expected, found = figures(runs[COMPARED[name][0]]), figures(runs[name])
+    expected, found = figures(runs["whole"]), figures(runs[name])
     for what in ("loss", "grad_norm"):
         assert found[what] == pytest.approx(expected[what], rel=CLOSE, abs=0), what
 
@@ -101,7 +86,7 @@ def test_overlapped_with_another_microbatchs_backward_pass(runs: dict[str, list[
 
 def test_a_checkpoint_of_experts_goes_on_in_another_layout(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Saved at EP=2 with an interleaved pipeline, loaded at EP=2 with TP=2: the second step is the second step."""
-    expected, found = figures(runs["experts"]), figures(runs["resumed"])
+    expected, found = figures(runs["whole"]), figures(runs["resumed"])
     for what in ("loss", "grad_norm"):
         assert found[what] == pytest.approx(expected[what][SAVED_AT:], rel=CLOSE, abs=0), what
 

@@ -60,13 +60,12 @@ REFUSED = (
             "--enable-mhc-connections",
         ),
     ),
-    Family("Megatron-FSDP", ("--use-megatron-fsdp",)),
     Family(
         "Megatron-side generation, reinforcement learning",
         ("--perform-rl-step", "--transformer-impl inference_optimized"),
     ),
     Family(
-        "what is no pretraining of a GPT on text",
+        "what trains a GPT on something else than text or conversations",
         (
             "--fim-data",
             "--logits-load-dir logits",

@@ -22,10 +22,11 @@ _PP2 = "--pipeline-model-parallel-size 2"
 _VPP = f"{_PP2} --num-virtual-stages-per-pipeline-rank 3 --global-batch-size 4"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _MOE = "--num-experts 4 --moe-router-topk 2 --disable-bias-linear"
-_OVERLAPPED = f"{_MOE} --bf16 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
-_OVERLAPPED += " --overlap-moe-expert-parallel-comm"
+_SDPA, _TE = "--transformer-impl local --core-attention sdpa", "--transformer-impl transformer_engine"
 _GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
-_SDPA = "--transformer-impl local --core-attention sdpa"
+_ALL_TO_ALL = f"{_MOE} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
+_OVERLAPPED = f"{_ALL_TO_ALL} --bf16 --overlap-moe-expert-parallel-comm"
+_CONVERSATIONS = "--sft --tokenizer-type SFTTokenizer --tokenizer-model tokenizer --data-path conversations.jsonl"
 _ROPE = "--position-embedding-type rope"
 _GQA = "--group-query-attention --num-query-groups"
 
@@ -64,12 +65,6 @@ WORKS = (
         limits=("--position-embedding-type mrope --mrope-section 1 1 2",),
     ),
     Family(
-        "layers without rotary embedding",
-        (f"{_ROPE} --no-rope-freq 4 --sla-skip-distance 8",),
-        (_PARITY,),
-        limits=(f"{_ROPE} --no-rope-freq 4",),
-    ),
-    Family(
         "sliding windows, yarn's positions",
         (
             "--window-size 5,0 --window-attn-skip-freq 2",
@@ -88,6 +83,23 @@ WORKS = (
         ),
     ),
     Family(
+        "context parallelism",
+        (
+            f"{_SDPA} --context-parallel-size 4",
+            f"{_SDPA} --context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel {_PP2}",
+            f"{_TE} --bf16 --context-parallel-size 2 --cp-comm-type a2a",
+            f"{_TE} --bf16 --context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+        ),
+        ("tests/test_context_parallel.py::test_logits_and_every_gradient", _IN_PIPELINES, _BYTES),
+        ("tests/test_gpus.py::test_context_parallel",),
+        limits=(
+            "--transformer-impl local --context-parallel-size 2",
+            f"{_SDPA} --context-parallel-size 2 --cp-comm-type a2a",
+            f"{_SDPA} --context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2",
+            "--hybrid-context-parallel",
+        ),
+    ),
+    Family(
         "tensor and sequence parallelism",
         ("--tensor-model-parallel-size 2 --sequence-parallel",),
         (_PARITY, _SAME_TRAINING),
@@ -98,38 +110,19 @@ WORKS = (
         ),
     ),
     Family(
-        "context parallelism with `--core-attention sdpa`",
-        (f"{_SDPA} --context-parallel-size 2 --cp-comm-type all_gather", f"{_SDPA} --context-parallel-size 2 {_PP2}"),
-        ("tests/test_context_parallel.py::test_logits_and_every_gradient", _IN_PIPELINES, _BYTES),
-        limits=(
-            "--transformer-impl local --context-parallel-size 2",
-            f"{_SDPA} --context-parallel-size 2 --cp-comm-type a2a",
-            f"{_SDPA} --context-parallel-size 4 --cp-comm-type all_gather --hierarchical-context-parallel-sizes 2 2",
-            "--hybrid-context-parallel",
-        ),
-    ),
-    Family(
-        "context parallelism with Transformer Engine",
-        (
-            "--context-parallel-size 2",
-            "--context-parallel-size 2 --cp-comm-type a2a",
-            "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
-        ),
-        gpu_checks=("tests/test_gpus.py::test_context_parallel",),
-    ),
-    Family(
         "data parallelism, the distributed optimizer, overlap of both",
         ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
         (_SAME_TRAINING,),
     ),
     Family(
-        "torch's FSDP2",
+        "sharded weights: torch's FSDP2",
         (
             "CUDA_DEVICE_MAX_CONNECTIONS=8 --use-torch-fsdp2 --no-gradient-accumulation-fusion "
             "--untie-embeddings-and-output-weights",
         ),
-        ("tests/test_fsdp.py::test_trains_as_data_parallelism_does", "tests/test_fsdp.py::test_checkpoints"),
+        ("tests/test_fsdp.py::test_trains_as_data_parallelism_does",),
         ("tests/test_gpus.py::test_fsdp2",),
+        limits=("--use-megatron-fsdp",),
     ),
     Family(
         "pipelines: 1F1B, interleaved, uneven stages, custom layouts",
@@ -154,14 +147,11 @@ WORKS = (
         limits=("--recompute-granularity selective --recompute-modules core_attn mlp",),
     ),
     Family(
-        "activation offloading, module by module",
-        ("--fine-grained-activation-offloading --offload-modules core_attn",),
+        "activation offloading",
+        (f"{_TE} --bf16 --fine-grained-activation-offloading --offload-modules core_attn attn_proj",),
         (_PARITY,),
         ("tests/test_gpu.py::test_reference",),
-        limits=(
-            "--cpu-offloading-num-layers 2",
-            f"--fine-grained-activation-offloading --offload-modules core_attn {_FULL}",
-        ),
+        limits=("--cpu-offloading-num-layers 2",),
     ),
     Family(
         "bf16 and fp16",
@@ -169,87 +159,90 @@ WORKS = (
         ("tests/test_trainer.py::test_bf16_stays_near_fp32", "tests/test_pipeline_options.py::test_half_precision"),
     ),
     Family(
-        "fp8 and fp4, with every recomputation",
+        "fp8 and fp4, with full recomputation too",
         (
-            f"--bf16 --fp8-format hybrid {_FULL}",
-            f"--bf16 --fp8-format e4m3 --fp8-recipe tensorwise --first-last-layers-bf16 {_FULL}",
+            f"{_TE} --bf16 --fp8-format hybrid --fp8-recipe delayed",
+            f"{_TE} --bf16 --fp8-format hybrid --fp8-recipe tensorwise --first-last-layers-bf16 {_FULL}",
+            f"{_TE} --bf16 --fp8-format e4m3 --fp8-recipe mxfp8 {_FULL}",
         ),
         ("tests/unit/model/test_recomputation_fp8.py::test_contexts_are_upstreams",),
         ("tests/test_gpu.py::test_full_recomputation_in_fp8",),
-        limits=("--bf16 --fp8-format hybrid --sla-kv-projection pruned",),
+        limits=(f"{_TE} --bf16 --fp8-format hybrid --sla-kv-projection pruned",),
     ),
     Family(
-        "a training step as one CUDA graph",
+        "a step as one CUDA graph",
         (_GRAPH, f"{_GRAPH} {_VPP}"),
         ("tests/test_cuda_graph.py::test_replays_are_steps",),
         ("tests/test_gpu.py::test_a_step_as_a_cuda_graph", "tests/test_gpus.py::test_a_pipelines_step_as_a_cuda_graph"),
         limits=(
-            f"{_GRAPH} {_PP2}",
-            f"{_GRAPH} --cuda-graph-warmup-steps 0",
             "--cuda-graph-impl local",
             "--enable-cuda-graph",
             "--external-cuda-graph",
+            f"{_GRAPH} --cuda-graph-warmup-steps 0",
+            f"{_GRAPH} {_PP2}",
+            f"{_GRAPH} {_TE} --dataloader-inter-document-masking",
         ),
     ),
     Family(
-        "experts: on every rank or spread, allgather and alltoall, a shared one, balancing losses",
+        "experts: over ranks, every dispatcher, shared ones",
         (
             f"{_MOE} --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 {_PP2}",
-            f"{_MOE} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall {_VPP}",
-            f"{_MOE} --moe-shared-expert-intermediate-size 96 --tensor-model-parallel-size 2 --sequence-parallel",
+            f"{_ALL_TO_ALL} {_VPP}",
+            f"{_MOE} --expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+            f"{_MOE} --moe-shared-expert-intermediate-size 48",
         ),
-        (
-            "tests/test_trainer.py::test_trains_and_evaluates",
-            _PIPELINE_OPTIONS,
-            "tests/test_experts.py::test_as_with_all_experts_on_every_rank",
-        ),
+        (_PIPELINE_OPTIONS, "tests/test_experts.py::test_as_with_all_experts_on_every_rank"),
     ),
     Family(
-        "experts' communication overlapped with another microbatch's backward pass",
-        (_OVERLAPPED, f"{_OVERLAPPED} --delay-wgrad-compute"),
+        "experts' exchange overlapped with another microbatch's backward pass",
+        (_OVERLAPPED, f"{_OVERLAPPED} {_TE} --delay-wgrad-compute"),
         ("tests/test_experts.py::test_overlapped_with_another_microbatchs_backward_pass",),
         ("tests/test_gpus.py::test_experts_overlapped",),
-        limits=(f"{_OVERLAPPED} {_PP2} --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 8",),
+        limits=(f"{_OVERLAPPED} {_PP2} --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 4",),
     ),
     Family(
-        "multi-token prediction",
+        "layers that predict further tokens",
         (
             f"{_ROPE} --mtp-num-layers 1",
-            f"{_ROPE} --mtp-num-layers 2 --untie-embeddings-and-output-weights {_VPP}",
+            f"{_ROPE} --mtp-num-layers 1 --untie-embeddings-and-output-weights {_VPP}",
         ),
-        (
-            "tests/test_further_tokens.py::test_as_without_a_pipeline",
-            "tests/test_further_tokens.py::test_an_export_leaves_them_out_by_an_option",
-        ),
-        limits=(f"{_ROPE} --mtp-num-layers 1 {_PP2}",),
+        ("tests/test_further_tokens.py::test_as_without_a_pipeline",),
     ),
     Family(
-        "documents kept apart",
+        "layers without rotary embedding",
+        (f"{_ROPE} --no-rope-freq 3",),
+        (_PARITY,),
+        limits=(f"{_ROPE} --no-rope-freq 4",),
+    ),
+    Family(
+        "documents kept apart by a mask",
+        (f"{_SDPA} --reset-attention-mask --reset-position-ids --eod-mask-loss",),
+        ("tests/test_pipeline.py::test_every_stage_keeps_documents_apart",),
+    ),
+    Family(
+        "documents kept apart without a mask",
         (
-            f"{_SDPA} --reset-attention-mask --reset-position-ids --eod-mask-loss",
-            f"{_SDPA} --dataloader-inter-document-masking",
+            f"{_SDPA} --dataloader-inter-document-masking --eod-mask-loss {_VPP}",
+            f"{_SDPA} --dataloader-inter-document-masking --context-parallel-size 2 --calculate-per-token-loss",
+            f"{_TE} --dataloader-inter-document-masking",
         ),
         (
-            "tests/test_pipeline.py::test_every_stage_keeps_documents_apart",
+            "tests/test_context_parallel.py::test_logits_and_every_gradient",
             "tests/test_pipeline.py::test_packed_documents_train_as_masked_ones",
         ),
-        limits=("--transformer-impl local --dataloader-inter-document-masking",),
-    ),
-    Family(
-        "documents kept apart with Transformer Engine",
-        ("--dataloader-inter-document-masking --eod-mask-loss",),
-        gpu_checks=("tests/test_gpu.py::test_documents_in_one_sample",),
+        ("tests/test_gpu.py::test_documents_in_one_sample",),
         limits=(
-            "--context-parallel-size 2 --dataloader-inter-document-masking",
-            f"--dataloader-inter-document-masking --micro-batch-size 2 {_PP2}",
-            "--reset-attention-mask",
+            "--transformer-impl local --dataloader-inter-document-masking",
+            f"{_TE} --dataloader-inter-document-masking --micro-batch-size 2 {_PP2} --global-batch-size 4",
+            f"{_TE} --dataloader-inter-document-masking --context-parallel-size 2",
+            f"{_SDPA} --dataloader-inter-document-masking {_ROPE} --mtp-num-layers 1",
         ),
     ),
     Family(
         "fine-tuning on conversations",
-        (f"{_SDPA} --sft --tokenizer-type SFTTokenizer --data-path conversations.jsonl",),
+        (f"{_SDPA} {_CONVERSATIONS} {_PP2}", f"{_TE} {_CONVERSATIONS} --no-create-attention-mask-in-dataloader"),
         (_PIPELINE_OPTIONS,),
-        limits=("--sft --data-path conversations.jsonl",),
+        limits=("--sft",),
     ),
     Family(
         "data, tokenizers",
@@ -298,12 +291,9 @@ WORKS = (
         ),
     ),
     Family(
-        "in-process restart",
+        "restart in the process",
         ("--inprocess-restart",),
-        (
-            "tests/test_restart.py::test_nothing_is_left_of_it",
-            "tests/test_restart.py::test_a_fresh_run_is_as_if_nothing_had_been",
-        ),
+        ("tests/test_restart.py::test_a_fresh_run_is_as_if_nothing_had_been",),
         ("tests/test_gpus.py::test_inprocess_restart",),
     ),
     Family(

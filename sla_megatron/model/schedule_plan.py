@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any
 
-from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comp_stream
+import torch
+from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comm_stream, get_comp_stream
 from torch import Tensor
 
 from ..attention.microbatch_kv import Bundle, MicrobatchKV, microbatch
@@ -81,6 +82,8 @@ def _arrive(
     between: _BetweenNodes, kv: MicrobatchKV, traffic: StageTraffic, chunk_state: Any, payload: Tensor
 ) -> Tensor:
     received = chunk_state.decoder_input
+    # It may have been received on the stream that communicates, and is about to be freed.
+    payload.record_stream(torch.cuda.current_stream())
     # Their graphs hold on to what arrived until their own backward pass, not until that of the whole stage.
     hidden_states = current_step().enter(traffic, kv, payload, keeps_reads=True)
     # What the node was given is another tensor on the same memory; the schedule keeps the one that was received.
@@ -94,6 +97,8 @@ def _leave(between: _BetweenNodes, traffic: StageTraffic | None, hidden_states: 
         if traffic is not None:
             between.fetch(kv, (*traffic.keeps, *traffic.leaves), hidden_states)
             hidden_states = current_step().leave(traffic, kv, hidden_states)
+            # From there it is sent, and freed.
+            hidden_states.record_stream(get_comm_stream())
         between.require_read()
         return hidden_states
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..common.errors import StartError
@@ -17,6 +19,9 @@ CHECKED_WITH = {
 
 #: As one line, for messages.
 SUPPORTED = "; ".join(f"{minor}.x ({checked})" for minor, checked in CHECKED_WITH.items())
+
+#: A package that Megatron need not have, and the oldest beside which it can be imported.
+RESILIENCY, OLDEST_RESILIENCY = "nvidia-resiliency-ext", (0, 6)
 
 #: Where Megatron keeps its version, in a checkout.
 VERSION_FILE = Path("megatron/core/package_info.py")
@@ -66,4 +71,16 @@ def require_megatron() -> str:
         raise MegatronVersionError(f"{package_info}: cannot be read ({error.strerror})") from error
     if found is None or minor_of(found) not in CHECKED_WITH:
         raise MegatronVersionError(f"{core.origin}: Megatron {found or 'of no known version'}, supported: {SUPPORTED}")
+    _require_resiliency()
     return found
+
+
+def _require_resiliency() -> None:
+    """Raise :class:`MegatronVersionError` for an old package, on which Megatron ends in a traceback when imported."""
+    try:
+        found = version(RESILIENCY)
+    except PackageNotFoundError:
+        return
+    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST_RESILIENCY:
+        oldest = ".".join(map(str, OLDEST_RESILIENCY))
+        raise MegatronVersionError(f"{RESILIENCY} {found} is installed: Megatron needs {oldest} or newer, or none")

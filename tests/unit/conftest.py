@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from sla_megatron import cpu_backend
@@ -17,6 +18,15 @@ settings.load_profile("unit")
 
 #: Importing these brings in all of Megatron that the unit tests need.
 _MEGATRON = ("megatron.training.training", "sla_megatron.flags.arguments", "sla_megatron.model.builder")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny: starting threads for them takes longer than what these do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

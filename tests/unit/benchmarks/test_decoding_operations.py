@@ -16,8 +16,6 @@ from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 from sla_megatron.hf.pieces_sla_gpt import LiveRows
 
-from ..hf.hf_models import one_thread  # noqa: F401 (a fixture)
-
 #: Operations that a consumer layer may take beyond a dense one, for each token.
 BUDGET = 3
 

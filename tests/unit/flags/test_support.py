@@ -219,7 +219,7 @@ def test_the_plan_and_the_doctor_take_what_works(monkeypatch: pytest.MonkeyPatch
     from sla_megatron.commands.plan.settle import settled_job
     from sla_megatron.flags import entry_point, fused_kernels
 
-    # As on a machine that has every kernel and package.
+    # As on a machine that has them, and every package.
     monkeypatch.setattr(fused_kernels, "switch_off_missing_kernels", lambda args: None)
     monkeypatch.setattr(entry_point, "NOT_INSTALLED", ())
     for flags in (flags for family in FAMILIES for flags in family.accepted):

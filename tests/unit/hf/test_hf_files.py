@@ -25,7 +25,7 @@ from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM, SlaGPTModel
 
 from ..strategies import sla_configs
-from .hf_models import build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
+from .hf_models import build, relative_error, tiny, tokens
 
 LONG = {
     **{"rope_type": "longrope", "original_max_position_embeddings": 32},

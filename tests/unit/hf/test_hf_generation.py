@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 
-from .hf_models import VOCABULARY, build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
+from .hf_models import VOCABULARY, build, relative_error, tiny, tokens
 
 #: Pruned: six layers, all groups skip by 3, so that layers 4 to 6 have no keys and values at all.
 NO_OWN_KV = {"sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3], "sla_kv_projection": "pruned"}

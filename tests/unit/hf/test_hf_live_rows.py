@@ -15,7 +15,7 @@ from benchmarks.counting import OperationCounter
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 from sla_megatron.hf.pieces_sla_gpt import _Seen
 
-from .hf_models import build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
+from .hf_models import build, relative_error, tiny, tokens
 
 #: The last two of six layers read keys and values of their first group in four.
 PATTERN = {"sla_skip_distances": [4]}

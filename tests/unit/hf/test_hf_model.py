@@ -18,7 +18,7 @@ from sla_megatron.hf.pieces_sla_gpt import Pieces
 from sla_megatron.hf.rotary_sla_gpt import SlaGPTRotaryEmbedding, apply_rotary
 from tests.reference import ReferenceGPT
 
-from .hf_models import LENGTH, VOCABULARY, build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
+from .hf_models import LENGTH, VOCABULARY, build, relative_error, tiny, tokens
 
 HIDDEN, INNER = 24, 40
 

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sla_megatron.hf import attention_sla_gpt
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 
-from .hf_models import LENGTH, VOCABULARY, build, one_thread, relative_error, tiny, tokens  # noqa: F401 (one_thread is a fixture)
+from .hf_models import LENGTH, VOCABULARY, build, relative_error, tiny, tokens
 
 
 @pytest.fixture

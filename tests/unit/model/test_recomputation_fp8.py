@@ -30,9 +30,6 @@ def ranks(megatron_imported: None) -> Iterator[None]:
 
     from sla_megatron import cpu_backend
 
-    threads = torch.get_num_threads()
-    # The tensors are so small that other threads only wait.
-    torch.set_num_threads(1)
     with cpu_backend():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
@@ -40,7 +37,6 @@ def ranks(megatron_imported: None) -> Iterator[None]:
         yield
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -72,3 +72,19 @@ def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sla_megatron.upstream.megatron_version.importlib.util.find_spec", find_spec)
     with pytest.raises(SeamError, match=r"pip install 'megatron-core\[training\]==0\.19"):
         require_megatron()
+
+
+@pytest.mark.parametrize(("version", "fits"), [("0.4.1", False), ("0.5.0", False), ("0.6.0", True), ("1.0.0", True)])
+def test_a_resiliency_package_that_megatron_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, fits: bool
+) -> None:
+    """Megatron 0.19 asks for 0.6.0 when it is imported; version 0.4.1 was seen to end that in an AttributeError."""
+    folder = tmp_path / f"nvidia_resiliency_ext-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvidia-resiliency-ext\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    if fits:
+        require_megatron()
+        return
+    with pytest.raises(SeamError, match=f"nvidia-resiliency-ext {version} is installed: Megatron needs 0.6"):
+        require_megatron()
