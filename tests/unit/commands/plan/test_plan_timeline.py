@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -215,6 +216,25 @@ def test_recomputed_layers(recompute: str, layers: int | None, again: int) -> No
     plain, found = (stage_operations(one, SHAPE, LAYOUT, skipping()) for one in (WORK, work))
     layer = plain[0][0] / 2
     assert [b for _, b in found] == [b + again * layer for _, b in plain]
+
+
+def test_operations_are_what_megatron_counts(megatron: None) -> None:
+    """Its own throughput figure, of a dense model; of layers that predict further tokens it counts three norms each as
+    well, and no others."""
+    from megatron.training.training import num_floating_point_operations
+
+    from sla_megatron.commands.convert.megatron_model import args_of
+
+    words = "--num-layers 4 --hidden-size 32 --num-attention-heads 8 --group-query-attention --num-query-groups 4"
+    words += " --kv-channels 8 --ffn-hidden-size 128 --seq-length 64 --max-position-embeddings 64 --vocab-size 256"
+    words += " --tokenizer-type NullTokenizer --micro-batch-size 2"
+    args = args_of(words.split(), torch.float32)
+    args.padded_vocab_size = 256
+    for further in (0, 1, 2):
+        args.mtp_num_layers = further or None
+        found = stage_operations(WORK, SHAPE, replace(LAYOUT, further_tokens=further), skipping())
+        theirs = num_floating_point_operations(args, SHAPE.microbatch_size)
+        assert sum(map(sum, found)) == theirs - further * 6 * 128 * 3 * 32
 
 
 def test_recomputed_attention() -> None:
