@@ -90,11 +90,16 @@ class TorchAttention(DotProductAttention):
         upstream; else the mask type that the layer was built with.  ``packed_seq_params`` says where documents start,
         counted over all samples one after the other; with its format ``thd`` tensors have no ``b``.
 
-        Raises ``NotImplementedError`` for what needs Transformer Engine's attention.
+        Raises ``NotImplementedError`` for what torch's function, or context parallelism here, does not do.
         """
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if attention_bias is not None or (packed and self._context_parallel is not None):
-            raise NotImplementedError("attention biases, and packed samples that context-parallel ranks share, need TE")
+        if attention_bias is not None:
+            raise NotImplementedError("attention biases need Transformer Engine's attention")
+        if packed and self._context_parallel is not None:
+            raise NotImplementedError(
+                "with context parallelism torch's attention takes packed samples side by side, as "
+                "sla_megatron.training.data gives them, not one after the other"
+            )
         if packed:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
         key, value = self._gathered(key), self._gathered(value)
