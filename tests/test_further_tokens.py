@@ -102,13 +102,15 @@ def _further_losses(answers: list[dict[str, Any]]) -> list[float]:
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_as_without_a_pipeline(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """The same losses, of the next and of further tokens, and gradient norms."""
+    """The same losses, of the next and of further tokens, gradient norms, and count of parameters."""
     expected, found = runs[COMPARED[name][0]], runs[name]
     for what in ("loss", "grad_norm"):
         assert figures(found)[what] == pytest.approx(figures(expected)[what], rel=CLOSE, abs=0), what
     losses = _further_losses(expected)
     assert len(losses) == STEPS * FURTHER["mtp_num_layers"]
     assert _further_losses(found) == pytest.approx(losses, rel=1e-5)
+    counts = [re.findall(r"sla-megatron: parameters (\d+)", answers[0]["stdout"])[0] for answers in (expected, found)]
+    assert counts[0] == counts[1]
 
 
 def test_a_checkpoint_goes_on_in_another_layout(runs: dict[str, list[dict[str, Any]]]) -> None:

@@ -46,7 +46,14 @@ def data_args(**given: Any) -> Namespace:
     names = ("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path")
     unset = dict.fromkeys((*names, "per_split_data_args_path", "data_cache_path"))
     # Shares of which each is a document of the files here.
-    read = {"mock_data": False, "split": "8,1,1", "skip_train": False, "full_validation": False, "eval_iters": 0}
+    read = {
+        "mock_data": False,
+        "sft": False,
+        "split": "8,1,1",
+        "skip_train": False,
+        "full_validation": False,
+        "eval_iters": 0,
+    }
     return Namespace(**{**unset, **read, **given})
 
 
