@@ -28,7 +28,7 @@ VOCABULARY = 121
 RUNS = {
     "gqa-full-long-and-short": "tp2pp2v2",
     "mha-pruned-two-long": "tp2pp2",
-    "mha-full-short": "pp4v2",
+    "mha-full-short": "cp2pp2v2",
 }
 
 
@@ -57,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_logits_of_a_sharded_run(trained: Path, name: str) -> None:
-    """Saved at TP=2 x PP=2 and interleaved: Megatron's logits and the export's."""
+    """Saved at TP=2 x PP=2, interleaved, and with context parallelism: Megatron's logits and the export's."""
     from sla_megatron.commands.convert.commands import open_megatron
     from sla_megatron.commands.convert.verify import THRESHOLD, compare
 
