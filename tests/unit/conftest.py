@@ -42,3 +42,18 @@ def megatron(megatron_imported: None) -> Iterator[None]:
     """The CPU backend is entered for the length of a test."""
     with cpu_backend():
         yield
+
+
+@pytest.fixture(scope="module")
+def one_rank(megatron_imported: None) -> Iterator[None]:
+    """A process group of one, which Megatron's layers ask for its size, on the CPU backend."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    with cpu_backend():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        yield
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

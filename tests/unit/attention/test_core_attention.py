@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,23 +14,6 @@ from sla_megatron.common.errors import FlagError
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 SEQUENCE, BATCH, HEADS, CHANNELS = 48, 2, 4, 8
-
-
-@pytest.fixture(scope="module")
-def one_rank(megatron_imported: None) -> Iterator[None]:
-    """A process group of one, which Megatron's attention asks for its size."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    from sla_megatron import cpu_backend
-
-    with cpu_backend():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
-        yield
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def attention(kind: str, groups: int = HEADS, mask_type: str = "causal", **changes: object) -> torch.nn.Module:

@@ -15,28 +15,11 @@ import torch
 
 from sla_megatron.attention.sla_config import SLAConfig
 
-pytestmark = [pytest.mark.usefixtures("ranks"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.filterwarnings("ignore")]
 
 LAYERS, SEQUENCE, VOCABULARY = 6, 8, 32
 SKIPPING = SLAConfig(LAYERS, 4, (2, 3), 3)
 Event = tuple[Any, ...]
-
-
-@pytest.fixture(scope="module")
-def ranks(megatron_imported: None) -> Iterator[None]:
-    """One rank, on the CPU backend."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    from sla_megatron import cpu_backend
-
-    with cpu_backend():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
-        yield
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
@@ -85,7 +68,7 @@ def config(**settings: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def models(ranks: None) -> dict[str, Any]:
+def models(one_rank: None) -> dict[str, Any]:
     """A dense GPT and one with skip-layer attention."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -1,0 +1,14 @@
+"""What the tests that ask ``parity_worker`` have in common."""
+
+from __future__ import annotations
+
+
+def relative_errors(answer: dict[str, float]) -> dict[str, float]:
+    """An answer's errors, of logits and gradients by name; what must hold exactly has been found to hold."""
+    errors = dict(answer)
+    assert {"logits", "evaluation", "decoder.layers.3.self_attention.linear_qkv.weight"} <= set(errors)
+    assert errors.pop("dead rows") == 0.0
+    # Causality, exactly: the same products are summed in the same order.
+    assert errors.pop("before change") == 0.0
+    assert errors.pop("after change") > 0.0
+    return errors
