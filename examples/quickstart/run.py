@@ -93,7 +93,7 @@ def check_sla(args: argparse.Namespace, ranks: int) -> None:
         return
     model = {"num_layers": flags.LAYERS, "num_attention_heads": flags.HEADS, "group_query_attention": False}
     training = {"tensor_model_parallel_size": ranks, "pipeline_model_parallel_size": 1, "optimizer": "adam"}
-    rest = {"transformer_impl": "local", "recompute_granularity": None}
+    rest = {"transformer_impl": "local", "recompute_granularity": None, "no_rope_freq": None, "fp8": None, "fp4": None}
     sla = {name: getattr(args, name) for name in SLA_SETTINGS}
     resolve_sla_args(argparse.Namespace(sla=True, **sla, **model, **training, **rest))
 
