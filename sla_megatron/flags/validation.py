@@ -36,7 +36,7 @@ _REFUSED: tuple[Refusal, ...] = (
     ),
     ("overlap_moe_expert_parallel_comm", OFF, "no --overlap-moe-expert-parallel-comm with --sla"),
     ("delay_wgrad_compute", OFF, "no --delay-wgrad-compute with --sla"),
-    ("use_megatron_fsdp", OFF, "Megatron's DDP or distributed optimizer with --sla, no FSDP"),
+    ("use_megatron_fsdp", OFF, "no Megatron-FSDP with --sla, with which it was not tried; --use-torch-fsdp2 works"),
     ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
     ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
     ("sft", OFF, "no --sft with --sla: packed sequences are not supported"),
