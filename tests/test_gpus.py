@@ -13,10 +13,10 @@ import pytest
 
 from tests.support import gpu
 from tests.support.gpu import parity_case
-from tests.support.launch import free_ports, run_worker
 from tests.support.pipelines import LAYOUTS, MODELS, Layout
 from tests.support.runs import NO_DROPOUT, argv, figures, train, train_on_all_ranks
 from tests.test_pipeline import Runs, assert_trains_as, model_flags
+from tests.test_restart import assert_restarts
 
 pytestmark = pytest.mark.gpu
 
@@ -181,18 +181,5 @@ def test_inprocess_restart(size: int, tmp_path: Path, monkeypatch: pytest.Monkey
     """A rank that fails in the second step of a pipeline: all of them start again, and train as if it had not."""
     if size != 2 or not gpu.ON_GPU:
         pytest.skip("on 2 GPUs: nothing wakes a rank on gloo that waits for one that failed")
-    pytest.importorskip("nvidia_resiliency_ext")
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "error")
-    flags = MODELS["gqa-full-long-and-short"].argv() | LAYOUTS["pp2v2"].argv() | {"train_iters": 2, "eval_iters": 0}
-    restarting = flags | {"inprocess_restart": True, "inprocess_granularity": "rank"}
-    fault = {"place": "layer", "rank": 0, "layer": 6, "count": 6}
-    first, second = free_ports(2)
-    requests = {
-        "whole": {"argv": argv(**flags), "port": first},
-        "restarted": {"argv": argv(**restarting), "fault": fault, "port": second},
-    }
-    for rank in run_worker("restart_worker", requests, size, tmp_path):
-        whole, restarted = rank["whole"], rank["restarted"]
-        assert whole["error"] is None and restarted["error"] is None
-        assert restarted["grad_norm"] == [whole["grad_norm"][0], *whole["grad_norm"]]
-        assert restarted["loss"] == [whole["loss"][0], *whole["loss"]]
+    assert_restarts(size, LAYOUTS["pp2v2"].argv(), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,30 @@ def test_a_fresh_run_is_as_if_nothing_had_been(answers: dict[str, list[dict[str,
     for before, after in zip(answers[f"{layout} before"], answers[f"{layout} after"], strict=True):
         assert before["error"] is None and len(before["grad_norm"]) == STEPS
         assert after == before
+
+
+def test_restarts_in_its_process(tmp_path: Path) -> None:
+    """With upstream's in-process restart, in one process; on gloo nothing wakes others that wait for it."""
+    assert_restarts(1, {"tensor_model_parallel_size": 1}, tmp_path)
+
+
+def assert_restarts(size: int, layout: dict[str, Any], folder: Path) -> None:
+    """A run in which a rank fails in the second step starts again by itself, and trains as if it had not."""
+    pytest.importorskip("nvidia_resiliency_ext")
+    flags = MODEL.argv() | layout | {"train_iters": STEPS, "eval_iters": 0}
+    # Nothing is saved; the package's own writer would be looked for when a run is ended.
+    restarting = flags | {"inprocess_restart": True, "inprocess_granularity": "rank", "async_strategy": "mcore"}
+    fault = {"place": "layer", "rank": 0, "layer": 6, "count": MICROBATCHES + 2}
+    requests: dict[str, dict[str, Any]] = {
+        "whole": {"argv": argv(**flags)},
+        "restarted": {"argv": argv(**restarting), "fault": fault},
+    }
+    found = {}
+    for name, request in requests.items():
+        # Each in processes of its own: the package starts its monitor by a fork, before there are any threads.
+        alone = {name: request | {"port": free_ports(1)[0]}}
+        found[name] = [rank[name] for rank in run_worker("restart_worker", alone, size, folder / name)]
+    for whole, restarted in zip(*found.values(), strict=True):
+        assert (whole["error"], restarted["error"], restarted["alive"]) == (None, None, 0)
+        for what in ("loss", "grad_norm"):
+            assert restarted[what] == [*whole[what][: STEPS - 1], *whole[what]]

@@ -46,7 +46,7 @@ _NEEDS_GPU: tuple[Refusal, ...] = (
     ("tp_comm_overlap", OFF, "no --tp-comm-overlap without a GPU"),
     ("moe_grouped_gemm", OFF, "no --moe-grouped-gemm without a GPU"),
     ("cross_entropy_loss_fusion", OFF, "no --cross-entropy-loss-fusion without a GPU"),
-    ("use_megatron_fsdp", OFF, "no FSDP without a GPU"),
+    ("use_megatron_fsdp", OFF, "no FSDP but --use-torch-fsdp2 without a GPU"),
 )
 
 

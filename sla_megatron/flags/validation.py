@@ -38,12 +38,7 @@ _REFUSED: tuple[Refusal, ...] = (
         OFF,
         "0 with --sla: Transformer Engine itself chooses what to empty; --fine-grained-activation-offloading works",
     ),
-    (
-        "use_megatron_fsdp",
-        OFF,
-        "--use-torch-fsdp2 in its place with --sla: Megatron's own runs on GPUs alone, and none has shown "
-        "that it keeps gradients that come from later layers",
-    ),
+    ("use_megatron_fsdp", OFF, "no Megatron-FSDP with --sla, with which it was not tried; --use-torch-fsdp2 works"),
     ("perform_rl_step", OFF, "no reinforcement learning with --sla: Megatron-side generation is not supported"),
     ("transformer_impl", ("local", "transformer_engine"), "local or transformer_engine with --sla"),
     ("hybrid_context_parallel", OFF, "no --hybrid-context-parallel with --sla"),
