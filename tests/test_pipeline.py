@@ -203,7 +203,19 @@ def test_repeats_bit_for_bit(runs: Runs, model: str, layout: str) -> None:
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_bytes_on_the_wire_are_the_lower_bound(runs: Runs, model: str, layout: str) -> None:
     """Every tensor handed to isend and irecv, forward and backward, in training and evaluation."""
-    split, ranks = LAYOUTS[layout], runs.answers[f"{model}.{layout}"]
+    assert_bound(runs, f"{model}.{layout}", model, layout)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in PACKED_LAYOUTS if layout in LAYOUTS])
+@pytest.mark.parametrize("model", PACKED_MODELS)
+def test_so_they_are_with_packed_documents(runs: Runs, model: str, layout: str) -> None:
+    """However many documents a sample has, and wherever they end."""
+    assert_bound(runs, f"packed.{model}.{layout}", PACKED_MODELS[model], layout)
+
+
+def assert_bound(runs: Runs, name: str, model: str, layout: str) -> None:
+    """A run of ``model`` in ``layout`` sent and received the specification's lower bound, in each of its steps."""
+    split, ranks = LAYOUTS[layout], runs.answers[name]
     data_parallel = len(ranks) // (split.pipeline * split.ranks)
     for rank, answer in enumerate(ranks):
         # Megatron's order of ranks: tensor-parallel ranks are neighbours, pipeline ranks are furthest apart.
