@@ -52,7 +52,8 @@ def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
         default=MEGATRON,
         metavar="{megatron,sdpa}",
         help="sdpa: torch's scaled_dot_product_attention in the place of Megatron's local one, which keeps [s, s] "
-        "scores; with --sla or without. Default: megatron, what the layer spec has.",
+        "scores and knows neither context parallelism nor packed documents; with --sla or without. Default: megatron, "
+        "what the layer spec has.",
     )
     return parser
 
