@@ -25,12 +25,14 @@ EXPERTS |= {"moe_layer_freq": "[1,1,0,1]", "moe_shared_expert_intermediate_size"
 ALL_TO_ALL, EP2 = {"moe_token_dispatcher_type": "alltoall"}, {"expert_model_parallel_size": 2}
 WHOLE = Layout(1, (4,))
 TENSOR = Layout(1, (4,), tensor=2)
+CONTEXT = Layout(1, (4,), context=2)
 PIPELINE = Layout(2, (1, 1, 1, 1), (("num_layers_per_virtual_pipeline_stage", 1),))
 
 #: Name -> layout and flags; each against the run without any of them, on four data-parallel ranks.
 COMPARED: dict[str, tuple[Layout, dict[str, Any]]] = {
     "ep2-pp2v2-alltoall": (PIPELINE, EP2 | ALL_TO_ALL),
     "ep2-tp2-allgather": (TENSOR, EP2),
+    "ep2-cp2-alltoall": (CONTEXT, EP2 | ALL_TO_ALL),
     "ep2-tp2-alltoall": (TENSOR, EP2 | ALL_TO_ALL | {"moe_shared_expert_overlap": True}),
 }
 
