@@ -68,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_as_with_all_experts_on_every_rank(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """The same losses and gradient norms as without expert, tensor and pipeline parallelism."""
+    """The same losses and gradient norms as without expert, tensor, context and pipeline parallelism."""
     expected, found = figures(runs["whole"]), figures(runs[name])
     for what in ("loss", "grad_norm"):
         assert found[what] == pytest.approx(expected[what], rel=CLOSE, abs=0), what
