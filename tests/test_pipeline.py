@@ -68,11 +68,13 @@ DOCUMENTS |= {"eod_mask_loss": True, "calculate_per_token_loss": True}
 DOCUMENT_MODELS = {"sla": {}, "dense": dict.fromkeys(name for name in MODELS["gqa-full-short"].argv() if "sla" in name)}
 #: With middle stages on ranks of their own, on ranks that have an end too, and on ranks that read nothing themselves.
 DOCUMENT_LAYOUTS = ("pp2v2", "pp4", "tp2pp2v2", "cp2pp2v2")
+DOCUMENT_CASES = [("sla", layout) for layout in DOCUMENT_LAYOUTS] + [("dense", "pp2v2"), ("dense", "cp2pp2v2")]
 #: The same without masks, rotary embedding and learned positions; in these layouts.
 PACKED = {"reset_attention_mask": None, "reset_position_ids": None, "core_attention": "sdpa"}
 PACKED |= {"dataloader_inter_document_masking": True}
 PACKED_MODELS = {"sla": "gqa-full-short", "learned": "mha-pruned-short"}
-PACKED_LAYOUTS = ("pp1", "pp2v2", "tp2pp2v2", "cp2pp2v2")
+PACKED_CASES = [("sla", layout) for layout in ("pp1", "pp2v2", "tp2pp2v2", "cp2pp2v2")]
+PACKED_CASES += [("learned", "pp1"), ("learned", "cp2pp2v2")]
 
 
 def _documents(folder: Path, layouts: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -81,11 +83,13 @@ def _documents(folder: Path, layouts: Iterable[str]) -> dict[str, dict[str, Any]
     for layout in layouts:
         split = LAYOUTS[layout].argv() if layout in LAYOUTS else {"tensor_model_parallel_size": 1}
         for name, flags in DOCUMENT_MODELS.items():
+            if layout != "pp1" and (name, layout) not in DOCUMENT_CASES:
+                continue
             requests[f"documents.{name}.{layout}"] = model_flags("gqa-full-short", folder, **data | flags | split)
         for name, model in PACKED_MODELS.items():
             if layout == "pp1":
                 requests[f"documents.{name}.{layout}"] = model_flags(model, folder, **data | split)
-            if layout in PACKED_LAYOUTS:
+            if (name, layout) in PACKED_CASES:
                 requests[f"packed.{name}.{layout}"] = model_flags(model, folder, **data | split | PACKED)
     return {name: {"argv": flags, "pipeline": True} for name, flags in requests.items()}
 
@@ -157,8 +161,7 @@ def test_trains_as_without_a_pipeline(runs: Runs, model: str, layout: str) -> No
     assert_trains_as(runs, f"{model}.{layout}", f"{model}.pp1")
 
 
-@pytest.mark.parametrize("layout", DOCUMENT_LAYOUTS)
-@pytest.mark.parametrize("model", DOCUMENT_MODELS)
+@pytest.mark.parametrize(("model", "layout"), DOCUMENT_CASES)
 def test_every_stage_keeps_documents_apart(runs: Runs, model: str, layout: str) -> None:
     """``--reset-attention-mask`` means on each stage what it means without a pipeline; and it does mean something."""
     assert_trains_as(runs, f"documents.{model}.{layout}", f"documents.{model}.pp1")
@@ -166,8 +169,7 @@ def test_every_stage_keeps_documents_apart(runs: Runs, model: str, layout: str) 
     assert apart != pytest.approx(mixed, rel=100 * LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
-@pytest.mark.parametrize("model", PACKED_MODELS)
+@pytest.mark.parametrize(("model", "layout"), PACKED_CASES)
 def test_packed_documents_train_as_masked_ones(runs: Runs, model: str, layout: str) -> None:
     """``--dataloader-inter-document-masking`` is what ``--reset-attention-mask`` is with Megatron's own attention."""
     assert_trains_as(runs, f"packed.{model}.{layout}", f"documents.{model}.pp1")
@@ -206,8 +208,7 @@ def test_bytes_on_the_wire_are_the_lower_bound(runs: Runs, model: str, layout: s
     assert_bound(runs, f"{model}.{layout}", model, layout)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in PACKED_LAYOUTS if layout in LAYOUTS])
-@pytest.mark.parametrize("model", PACKED_MODELS)
+@pytest.mark.parametrize(("model", "layout"), [case for case in PACKED_CASES if case[1] in LAYOUTS])
 def test_so_they_are_with_packed_documents(runs: Runs, model: str, layout: str) -> None:
     """However many documents a sample has, and wherever they end."""
     assert_bound(runs, f"packed.{model}.{layout}", PACKED_MODELS[model], layout)
