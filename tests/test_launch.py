@@ -127,7 +127,7 @@ def test_bash_and_sh_read_the_same() -> None:
 @pytest.mark.parametrize(
     ("presets", "says"),
     [
-        ("gpt2-124m 3k", "no preset 3k; there are 13b 16k 16k-cp2 1b"),
+        ("gpt2-124m 3k", "no preset 3k; there are 13b 16k-cp2 16k 1b"),
         ("4k *", "no preset *; there are "),
         ("./none.flags", "no preset ./none.flags: there is no such file"),
         ("none/", "no preset none/: there is no such file"),
