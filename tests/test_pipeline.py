@@ -59,7 +59,9 @@ CASES += [
     for layout, models in zip([layout for layout in LAYOUTS if layout != "pp2v2"], cycle(OPPOSITES))
     for model in models
 ]
-REPEATED = [next(case for case in CASES if case[1] == layout) for layout in LAYOUTS]
+#: K/V that cross hops alone, that stay, that pass stages without layers, on more ranks, and over context-parallel ones.
+TWICE = ("pp2", "pp2v2", "pp2v2-empty-stages", "pp4v2", "tp2pp2v2", "cp2pp2v2")
+REPEATED = [next(case for case in CASES if case[1] == layout) for layout in TWICE]
 
 #: Short documents, which attention does not leave: all stages need the mask, those between the ends too.
 DOCUMENTS = {"mock_data": None, "split": "8,1,1", "reset_attention_mask": True, "reset_position_ids": True}
