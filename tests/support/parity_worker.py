@@ -12,11 +12,11 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sla_megatron.cpu.device import megatron_device
+from tests.support.sequences import Documents, chunks_of_ranks, share, whole_sequence
 
 VOCABULARY, SEQUENCE, BATCH, HIDDEN, HEAD_SIZE = 32, 16, 2, 32, 8
 LAYERS, HEADS = 4, 4
@@ -70,7 +70,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     reference, model, full_shapes = build(case)
     generator = torch.Generator().manual_seed(17)
-    documents = Documents(case.get("documents", [[0]] * BATCH), case.get("packed", "sbhd"))
+    documents = Documents(case.get("documents", [[0]] * BATCH), SEQUENCE, case.get("packed", "sbhd"))
     # What is offloaded is decided in a first step, and done in the next ones as in the first or otherwise.
     draws = case.get("draws", 3 if case.get("offload") else 1)
     with offloading.offloading(cpu_backend_is_active()) if case.get("offload") else nullcontext():
@@ -135,71 +135,11 @@ def compare(
         changed[:, CHANGED_TOKEN] = (tokens[:, CHANGED_TOKEN] + 1) % VOCABULARY
         moved = whole_sequence(run_model(model, changed, positions, packed)) - evaluated
     answer["evaluation"] = error(evaluated, expected_logits.detach())
-    sees = documents.read_the_change().cuda()
+    sees = documents.read_token(CHANGED_TOKEN).cuda()
     # Largest change of any logit that is not to see the changed token, and the smallest sum of changes of one that is.
     answer["before change"] = float(moved[~sees].abs().max())
     answer["after change"] = float(moved[sees].abs().sum(-1).min())
     return answer
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Where documents start in each sample, and how Megatron packs them: samples side by side (``sbhd``, for torch's
-    attention) or one after the other (``thd``)."""
-
-    starts: list[list[int]]
-    layout: str
-
-    @property
-    def are_whole_samples(self) -> bool:
-        return all(starts == [0] for starts in self.starts)
-
-    def _ends(self) -> list[list[tuple[int, int]]]:
-        return [list(zip(starts, [*starts[1:], SEQUENCE], strict=True)) for starts in self.starts]
-
-    def positions(self) -> Any:
-        """``[b, s]``, each token's place in its document."""
-        import torch
-
-        samples = [torch.cat([torch.arange(stop - start) for start, stop in ends]) for ends in self._ends()]
-        return torch.stack(samples)
-
-    def read_the_change(self) -> Any:
-        """``[b, s]``, whether a token is of the changed one's document, and not before it."""
-        import torch
-
-        ends = [next(stop for start, stop in ends if start <= CHANGED_TOKEN < stop) for ends in self._ends()]
-        places = torch.arange(SEQUENCE).expand(BATCH, -1)
-        return (places >= CHANGED_TOKEN) & (places < torch.tensor(ends)[:, None])
-
-    def each_alone(self, reference: Any, weights: dict[str, Any], tokens: Any) -> Any:
-        """The reference's logits ``[b, s, vocabulary]``, every document a run of its own."""
-        import torch
-
-        if self.are_whole_samples:
-            return reference.logits(weights, tokens)
-        samples = [
-            torch.cat([reference.logits(weights, sample[None, start:stop]) for start, stop in ends], dim=1)
-            for sample, ends in zip(tokens, self._ends(), strict=True)
-        ]
-        return torch.cat(samples)
-
-    def packed_sequences(self) -> Any:
-        """What Megatron's data loader says of documents that share a sample; ``None`` where none does."""
-        import torch
-        from megatron.core.packed_seq_params import PackedSeqParams
-
-        if self.are_whole_samples:
-            return None
-        starts = [number * SEQUENCE + start for number, starts in enumerate(self.starts) for start in starts]
-        boundaries = torch.tensor([*starts, BATCH * SEQUENCE], dtype=torch.int32).cuda()
-        return PackedSeqParams(
-            qkv_format=self.layout,
-            cu_seqlens_q=boundaries,
-            cu_seqlens_kv=boundaries,
-            max_seqlen_q=SEQUENCE,
-            max_seqlen_kv=SEQUENCE,
-        )
 
 
 def run_model(model: Any, tokens: Any, positions: Any, packed: Any) -> Any:
@@ -211,41 +151,6 @@ def run_model(model: Any, tokens: Any, positions: Any, packed: Any) -> Any:
         given = [tensor.reshape(1, -1) for tensor in given]
     logits = tensor_parallel.gather_from_tensor_model_parallel_region(model(*given, None, packed_seq_params=packed))
     return logits.view(BATCH, -1, VOCABULARY)
-
-
-def chunks_of_ranks() -> list[list[int]]:
-    """Which of ``2C`` equal chunks of the sequence each context-parallel rank holds, in its order: the first of what is
-    left and the last of it, so that causal attention costs all of them the same."""
-    from megatron.core import parallel_state
-
-    size = parallel_state.get_context_parallel_world_size()
-    return [[rank, 2 * size - 1 - rank] for rank in range(size)] if size > 1 else [[0]]
-
-
-def share(tensor: Any) -> Any:
-    """``[b, s]`` as this context-parallel rank's ``[b, s/C]``."""
-    import torch
-    from megatron.core import parallel_state
-
-    mine = chunks_of_ranks()[parallel_state.get_context_parallel_rank()]
-    chunks = tensor.chunk(sum(map(len, chunks_of_ranks())), dim=1)
-    return torch.cat([chunks[chunk] for chunk in mine], dim=1)
-
-
-def whole_sequence(tensor: Any) -> Any:
-    """``[b, s/C, ...]`` of each context-parallel rank as ``[b, s, ...]``."""
-    import torch
-    from megatron.core import parallel_state
-
-    held = chunks_of_ranks()
-    shares = [torch.empty_like(tensor) for _ in held]
-    torch.distributed.all_gather(shares, tensor.contiguous(), group=parallel_state.get_context_parallel_group())
-    found = {
-        number: chunk
-        for mine, part in zip(held, shares, strict=True)
-        for number, chunk in zip(mine, part.chunk(len(mine), dim=1), strict=True)
-    }
-    return torch.cat([found[number] for number in sorted(found)], dim=1)
 
 
 def listen_at_core_attention(model: Any) -> list[bool]:
