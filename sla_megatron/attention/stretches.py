@@ -7,6 +7,7 @@ With context parallelism a rank holds two chunks of the sequence, in the order t
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,7 +34,8 @@ class Stretch:
         return self.keys.stop - self.keys.start
 
 
-@lru_cache(maxsize=1024)
+# All layers of a microbatch ask for the same; the next one has other documents.
+@lru_cache(maxsize=128)
 def stretches(length: int, documents: tuple[int, ...] = (0,), size: int = 1, rank: int = 0) -> tuple[Stretch, ...]:
     """The rank's queries in their order, cut where its chunks end and where documents do.
 
@@ -50,16 +52,17 @@ def stretches(length: int, documents: tuple[int, ...] = (0,), size: int = 1, ran
         first, last = chunk * width, (chunk + 1) * width
         cuts = [first, *(start for start in documents if first < start < last), last]
         for start, stop in zip(cuts, cuts[1:], strict=False):
-            document = max(begin for begin in documents if begin <= start)
+            document = documents[bisect_right(documents, start) - 1]
             found.append(Stretch(slice(row, row + stop - start), slice(document, stop)))
             row += stop - start
     return tuple(found)
 
 
-def natural_order(size: int) -> list[int]:
+@lru_cache
+def natural_order(size: int) -> tuple[int, ...]:
     """Where each of the ``2 * size`` chunks, in the order of the sequence, is among all ranks' chunks, rank by rank."""
     held = [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
-    return [held.index(chunk) for chunk in range(2 * size)]
+    return tuple(held.index(chunk) for chunk in range(2 * size))
 
 
 def documents_of_samples(boundaries: Sequence[int], num_samples: int, length: int) -> tuple[tuple[int, ...], ...]:

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from ..attention.core_attention import RELIED_ON
 from ..common.errors import OFF, Refusal, refuse
-from .sla_flags import MEGATRON, SDPA
+from .asked import PACKING, has_torch_attention, is_local
 
 _REFUSED: tuple[Refusal, ...] = (
     ("transformer_impl", ("local",), "local with --core-attention sdpa"),
@@ -26,8 +26,11 @@ _REFUSED: tuple[Refusal, ...] = (
 
 _OTHERS = "--core-attention sdpa beside it, or Transformer Engine: Megatron's local attention cannot do it"
 
-#: What Megatron's local attention has no notion of: attribute, and the values that are fine with it.
-_BEYOND_LOCAL = (("context_parallel_size", (None, 1)), ("dataloader_inter_document_masking", OFF), ("sft", OFF))
+#: What Megatron's local attention has no notion of.
+_BEYOND_LOCAL: tuple[Refusal, ...] = (
+    ("context_parallel_size", (None, 1), _OTHERS),
+    *((name, OFF, _OTHERS) for name in PACKING),
+)
 
 
 def resolve_core_attention(args: Namespace) -> None:
@@ -37,9 +40,9 @@ def resolve_core_attention(args: Namespace) -> None:
     Raises:
         FlagError: for what torch's function, or Megatron's local attention, does not do.
     """
-    if getattr(args, "core_attention", MEGATRON) != SDPA:
-        if args.transformer_impl == "local":
-            refuse(args, [(name, fine, _OTHERS) for name, fine in _BEYOND_LOCAL])
+    if not has_torch_attention(args):
+        if is_local(args):
+            refuse(args, _BEYOND_LOCAL)
         return
     for name in RELIED_ON:
         name.require()

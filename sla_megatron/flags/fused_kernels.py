@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..upstream.seams import Reliance
-from .sla_flags import MEGATRON
+from .asked import has_torch_attention, is_local
 
 FUSED_GRADIENTS = Reliance(
     "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
@@ -45,12 +45,12 @@ def _found(by: Reliance) -> bool:
 
 def _lacks_norm(args: Namespace) -> bool:
     # Apex has no persistent RMSNorm: local layers have torch's with it too.
-    return args.transformer_impl == "local" and (args.normalization == "RMSNorm" or not _found(APEX))
+    return is_local(args) and (args.normalization == "RMSNorm" or not _found(APEX))
 
 
 def _lacks_softmax(args: Namespace) -> bool:
     # Imported by the first forward pass alone.
-    is_used = args.transformer_impl == "local" and args.core_attention == MEGATRON
+    is_used = is_local(args) and not has_torch_attention(args)
     return is_used and importlib.util.find_spec("scaled_masked_softmax_cuda") is None
 
 

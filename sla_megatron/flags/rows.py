@@ -39,11 +39,3 @@ def refuse_rows(args: Namespace, rows: Iterable[Row]) -> None:
         value = getattr(value, "name", value)
         if value not in row.fine and row.when(given):
             raise FlagError(flag_of(row.name), value, row.accepted)
-
-
-def step_is_a_graph(args: Namespace) -> bool:
-    return args.cuda_graph_impl == "full_iteration"
-
-
-def is_local(args: Namespace) -> bool:
-    return args.transformer_impl == "local"

@@ -11,7 +11,8 @@ from argparse import Namespace
 
 from ..common.errors import OFF, flag_of
 from ..cpu.backend import cpu_backend_is_active
-from .rows import Row, is_local
+from .asked import is_local
+from .rows import Row
 from .unhonoured_layers import LAYERS
 from .unhonoured_positions import DOCUMENTS, POSITIONS
 

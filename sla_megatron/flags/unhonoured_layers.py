@@ -5,7 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..common.errors import OFF
-from .rows import Row, is_local, step_is_a_graph
+from .asked import is_local, step_is_a_graph
+from .rows import Row
 
 
 def _fused_gelu(args: Namespace) -> bool:

@@ -6,8 +6,8 @@ from argparse import Namespace
 
 from ..common.errors import OFF
 from . import rope_scaling
-from .rows import Row, step_is_a_graph
-from .sla_flags import MEGATRON, SDPA
+from .asked import PACKING, has_torch_attention, packs_documents, step_is_a_graph
+from .rows import Row
 
 _NEEDS_ROPE = "--position-embedding-type rope beside it"
 
@@ -31,16 +31,7 @@ def _attention_of_te(args: Namespace) -> bool:
 
 def _fused_softmax(args: Namespace) -> bool:
     """Whether the kernel that makes its own mask may stand in for Megatron's local attention."""
-    return (args.bf16 or args.fp16) and args.masked_softmax_fusion and not _sdpa(args)
-
-
-def _packed(args: Namespace) -> bool:
-    """Whether samples hold several documents, or conversations, that attention is told of in place of a mask."""
-    return args.dataloader_inter_document_masking or args.sft
-
-
-def _sdpa(args: Namespace) -> bool:
-    return getattr(args, "core_attention", MEGATRON) == SDPA
+    return (args.bf16 or args.fp16) and args.masked_softmax_fusion and not has_torch_attention(args)
 
 
 POSITIONS = (
@@ -101,7 +92,7 @@ POSITIONS = (
 #: Documents in one sample, and conversations.
 DOCUMENTS = (
     *(
-        Row(name, OFF, "no such flag beside --dataloader-inter-document-masking or --sft: these do it", _packed)
+        Row(name, OFF, "no such flag beside --dataloader-inter-document-masking or --sft: these do it", packs_documents)
         for name in ("reset_attention_mask", "reset_position_ids")
     ),
     *(
@@ -110,20 +101,22 @@ DOCUMENTS = (
             OFF,
             "--micro-batch-size 1 or --core-attention sdpa beside it with a pipeline: for Transformer Engine samples "
             "are put one after the other, and stages expect them side by side",
-            lambda args: args.micro_batch_size != 1 and args.pipeline_model_parallel_size > 1 and not _sdpa(args),
+            lambda args: (
+                args.micro_batch_size != 1 and args.pipeline_model_parallel_size > 1 and not has_torch_attention(args)
+            ),
         )
-        for name in ("dataloader_inter_document_masking", "sft")
+        for name in PACKING
     ),
     Row(
         "dataloader_inter_document_masking",
         OFF,
         "--core-attention sdpa beside it with context parallelism: Transformer Engine takes each document to be split "
         "over the ranks, Megatron splits the sequence",
-        lambda args: args.context_parallel_size > 1 and not _sdpa(args),
+        lambda args: args.context_parallel_size > 1 and not has_torch_attention(args),
     ),
     *(
         Row(name, OFF, "no --cuda-graph-impl full_iteration: documents end elsewhere in each step", step_is_a_graph)
-        for name in ("dataloader_inter_document_masking", "sft")
+        for name in PACKING
     ),
     Row("sft", OFF, "--tokenizer-type SFTTokenizer beside it", lambda args: args.tokenizer_type != "SFTTokenizer"),
     Row("sft", OFF, "--data-path FILE.jsonl beside it, no --mock-data", lambda args: args.mock_data),
@@ -131,13 +124,13 @@ DOCUMENTS = (
         "sft",
         OFF,
         "--no-create-attention-mask-in-dataloader or --core-attention sdpa beside it",
-        lambda args: args.create_attention_mask_in_dataloader and not _sdpa(args),
+        lambda args: args.create_attention_mask_in_dataloader and not has_torch_attention(args),
     ),
     Row(
         "mtp_num_layers",
         OFF,
         "no --mtp-num-layers with documents in one sample and --core-attention sdpa: Megatron moves tokens on over "
         "documents' ends",
-        lambda args: _packed(args) and _sdpa(args),
+        lambda args: packs_documents(args) and has_torch_attention(args),
     ),
 )

@@ -22,7 +22,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from ..flags.sla_flags import MEGATRON
+from ..flags.asked import has_torch_attention, packs_documents
 from .further_tokens import predicts_further_tokens
 
 #: What attention reads of a batch: a mask [b, 1, s, s]; or where documents start in the samples, [b, s + 1], and the
@@ -59,12 +59,7 @@ def _reads_batches(args: Namespace, vp_stage: int | None) -> bool:
     With ``--reset-attention-mask`` upstream reads where tokens are needed alone, and attention elsewhere is then causal
     over all documents.
     """
-    return args.reset_attention_mask or _are_packed(args) or _needs_tokens(args, vp_stage)
-
-
-def _are_packed(args: Namespace) -> bool:
-    """Whether batches say where documents, or conversations, start, in place of a mask."""
-    return args.dataloader_inter_document_masking or args.sft
+    return args.reset_attention_mask or packs_documents(args) or _needs_tokens(args, vp_stage)
 
 
 def _needs_tokens(args: Namespace, vp_stage: int | None) -> bool:
@@ -118,7 +113,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         batch = {key: None if read.get(key) is None else read[key].cuda(non_blocking=True) for key in _BATCH_KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=_are_packed(args),
+        has_cu_seqlens=packs_documents(args),
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -133,8 +128,8 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         # Between the ends upstream would broadcast nothing, the mask neither.
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage() or not needs_tokens,
     )
-    if _are_packed(args):
-        batch = _documents_together(batch, args.core_attention)
+    if packs_documents(args):
+        batch = _documents_together(batch, has_torch_attention(args))
     if not needs_tokens:
         batch = dict.fromkeys(_BATCH_KEYS) | {key: batch[key] for key in _FOR_ATTENTION}
     return get_batch_on_this_cp_rank(
@@ -143,17 +138,18 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         cp_group=parallel_state.get_context_parallel_group(),
         # As without documents: chunks of the sequence, wherever they end.  Conversations are padded for Transformer
         # Engine, which wants chunks of each.
-        use_per_sequence_balancing=not args.sft or args.core_attention != MEGATRON,
+        use_per_sequence_balancing=not args.sft or has_torch_attention(args),
     )
 
 
-def _documents_together(batch: dict[str, Tensor | None], core_attention: str) -> dict[str, Tensor | None]:
+def _documents_together(batch: dict[str, Tensor | None], stay_samples: bool) -> dict[str, Tensor | None]:
     """``batch`` with documents counted over all samples, ``cu_seqlens`` ``[1, documents + 1]``.
 
-    Transformer Engine wants the samples one after the other too, each tensor ``[1, b * s]``.
+    Unless they ``stay_samples``, samples are put one after the other too, each tensor ``[1, b * s]``, as Transformer
+    Engine wants them.
     """
     together = flatten_batch_for_packed_sequences(dict(batch))
-    return together if core_attention == MEGATRON else batch | {key: together[key] for key in _FOR_ATTENTION}
+    return batch | {key: together[key] for key in _FOR_ATTENTION} if stay_samples else together
 
 
 def packed_sequences(batch: dict[str, Tensor | None]) -> PackedSeqParams | None:
@@ -167,10 +163,10 @@ def packed_sequences(batch: dict[str, Tensor | None]) -> PackedSeqParams | None:
         return None
     documents = cu_seqlens.squeeze(0)
     update_seqlen_stats_from_cu_seqlens(documents)
-    if args.core_attention == MEGATRON:
-        longest, layout = int(batch["max_seqlen"].item()), {"qkv_format": "thd", "tokens_per_sample": args.seq_length}
-    else:
+    if has_torch_attention(args):
         longest, layout = args.seq_length, {"qkv_format": "sbhd"}
+    else:
+        longest, layout = int(batch["max_seqlen"].item()), {"qkv_format": "thd", "tokens_per_sample": args.seq_length}
     return PackedSeqParams(
         cu_seqlens_q=documents, cu_seqlens_kv=documents, max_seqlen_q=longest, max_seqlen_kv=longest, **layout
     )

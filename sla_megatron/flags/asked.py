@@ -1,0 +1,30 @@
+"""What arguments ask for, where several places look at it.  Pure Python."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from .sla_flags import MEGATRON, SDPA
+
+#: Flags with which samples hold several documents, or conversations, that attention is told of in place of a mask.
+PACKING = ("dataloader_inter_document_masking", "sft")
+
+
+def packs_documents(args: Namespace) -> bool:
+    """Whether one of :data:`PACKING` is given."""
+    return any(getattr(args, name) for name in PACKING)
+
+
+def has_torch_attention(args: Namespace) -> bool:
+    """``--core-attention sdpa``; arguments of a parser that does not know it have Megatron's."""
+    return getattr(args, "core_attention", MEGATRON) == SDPA
+
+
+def is_local(args: Namespace) -> bool:
+    """``--transformer-impl local``."""
+    return args.transformer_impl == "local"
+
+
+def step_is_a_graph(args: Namespace) -> bool:
+    """``--cuda-graph-impl full_iteration``."""
+    return args.cuda_graph_impl == "full_iteration"
