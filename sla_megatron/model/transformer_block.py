@@ -1,4 +1,4 @@
-"""The transformer block of a skip-layer model: opens a microbatch, and between pipeline stages packs and unpacks it.
+"""The transformer block of a skip-layer model.
 
 Megatron's models name their block's class; while one is built, that name is ours (:func:`sla_transformer_blocks`).
 """
@@ -13,16 +13,11 @@ from typing import Any
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_pg_rank, get_pg_size
-from torch import Tensor
 
-from ..attention.microbatch_kv import microbatch
 from ..attention.sla_config import SLAConfig
 from ..pipeline.megatron_layout import pipeline_layout
-from ..pipeline.routes import RoutePlan, StageTraffic
-from ..pipeline.step import current_step
-from ..pipeline.transport import install_transport
-from ..upstream.seams import Reliance, Seam, SeamError, replaced
+from ..upstream.seams import Reliance, Seam, replaced
+from .crossing import CrossLayerBlock
 from .layer_specs import Spec, sla_layer_spec, torch_attention_in_further_layers, torch_attention_spec
 from .recomputation import CHECKPOINTED_FORWARD
 from .schedule_plan import install_sharing_in_plans
@@ -35,62 +30,30 @@ OVERRIDDEN = (
     ),
     Reliance(
         "megatron.core.transformer.transformer_block:TransformerBlock.forward",
-        "overridden by SLATransformerBlock, to open a microbatch",
+        "overridden by CrossLayerBlock, to open a microbatch",
     ),
 )
 
 
-class SLATransformerBlock(TransformerBlock):
+class CrossLayerTransformerBlock(CrossLayerBlock, TransformerBlock):
+    """Upstream's ``TransformerBlock``, whose layers make tensors that later ones read."""
+
+    checkpoint_seams = (CHECKPOINTED_FORWARD,)
+
+
+class SLATransformerBlock(CrossLayerTransformerBlock):
     """Upstream's ``TransformerBlock``, whose forward is one microbatch of shared K/V.
 
     Args:
         spec: of a layer or of the block, with upstream's self-attention, which is replaced (``layer_specs.py``).
         sla: the model's skip-layer attention; the other arguments are upstream's.
-
-    Attributes:
-        route_plan: where K/V go between the stages of a pipeline; ``None`` without one.
-        traffic: what this virtual stage does of it.
     """
 
     def __init__(self, config: TransformerConfig, spec: Spec, *args: Any, sla: SLAConfig, **kwargs: Any) -> None:
         super().__init__(config, sla_layer_spec(spec, sla), *args, **kwargs)
-        self.route_plan: RoutePlan | None = None
-        self.traffic: StageTraffic | None = None
-        if config.pipeline_model_parallel_size > 1:
-            self._join_pipeline(sla)
+        self.join_pipeline(sla, partial(pipeline_layout, config), self.vp_stage or 0)
         if config.overlap_moe_expert_parallel_comm:
             install_sharing_in_plans()
-
-    def _join_pipeline(self, sla: SLAConfig) -> None:
-        groups = self.pg_collection
-        self.route_plan = RoutePlan(sla, pipeline_layout(self.config), get_pg_size(groups.tp))
-        layout = self.route_plan.layout
-        stage = layout.stage(get_pg_rank(groups.pp), self.vp_stage or 0)
-        built = tuple(layer.layer_number for layer in self.layers)
-        if built != layout.stages[stage]:
-            raise SeamError(f"Megatron built layers {built} in virtual stage {stage}, expected {layout.stages[stage]}")
-        self.traffic = self.route_plan.traffic(stage, get_pg_rank(groups.tp))
-        if not self.route_plan.moves_nothing:
-            install_transport()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As upstream; with pipeline stages the input may be a payload, and the result is one where K/V leave.
-
-        Raises ``RuntimeError`` for inference contexts: Megatron-side generation is not supported.
-        """
-        if kwargs.get("inference_context") is not None or kwargs.get("inference_params") is not None:
-            raise RuntimeError("Megatron-side text generation is not supported with --sla")
-        # Installed only where upstream will call it: a seam's checks do not belong in every microbatch.
-        recomputes = self.config.recompute_granularity == "full" and self.training
-        with replaced([CHECKPOINTED_FORWARD] if recomputes else []), microbatch() as kv:
-            if self.traffic is None or self.traffic.is_none:
-                return super().forward(*args, **kwargs)
-            step = current_step()
-            self.input_tensor = step.enter(self.traffic, kv, self.input_tensor, keeps_reads=recomputes)
-            hidden_states = super().forward(*args, **kwargs)
-            # Upstream would hold on to it until the next microbatch.
-            self.input_tensor = None
-            return step.leave(self.traffic, kv, hidden_states)
 
 
 def torch_attention_block(config: TransformerConfig, spec: Spec, *args: Any, block: Any, **kwargs: Any) -> Any:

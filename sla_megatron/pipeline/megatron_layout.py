@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from ..common.patterns import kinds, segments
 from .layout import PipelineLayout
 
 
@@ -34,3 +35,34 @@ def pipeline_layout(config: TransformerConfig) -> PipelineLayout:
                 offset = get_transformer_layer_offset(config, vp_stage, rank)
             stages.append(tuple(range(offset + 1, offset + count + 1)))
     return PipelineLayout(size, tuple(stages), config.mtp_num_layers or 0, further_stage)
+
+
+def hybrid_layout(
+    pattern: str, pipeline_size: int, first: int | None = None, last: int | None = None
+) -> PipelineLayout:
+    """The layout that Megatron builds from a ``--hybrid-layer-pattern``; it counts layers of all kinds.
+
+    Restates ``megatron.core.models.hybrid.hybrid_layer_allocation:select_pipeline_segment``, which needs process
+    groups: with ``|`` each segment is a virtual stage, without each rank has as many layers, but for the ends.
+
+    Args:
+        pattern: the pattern; what it says of further tokens is left out.
+        pipeline_size: ``P``.
+        first, last: layers of the first and the last rank, where they are given
+            (``--decoder-first-pipeline-num-layers``, ``--decoder-last-pipeline-num-layers``).
+
+    Raises:
+        ValueError: where the layers do not divide so.
+    """
+    found = segments(pattern)
+    if len(found) > 1:
+        if first is not None or last is not None:
+            raise ValueError(f"the pattern {pattern!r} says itself which layers the first and the last stage have")
+        return PipelineLayout.of_sizes(pipeline_size, map(len, found))
+    given = [size for size in (first, last) if size is not None]
+    middle, ranks = len(kinds(pattern)) - sum(given), pipeline_size - len(given)
+    if middle < 0 or (middle % ranks if ranks else middle):
+        raise ValueError(f"the {middle} layers of {pattern!r} do not divide over {ranks} pipeline ranks")
+    sizes = [middle // ranks] * ranks if ranks else []
+    sizes = ([first] if first is not None else []) + sizes + ([last] if last is not None else [])
+    return PipelineLayout.of_sizes(pipeline_size, sizes)
