@@ -7,6 +7,8 @@ PYTHON ?=
 QUICKSTART_ARGS ?=
 # Passed on to pytest, such as PYTEST_ARGS="-k quickstart -x".
 PYTEST_ARGS ?=
+# How many tests run at once; those of one file follow each other.
+TEST_WORKERS ?= 2
 # How long `make gpu-report` may take, and what is passed on to it, such as GPU_REPORT_ARGS="--rows checks loss".
 MINUTES ?= 10
 GPU_REPORT_ARGS ?=
@@ -29,7 +31,7 @@ quickstart: $(STAMP) ## train a dense and an SLA GPT on real text, compare them 
 	@$(RUN) examples.quickstart.run $(QUICKSTART_ARGS)
 
 test: $(STAMP) ## run the tests that need no GPU
-	@$(RUN) pytest -q -m "not gpu" $(PYTEST_ARGS)
+	@$(RUN) pytest -q -m "not gpu" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, formatting, and which folder imports which
 	@$(RUN) ruff check .

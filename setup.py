@@ -31,7 +31,7 @@ EXTRAS_REQUIRE = {
     "plot": ["matplotlib"],
     # What examples/evaluate runs exported models with.
     "eval": ["lm-eval"],
-    "dev": ["pytest", "hypothesis", "ruff", "import-linter", "packaging", "matplotlib", "lm-eval"],
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "packaging", "matplotlib", "lm-eval"],
 }
 
 setup(
