@@ -10,7 +10,6 @@ from argparse import Namespace
 
 from ..attention.sla_config import SLAConfig, compact_ranges, default_num_skip_groups, default_skip_distance
 from ..common.errors import OFF, FlagError, Refusal, flag_of, refuse
-from ..common.patterns import attention_layers
 from ..pipeline.schedule import Schedule
 
 #: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
@@ -25,6 +24,7 @@ _REFUSED: tuple[Refusal, ...] = (
     ("linear_attention_freq", OFF, "no linear attention with --sla"),
     ("heterogeneous_layers_config_path", OFF, "equal layers with --sla"),
     ("heterogeneous_layers_config_encoded_json", OFF, "equal layers with --sla"),
+    ("hybrid_layer_pattern", OFF, "a GPT with --sla, no hybrid model"),
     ("qk_clip", OFF, "no --qk-clip with --sla: it rescales a layer's own keys by logits that came from others"),
     (
         "cuda_graph_impl",
@@ -57,19 +57,13 @@ def sla_config_from_args(args: Namespace) -> SLAConfig | None:
     if not getattr(args, "sla", False):
         return None
     return SLAConfig(
-        num_layers=_attention(args),
+        num_layers=args.num_layers,
         num_query_groups=num_query_groups(args),
         skip_distances=tuple(args.sla_skip_distance),
         num_skip_groups=args.sla_num_skip_groups,
-        layers=None if args.sla_layers is None else parse_layers(args.sla_layers, _attention(args)),
+        layers=None if args.sla_layers is None else parse_layers(args.sla_layers, args.num_layers),
         kv_projection=args.sla_kv_projection,
     )
-
-
-def _attention(args: Namespace) -> int:
-    if getattr(args, "hybrid_layer_pattern", None):
-        return len(attention_layers(args.hybrid_layer_pattern))
-    return args.num_layers
 
 
 def num_query_groups(args: Namespace) -> int:
@@ -134,7 +128,7 @@ def _check_cuda_graph(args: Namespace) -> None:
 def _resolve_shape(args: Namespace) -> None:
     groups = num_query_groups(args)
     if args.sla_skip_distance is None:
-        args.sla_skip_distance = [default_skip_distance(_attention(args))]
+        args.sla_skip_distance = [default_skip_distance(args.num_layers)]
     if not args.sla_skip_distance or min(args.sla_skip_distance) < 1:
         raise FlagError("--sla-skip-distance", args.sla_skip_distance, "one or more integers >= 1")
     if args.sla_num_skip_groups is None:
@@ -154,7 +148,7 @@ def _resolve_shape(args: Namespace) -> None:
 def _check_layers(args: Namespace) -> None:
     if args.sla_layers is None:
         return
-    layers = parse_layers(args.sla_layers, _attention(args))
+    layers = parse_layers(args.sla_layers, args.num_layers)
     nearest = min(args.sla_skip_distance)
     too_early = [layer for layer in layers if layer <= nearest]
     if too_early:
@@ -274,7 +268,7 @@ def _check_projection(args: Namespace) -> None:
             "--optimizer", args.optimizer, f"{' or '.join(_PRUNED_OPTIMIZERS)} with --sla-kv-projection pruned"
         )
     sla, size = sla_config_from_args(args), args.tensor_model_parallel_size
-    for layer in range(1, sla.num_layers + 1):
+    for layer in range(1, args.num_layers + 1):
         live = sla.live_groups(layer)
         shares = [sum(g in sla.rank_groups(size, rank) for g in live) for rank in range(size)]
         if len(set(shares)) > 1:
