@@ -1,7 +1,7 @@
 """Skip-layer attention in plain PyTorch, to compare Megatron with.  No Megatron, no code of ``sla_megatron``.
 
-A GPT, or a hybrid model, as one function of its weights.  It follows the method's definition to the letter and nothing else: no
-parallelism, no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of
+A GPT, or a hybrid model, as one function of its weights.  It follows the method's definition to the letter and nothing
+else: no parallelism, no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of
 ``linear_qkv``: group after group, ``q .. q k v``, or ``q .. q`` where the group's K/V are left out.
 
 Shapes: b batch, s sequence, h hidden, d head size.  Layers are numbered 1..L, groups 0..G-1.
