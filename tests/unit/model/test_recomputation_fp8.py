@@ -86,42 +86,15 @@ def models(one_rank: None) -> dict[str, Any]:
     return built
 
 
-class MeanSoFar(torch.nn.Module):
-    """Stands for Mamba's layer, whose kernels are not here: with its arguments, and a tensor as its result."""
-
-    def __init__(self, config: Any, layer_number: int, pg_collection: Any, pp_layer_offset: int, name: str) -> None:
-        super().__init__()
-        self.config, self.layer_number = config, layer_number
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: Any = None,
-        inference_context: Any = None,
-        rotary_pos_emb: Any = None,
-        *,
-        inference_params: Any = None,
-        packed_seq_params: Any = None,
-    ) -> torch.Tensor:
-        """``[s, b, h]``."""
-        count = torch.arange(1, hidden_states.shape[0] + 1).view(-1, 1, 1)
-        return hidden_states + hidden_states.cumsum(0) / count
-
-
 @pytest.fixture(scope="module")
 def hybrids(one_rank: None) -> dict[str, Any]:
     """A dense hybrid model and one with skip-layer attention, of the same layers."""
-    from dataclasses import replace
-
     from megatron.core.models.hybrid.hybrid_model import HybridModel
-    from megatron.core.transformer.spec_utils import ModuleSpec
 
     from sla_megatron import sla_hybrid_stack_spec
-    from sla_megatron.model.hybrid_specs import local_hybrid_stack_spec
+    from tests.support.hybrid_layers import with_mean
 
-    spec = local_hybrid_stack_spec(config())
-    dense = replace(spec, submodules=replace(spec.submodules, mamba_layer=ModuleSpec(MeanSoFar)))
-    built = {}
+    dense, built = with_mean(config()), {}
     for name, stack in (("dense", dense), ("sla", sla_hybrid_stack_spec(dense, SLAConfig(3, 4, (1, 2), 3), PATTERN))):
         torch.manual_seed(3)
         built[name] = HybridModel(config(), stack, VOCABULARY, SEQUENCE, hybrid_layer_pattern=PATTERN).train()
