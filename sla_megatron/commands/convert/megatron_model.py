@@ -139,19 +139,20 @@ def sharded_tensors(
     return state, tensors()
 
 
-def fill(model: Any, source: Any, vocabulary_rows: int) -> dict[str, Any]:
+def fill(model: Any, source: Any, vocabulary_rows: int, args: Namespace) -> dict[str, Any]:
     """Give ``model`` the weights of ``source``; returns what Megatron saves of it.
 
     Args:
         model: as :func:`build` made it.
         source: of the same architecture.
         vocabulary_rows: of the model, padding included.
+        args: that it was built of.
 
     Raises:
         ConvertError: if the model has a tensor that the source says nothing about.
     """
     state, tensors = sharded_tensors(model)
-    assembler = Assembler(source, vocabulary_rows)
+    assembler = Assembler(source, vocabulary_rows, args)
     with torch.no_grad():
         for key, layer, data, offsets in tensors:
             whole = assembler.tensor(key, layer)

@@ -26,6 +26,7 @@ from .architecture import config_from_args
 from .errors import ConvertError
 from .mapping import GATE, KEY, QUERY, UP, VALUE, VOCABULARY, Entry, entries, qkv_rows
 from .stored_arguments import require_understood
+from .stored_keys import StoredKeys
 
 #: How the keys of layers that predict further tokens begin.
 _FURTHER = "mtp."
@@ -49,6 +50,11 @@ def checkpoint_folder(path: Path) -> Path:
     if not (path / ".metadata").exists() or not (path / "metadata.json").exists():
         raise ConvertError(f"{path}: no torch_dist checkpoint (.metadata, metadata.json), or not a complete one")
     return path
+
+
+def holds_weights(key: str) -> bool:
+    """Whether a key of a checkpoint is of the model, not of its optimizer or the run."""
+    return not key.startswith(_NO_WEIGHTS)
 
 
 class _Reader(FileSystemReader):
@@ -113,6 +119,7 @@ class MegatronSource:
         self.path, self.args = folder, args
         require_understood(Namespace(**vars(args) | {"mtp_num_layers": None}) if drop_mtp else args)
         self.config: Mapping[str, Any] = config_from_args(args, vocab_size)
+        self._keys = StoredKeys(args)
         self._reader = _Reader(folder)
         passed_over = _FURTHER if drop_mtp else ()
         stored = stored_tensors(folder, self._reader)
@@ -148,11 +155,7 @@ class MegatronSource:
 
     def _key(self, entry: Entry) -> tuple[str, int | None]:
         """The checkpoint's key, and which layer of it: layers of one shape are stored as one tensor."""
-        if entry.layer is None:
-            return entry.megatron, None
-        if entry.megatron in self._stored:
-            return entry.megatron, entry.layer
-        return entry.megatron.replace("decoder.layers.", f"decoder.layers.{entry.layer}."), None
+        return self._keys.place(entry.megatron, entry.layer, self._stored)
 
     def _whole(self, entry: Entry) -> Tensor:
         """The Megatron tensor that ``entry`` is part of; the last one is kept: its parts are asked for in turn."""
@@ -218,5 +221,5 @@ def stored_tensors(folder: Path, reader: FileSystemReader | None = None) -> dict
     return {
         key: stored
         for key, stored in metadata.state_dict_metadata.items()
-        if isinstance(stored, TensorStorageMetadata) and not key.startswith(_NO_WEIGHTS)
+        if isinstance(stored, TensorStorageMetadata) and holds_weights(key)
     }
