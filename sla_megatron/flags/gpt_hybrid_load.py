@@ -31,7 +31,7 @@ from ..upstream.seams import Reliance, SeamError, Wrapping, wrap_once
 from .asked import hybrid_pattern
 
 #: What a hybrid model stores and a GPT does not: nothing, in a place of its own.
-_NOT_IN_GPTS = "output_layer._extra_state"
+NOT_IN_GPTS = "output_layer._extra_state"
 
 
 def mlp_kinds(args: Namespace) -> str:
@@ -87,7 +87,7 @@ class Across:
         if not isinstance(entry, ShardedBase):
             return entry
         name = self.pairs.to_gpt(entry.key)
-        if name is None or entry.key.endswith(_NOT_IN_GPTS):
+        if name is None or entry.key.endswith(NOT_IN_GPTS):
             return LocalNonpersistentObject(entry.data)
         entry.key = name
         return entry

@@ -38,6 +38,9 @@ _OTHER_KINDS = {
     "/": "layers that predict further tokens",
 }
 
+# Megatron builds the rotary embedding of a hybrid model without them.
+_NOT_IN_HYBRIDS = ("use_rope_scaling", "rotary_interleaved")
+
 #: The format's ``model_type``.
 MODEL_TYPE = "sla_gpt"
 
@@ -109,6 +112,9 @@ def _num_layers(args: Namespace) -> int:
     main = kinds(pattern)
     if not main or main != "*-" * (len(main) // 2):
         raise ConvertError(f"{shown}: layers do not pair up: expected an MLP (-) after each attention (*), as *-*-")
+    for name in _NOT_IN_HYBRIDS:
+        if getattr(args, name):
+            raise ConvertError(f"{flag_of(name)}: Megatron's hybrid models do not compute with it what its GPTs do")
     return len(main) // 2
 
 

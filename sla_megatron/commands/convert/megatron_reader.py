@@ -52,11 +52,6 @@ def checkpoint_folder(path: Path) -> Path:
     return path
 
 
-def holds_weights(key: str) -> bool:
-    """Whether a key of a checkpoint is of the model, not of its optimizer or the run."""
-    return not key.startswith(_NO_WEIGHTS)
-
-
 class _Reader(FileSystemReader):
     """Reads the metadata once: it lists every shard of weights and optimizer."""
 
@@ -214,12 +209,14 @@ class MegatronSource:
 
 def stored_tensors(folder: Path, reader: FileSystemReader | None = None) -> dict[str, TensorStorageMetadata]:
     """The model's tensors in a checkpoint, by key.  Raises ``ConvertError`` for metadata that cannot be read."""
+    found = stored_metadata(folder, reader).items()
+    return {key: stored for key, stored in found if isinstance(stored, TensorStorageMetadata)}
+
+
+def stored_metadata(folder: Path, reader: FileSystemReader | None = None) -> dict[str, Any]:
+    """Likewise, of tensors and of whatever else is stored of a model."""
     try:
         metadata = (reader or FileSystemReader(folder)).read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, ValueError) as error:
         raise ConvertError(f"{folder / '.metadata'} cannot be read: {last_line(error)}") from error
-    return {
-        key: stored
-        for key, stored in metadata.state_dict_metadata.items()
-        if isinstance(stored, TensorStorageMetadata) and holds_weights(key)
-    }
+    return {key: stored for key, stored in metadata.state_dict_metadata.items() if not key.startswith(_NO_WEIGHTS)}

@@ -12,23 +12,23 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ...common.errors import last_line
 from ...common.layer_pairs import MLP, LayerPairs, split_layer
 from ...common.patterns import kinds
 from ...common.tokenizers import CARRIED
 from ...flags.asked import hybrid_pattern
-from ...flags.gpt_hybrid_load import mlp_kinds, stores_numbered_layers
+from ...flags.gpt_hybrid_load import NOT_IN_GPTS, mlp_kinds, stores_numbered_layers
 from .commands import stored_args
 from .errors import ConvertError
 from .megatron_model import CONTENT, megatron_alone
-from .megatron_reader import TRACKER, checkpoint_folder, holds_weights
+from .megatron_reader import TRACKER, checkpoint_folder, stored_metadata
 from .megatron_writer import RELEASE
 from .output import finished_folder
 
@@ -141,15 +141,20 @@ def _write(
 
 
 def _stored(folder: Path) -> Iterator[tuple[Any, Any]]:
-    """Each tensor and object of the model in ``folder``: what Megatron knows of it, and its data."""
+    """Each tensor and object of the model in ``folder``: as Megatron asks for all of it, and its data."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
+    wanted: dict[str, Any] = {}
+    # Megatron's own listing does not know all that a new torch says of a tensor.
+    for key, stored in stored_metadata(folder).items():
+        if isinstance(stored, TensorStorageMetadata):
+            whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+            wanted[key] = ShardedTensor.from_rank_offsets(key, whole)
+        else:
+            wanted[key] = ShardedObject.empty_from_unique_key(key)
     try:
-        # It prints what it skips.
-        with redirect_stdout(StringIO()):
-            found = dist_checkpointing.load_sharded_metadata(str(folder))
-            wanted = {key: entry for key, entry in found.items() if holds_weights(key)}
-            loaded = dist_checkpointing.load(dict(wanted), str(folder), validate_access_integrity=False)
+        loaded = dist_checkpointing.load(dict(wanted), str(folder))
     except (Exception, CheckpointException) as error:
         raise ConvertError(f"{folder} cannot be read: {last_line(error)}") from error
     for key, entry in wanted.items():
@@ -158,6 +163,10 @@ def _stored(folder: Path) -> Iterator[tuple[Any, Any]]:
 
 def _in_stack(folder: Path, pairs: LayerPairs) -> Iterator[Any]:
     """A GPT's tensors as a hybrid model stores them: every layer under a number of its own."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    # Nothing, which a GPT does not store.
+    yield ShardedObject(NOT_IN_GPTS, None, (1,), (0,))
     for entry, data in _stored(folder):
         name, layer = split_layer(entry.key)
         if layer is not None or "decoder.layers." not in name:
@@ -175,7 +184,7 @@ def _in_gpt(folder: Path, pairs: LayerPairs, numbered: bool) -> Iterator[Any]:
     """A hybrid model's tensors as a GPT stores them: with numbers, or as one tensor of all layers."""
     count = len(pairs.attention)
     for entry, data in _stored(folder):
-        if entry.key.endswith("output_layer._extra_state"):
+        if entry.key == NOT_IN_GPTS:
             continue
         key = pairs.to_gpt(entry.key)
         name, layer = split_layer(key)
