@@ -17,6 +17,7 @@ from ...cpu.replacements import replacements
 from ...flags.arguments import PARSING
 from ...flags.checkpoint_settings import CHECKED_ON_LOADING
 from ...flags.fused_kernels import APEX, FUSED_GRADIENTS, FUSED_ROTARY
+from ...flags.gpt_hybrid_load import ACROSS_KINDS
 from ...model import builder, hybrid_stack, transformer_block
 from ...model.mamba_parts import MAMBA_PARTS
 from ...model.recomputation import CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD
@@ -40,6 +41,7 @@ PLANS = "with --sla, from when the first block with --overlap-moe-expert-paralle
 PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is built"
 CORE_ATTENTION = "with --core-attention sdpa"
 LOCAL = "with --non-persistent-ckpt-type local, where checkpoints are loaded, with --sla or without"
+ACROSS = "where a hybrid model's checkpoint is loaded into a GPT, or a GPT's with numbered layers into a hybrid model"
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
 SAVE = "with --sla and --save, from our entry point, until upstream saves tokenizers itself"
 FSDP2 = "with --use-torch-fsdp2, from our entry point, with --sla or without"
@@ -89,6 +91,7 @@ def registry() -> list[Entry]:
         *_entries(CORE_ATTENTION, [*RELIED_ON, transformer_block.FURTHER_LAYERS]),
         *_entries(MAMBA, MAMBA_PARTS),
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
+        *_entries(ACROSS, ACROSS_KINDS),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(SAVE, [SAVE_CONFIG]),
         *_entries(FSDP2, [LOCAL_TENSOR]),
