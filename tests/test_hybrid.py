@@ -12,9 +12,26 @@ from typing import Any
 
 import pytest
 
+from sla_megatron.attention.declared import declare
+from sla_megatron.attention.numbering import LayerNumbers
+from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.pipeline.layout import PipelineLayout
+from sla_megatron.pipeline.payload import MicrobatchShape
+from sla_megatron.pipeline.routes import RoutePlan
 from tests.support.launch import run_worker
 from tests.support.parity import relative_errors
-from tests.support.pipelines import GLOBAL_BATCH, MICRO_BATCH, ROPE, Layout, Model, expected_wire
+from tests.support.pipelines import (
+    GLOBAL_BATCH,
+    GROUPS,
+    HIDDEN,
+    MICRO_BATCH,
+    ROPE,
+    SEQUENCE,
+    Layout,
+    Model,
+    expected_wire,
+    hop_elements,
+)
 from tests.support.runs import argv
 from tests.test_pipeline import Runs, assert_same_figures, assert_same_gradients
 
@@ -208,6 +225,23 @@ def test_bytes_on_the_wire_are_the_lower_bound(runs: Runs, name: str, layout: st
             for what in ("sent", "received"):
                 found = {way: Counter(map(math.prod, shapes)) for way, shapes in step[what].items()}
                 assert found == {way: +counted for way, counted in expected[what].items()}, (rank, what)
+
+
+@pytest.mark.parametrize(("name", "layout"), SPLITS)
+def test_the_plan_says_so(name: str, layout: str) -> None:
+    """Payloads of the plan that the transport goes by, and ``sla-plan`` prints, against the same bound."""
+    (pattern, model), (stages, _) = MODELS[name], SPLITS[name, layout]
+    text = stages.flags[0][0].partition("=")[2]
+    numbers = LayerNumbers.of_pattern(pattern)
+    sla = SLAConfig(len(numbers.attention), GROUPS, model.distances, model.num_skip_groups)
+    layout_of_all = PipelineLayout.of_sizes(stages.pipeline, map(len, text.split("|")))
+    plan = RoutePlan(declare(sla, numbers, stages.tensor, model.head_size), layout_of_all)
+    sizes = (SEQUENCE, MICRO_BATCH, HIDDEN, stages.tensor, stages.context, stages.tensor > 1)
+    for rank in range(stages.tensor):
+        columns = [plan.hop_columns(hop, rank) for hop in range(len(stages.stages) - 1)]
+        found = [MicrobatchShape(*sizes).payload_elements(one) for one in columns]
+        assert found == hop_elements(model, stages, rank)
+    assert plan.moves_nothing == (layout == "last-without-attention")
 
 
 def test_repeats_bit_for_bit(runs: Runs) -> None:
