@@ -73,6 +73,19 @@ def test_the_kind_of_model(settled: Callable[[str], Namespace], flags: str, has_
     assert getattr(config, "needs_masks", False) == ("mask" in flags)
 
 
+def test_layers_that_need_transformer_engine_are_refused(settled: Callable[[str], Namespace]) -> None:
+    """Where the model has none; layers of a spec of one's own are one's own business."""
+    from sla_megatron import FlagError, hybrid_config_from_args
+
+    args = settled(f"--sla {PATTERN}")
+    args.hybrid_layer_pattern = "*-G*"
+    expected = r"--hybrid-layer-pattern \*-G\*: expected layers of \* - E M with --transformer-impl local"
+    with pytest.raises(FlagError, match=expected):
+        hybrid_config_from_args(args)
+    args.spec = ["tests.support.hybrid_layers", "STACK"]
+    assert hybrid_config_from_args(args).hybrid_stack_spec.params
+
+
 @pytest.mark.parametrize("flags", ["--sla", "--core-attention sdpa"])
 def test_a_class_of_somebody_elses_is_refused(settled: Callable[[str], Namespace], flags: str) -> None:
     from megatron.training.models.hybrid import HybridModelConfig
