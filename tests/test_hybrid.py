@@ -145,6 +145,7 @@ SPLITS: dict[tuple[str, str], tuple[Layout, dict[str, Any]]] = {
     ),
 }
 REPEATED = ("uneven", "pp2v2")
+OF_SLA = ("sla_skip_distance", "sla_num_skip_groups", "sla_kv_projection")
 
 
 def flags_of(name: str, layout: Layout, **flags: Any) -> list[str]:
@@ -168,6 +169,10 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     for (name, layout), (stages, flags) in SPLITS.items():
         start = {"load": folder / name, "ckpt_step": 1, "finetune": True}
         requests[f"{name}.{layout}"] = flags_of(name, stages, **start, **flags)
+    whole = split(MODELS["scattered"][0], 1)
+    requests["dense"] = flags_of("scattered", whole, sla=None, **dict.fromkeys(OF_SLA))
+    # Far beyond the last attention layer, though not beyond the last layer of the stack.
+    requests["beyond"] = flags_of("scattered", whole, sla_skip_distance=[4])
     requests["repeated"] = requests[".".join(REPEATED)]
     return {name: {"argv": flags, "pipeline": True} for name, flags in requests.items()}
 
@@ -196,6 +201,12 @@ def test_is_the_gpt_whose_checkpoint_it_loads(runs: Runs, name: str) -> None:
     renamed = {name_in_gpt(parameter): gradient for parameter, gradient in gradients.items()}
     assert len(expected) == len(gradients)
     assert_same_gradients(renamed, expected)
+
+
+def test_where_nothing_skips_it_is_the_dense_model(runs: Runs) -> None:
+    """Bit for bit; with heads that skip it is another."""
+    assert runs.figures("beyond") == runs.figures("dense")
+    assert runs.figures("dense")["loss"] != runs.figures("scattered.pp1")["loss"]
 
 
 @pytest.mark.parametrize(("name", "layout"), SPLITS)
@@ -252,6 +263,6 @@ def test_repeats_bit_for_bit(runs: Runs) -> None:
 def test_nothing_is_left_after_a_step(runs: Runs) -> None:
     """K/V were shared, and none is alive after a step."""
     for name, ranks in runs.answers.items():
-        assert sum(answer["num_shared"] for answer in ranks) > 0, name
+        assert (sum(answer["num_shared"] for answer in ranks) > 0) == (name not in ("dense", "beyond")), name
         assert [answer["alive"] for answer in ranks] == [0] * len(ranks), name
         assert {step["left"] for answer in ranks for step in answer["steps"]} == {0}, name
