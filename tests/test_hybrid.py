@@ -127,8 +127,7 @@ SPLITS: dict[tuple[str, str], tuple[Layout, dict[str, Any]]] = {
         split("*-*|--|-*|*-", 2),
         FULL | {"recompute_method": "block", "recompute_num_layers": 1},
     ),
-    ("uneven", "last-without-attention"): (split("*-*---**|-", 2), {}),
-    # Stages without layers too.
+    # Stages without layers too, and a last one without attention.
     ("uneven", "pp2v3-empty"): (split("*-*--||-*|*||-", 2), {}),
     ("scattered", "pp4"): (split("-|*|-|*-*-", 4), {}),
     ("scattered", "tp2pp2"): (split("-*-|*-*-", 2, tensor=2), {}),
@@ -137,7 +136,6 @@ SPLITS: dict[tuple[str, str], tuple[Layout, dict[str, Any]]] = {
         split("-*-*|-*-", 2),
         FULL | {"recompute_method": "uniform", "recompute_num_layers": 3},
     ),
-    ("experts", "pp2"): (split("*E|*E", 2), {}),
     ("experts", "ep2pp2"): (split("*E|*E", 2), {"expert_model_parallel_size": 2}),
     ("mean", "pp2-uniform"): (
         split("M*-|M*-", 2),
@@ -155,7 +153,8 @@ def flags_of(name: str, layout: Layout, **flags: Any) -> list[str]:
     return argv(**model | base | {"lr_warmup_iters": 1} | layout.argv() | flags)
 
 
-def _requests(folder: Path) -> dict[str, dict[str, Any]]:
+def _whole(folder: Path) -> dict[str, list[str]]:
+    """Flags of the runs without a pipeline."""
     requests = {}
     for name, (pattern, _) in MODELS.items():
         starts = {}
@@ -166,23 +165,34 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
             starts = {"load": folder / f"{name}.gpt", "ckpt_step": 1, "finetune": True}
         saves = {"save": folder / name, "save_interval": 1}
         requests[f"{name}.pp1"] = flags_of(name, split(pattern, 1), **saves, **starts)
-    for (name, layout), (stages, flags) in SPLITS.items():
-        start = {"load": folder / name, "ckpt_step": 1, "finetune": True}
-        requests[f"{name}.{layout}"] = flags_of(name, stages, **start, **flags)
     whole = split(MODELS["scattered"][0], 1)
     requests["dense"] = flags_of("scattered", whole, sla=None, **dict.fromkeys(OF_SLA))
     # Far beyond the last attention layer, though not beyond the last layer of the stack.
     requests["beyond"] = flags_of("scattered", whole, sla_skip_distance=[4])
-    requests["repeated"] = requests[".".join(REPEATED)]
-    return {name: {"argv": flags, "pipeline": True} for name, flags in requests.items()}
+    return requests
+
+
+def _divided(folder: Path, world_size: int) -> dict[str, list[str]]:
+    """Flags of the runs of :data:`SPLITS` that are on so many ranks."""
+    requests = {}
+    for (name, layout), (stages, flags) in SPLITS.items():
+        ranks = stages.pipeline * stages.ranks * flags.get("expert_model_parallel_size", 1)
+        if ranks == world_size:
+            start = {"load": folder / name, "ckpt_step": 1, "finetune": True}
+            requests[f"{name}.{layout}"] = flags_of(name, stages, **start, **flags)
+    if ".".join(REPEATED) in requests:
+        requests["repeated"] = requests[".".join(REPEATED)]
+    return requests
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Megatron's own trainer, all runs in one group of four gloo ranks."""
+    """Megatron's own trainer, in a group of two gloo ranks and one of four."""
     folder = tmp_path_factory.mktemp("hybrid")
     runs = Runs(folder)
-    runs.add(_requests(folder), 4, folder / "ranks")
+    for world_size, flags in ((2, _whole(folder) | _divided(folder, 2)), (4, _divided(folder, 4))):
+        requests = {name: {"argv": words, "pipeline": True} for name, words in flags.items()}
+        runs.add(requests, world_size, folder / str(world_size))
     return runs
 
 
@@ -252,7 +262,7 @@ def test_the_plan_says_so(name: str, layout: str) -> None:
         columns = [plan.hop_columns(hop, rank) for hop in range(len(stages.stages) - 1)]
         found = [MicrobatchShape(*sizes).payload_elements(one) for one in columns]
         assert found == hop_elements(model, stages, rank)
-    assert plan.moves_nothing == (layout == "last-without-attention")
+    assert not plan.moves_nothing
 
 
 def test_repeats_bit_for_bit(runs: Runs) -> None:
