@@ -33,6 +33,8 @@ def _run(job: Job) -> dict[str, Any]:
     return {
         "description": job.description,
         "num_layers": layout.num_layers,
+        "hybrid_layer_pattern": job.pattern or None,
+        "attention_layers": list(job.work.numbers.attention),
         "num_gpus": job.num_gpus,
         "tensor_parallel_size": shape.tensor_parallel_size,
         "context_parallel_size": shape.context_parallel_size,
@@ -105,4 +107,5 @@ def _layout(one: Layout) -> dict[str, Any]:
         "step_seconds": None if one.prediction is None else one.prediction.sla.step_time,
         "overhead": None if one.prediction is None else one.prediction.overhead,
         "is_given": one.is_given,
+        "hybrid_layer_pattern": one.job.pattern or None,
     }

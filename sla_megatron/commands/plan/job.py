@@ -63,6 +63,12 @@ class Job:
         return tuple(kinds.values())
 
     @property
+    def pattern(self) -> str:
+        """Of a hybrid model, its ``--hybrid-layer-pattern`` with a ``|`` where this layout has one; else ``""``."""
+        kinds = self.work.kinds
+        return "|".join("".join(kinds[layer - 1] for layer in stage) for stage in self.layout.stages) if kinds else ""
+
+    @property
     def data_parallel_size(self) -> int:
         """Pipelines that run side by side on different samples."""
         return self.num_gpus // self.gpus_of_pipeline
