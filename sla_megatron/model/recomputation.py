@@ -16,13 +16,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megatron.core import recompute, tensor_parallel
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from ..attention.microbatch_kv import Bundle, MicrobatchKV, current, microbatch
 from ..attention.roles import BundleName
 from ..attention.self_attention import SLASelfAttention
 from ..upstream.seams import Seam
+
+#: What upstream's function keeps from a layer that is no ``TransformerLayer``.
+_OF_TRANSFORMER_LAYERS = ("context", "context_mask", "attention_bias", "padding_mask")
 
 
 def _checkpointed_forward(
@@ -39,7 +43,7 @@ def _checkpointed_forward(
     extract_layer_indices: set[int] | None = None,
     layer_offset: int = 0,
 ) -> Tensor:
-    """Stands for ``megatron.core.recompute.checkpointed_forward`` while an SLA block's forward runs.
+    """Stands for ``megatron.core.recompute.checkpointed_forward`` while an SLA block's forward runs, of either kind.
 
     ``hidden_states`` is ``[s, b, h]``.  The chunks are upstream's (``--recompute-method``, ``--recompute-num-layers``).
     """
@@ -56,10 +60,16 @@ def _checkpointed_forward(
         padding_mask=padding_mask,
     )
 
+    of_other_layers = {name: value for name, value in layer_arguments.items() if name not in _OF_TRANSFORMER_LAYERS}
+
     def run(layers: Sequence[Any], hidden_states: Tensor) -> Tensor:
         for layer in layers:
+            # Of a hybrid model's layers Mamba's is none: it takes less, and returns a tensor.
+            is_transformer = isinstance(layer, TransformerLayer)
+            arguments = layer_arguments if is_transformer else of_other_layers
             with _quantization(layer) if use_inner_quantization_context else nullcontext():
-                hidden_states, _ = layer(hidden_states=hidden_states, **layer_arguments)
+                result = layer(hidden_states=hidden_states, **arguments)
+            hidden_states = result[0] if isinstance(result, tuple) else result
         return hidden_states
 
     chunks, left = _chunks(self)
@@ -74,7 +84,7 @@ def _checkpointed_forward(
     return hidden_states
 
 
-def _chunks(block: TransformerBlock) -> tuple[list[Sequence[Any]], int]:
+def _chunks(block: MegatronModule) -> tuple[list[Sequence[Any]], int]:
     """The block's layers as upstream groups them, and how many of the groups are recomputed."""
     layers, size = list(block.layers), block.config.recompute_num_layers
     if block.config.recompute_method == "uniform":
@@ -85,7 +95,7 @@ def _chunks(block: TransformerBlock) -> tuple[list[Sequence[Any]], int]:
     raise ValueError(f"--recompute-method {block.config.recompute_method}: expected uniform or block")
 
 
-def _is_quantized(block: TransformerBlock) -> bool:
+def _is_quantized(block: MegatronModule) -> bool:
     return bool(block.config.fp8 or block.config.fp4)
 
 
@@ -96,7 +106,7 @@ def _quantization(layer: Any) -> AbstractContextManager:
 
 
 def _recomputed_chunk(
-    block: TransformerBlock,
+    block: MegatronModule,
     layers: Sequence[Any],
     run: Callable[[Sequence[Any], Tensor], Tensor],
     hidden_states: Tensor,
@@ -116,7 +126,7 @@ def _recomputed_chunk(
     return hidden_states
 
 
-def _checkpoint(block: TransformerBlock, function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+def _checkpoint(block: MegatronModule, function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
     """``function(*tensors)``, recomputed in backward: by the checkpoint that upstream would use."""
     distributes = block.config.distribute_saved_activations
     if _is_quantized(block):
@@ -138,29 +148,37 @@ def put_tensors(kv: MicrobatchKV, names: Sequence[BundleName], tensors: Sequence
 
 def _crossing(layers: Sequence[Any]) -> tuple[list[BundleName], list[BundleName]]:
     """The bundles that ``layers`` read from outside, and those that they leave to layers outside."""
-    attentions = [layer.self_attention for layer in layers if isinstance(layer.self_attention, SLASelfAttention)]
+    found = [getattr(layer, "self_attention", None) for layer in layers]
+    attentions = [attention for attention in found if isinstance(attention, SLASelfAttention)]
     puts = [name for attention in attentions for name in attention.role.puts]
     takes = [name for attention in attentions for name in attention.role.takes]
     return [name for name in takes if name not in puts], [name for name in puts if name not in takes]
 
 
-CHECKPOINTED_FORWARD = Seam(
-    "megatron.core.transformer.transformer_block:checkpointed_forward",
-    "full recomputation must carry shared K/V as inputs and outputs of each checkpoint; only while an SLA block runs",
-    (
-        "self",
-        "hidden_states",
-        "attention_mask",
-        "context",
-        "context_mask",
-        "rotary_pos_emb",
-        "attention_bias",
-        "packed_seq_params",
-        "use_inner_quantization_context",
-        "padding_mask",
-        "extract_layer_indices",
-        "layer_offset",
-    ),
-    sources={"163861b4ad4fa9d4": "0.19.0 to 0.19.2, and main at d98e8a64"},
-    stand_in=_checkpointed_forward,
-)
+def _checkpointed_forward_of(module: str) -> Seam:
+    """The seam of the block in ``module``, which names upstream's function there."""
+    return Seam(
+        f"{module}:checkpointed_forward",
+        "full recomputation must carry shared K/V as inputs and outputs of each checkpoint; only while an SLA block "
+        "runs",
+        (
+            "self",
+            "hidden_states",
+            "attention_mask",
+            "context",
+            "context_mask",
+            "rotary_pos_emb",
+            "attention_bias",
+            "packed_seq_params",
+            "use_inner_quantization_context",
+            "padding_mask",
+            "extract_layer_indices",
+            "layer_offset",
+        ),
+        sources={"163861b4ad4fa9d4": "0.19.0 to 0.19.2, and main at d98e8a64"},
+        stand_in=_checkpointed_forward,
+    )
+
+
+CHECKPOINTED_FORWARD = _checkpointed_forward_of("megatron.core.transformer.transformer_block")
+HYBRID_CHECKPOINTED_FORWARD = _checkpointed_forward_of("megatron.core.models.hybrid.hybrid_block")
