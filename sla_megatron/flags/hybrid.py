@@ -57,6 +57,15 @@ def _does_not_divide(args: Namespace) -> bool:
     return False
 
 
+def _splits_mamba_heads(args: Namespace) -> bool:
+    """Whether Mamba's heads do not divide over their groups, or one of both over the tensor-parallel ranks."""
+    if "M" not in _kinds(args):
+        return False
+    size, groups = args.tensor_model_parallel_size, args.mamba_num_groups
+    heads = args.mamba_num_heads or 2 * args.hidden_size // args.mamba_head_dim
+    return bool(heads % groups or heads % size or groups % size)
+
+
 def _untried(name: str, what: str) -> Row:
     return Row(name, (*OFF, "none"), f"no {what} with --sla and a hybrid model, with which it was not tried", _kinds)
 
@@ -95,6 +104,11 @@ HYBRID: tuple[Row, ...] = (
         lambda args: cpu_backend_is_active() and not _has_own_spec(args) and set(_kinds(args)) & set(_PACKAGES),
     ),
     *_of_pattern("a | at each stage's end, or layers that divide over the pipeline's ranks", _does_not_divide),
+    *_of_pattern(
+        "heads of M, 2 x --hidden-size / --mamba-head-dim or --mamba-num-heads, that --mamba-num-groups divides, and "
+        "the tensor-parallel size both",
+        lambda args: not _has_own_spec(args) and _splits_mamba_heads(args),
+    ),
     *_of_pattern("--num-experts beside it, for E", lambda args: _EXPERTS in _kinds(args) and not args.num_experts),
     Row(
         "num_experts", OFF, "an E in --hybrid-layer-pattern", lambda args: _kinds(args) and _EXPERTS not in _kinds(args)

@@ -17,7 +17,11 @@ _BYTES = "tests/test_pipeline.py::test_bytes_on_the_wire_are_the_lower_bound"
 _PIPELINE_OPTIONS = "tests/test_pipeline_options.py::test_as_without_a_pipeline"
 _HOWEVER = "tests/test_pipeline_options.py::test_however_it_is_run"
 
-_HYBRID = "tests/test_hybrid.py::test_as_the_gpt"
+_HYBRID = (
+    "tests/test_hybrid.py::test_is_the_gpt_whose_checkpoint_it_loads",
+    "tests/test_hybrid.py::test_trains_as_without_a_pipeline",
+    "tests/test_hybrid.py::test_bytes_on_the_wire_are_the_lower_bound",
+)
 
 # Flags that go with others.
 _PP2 = "--pipeline-model-parallel-size 2"
@@ -301,7 +305,7 @@ WORKS = (
             f"--hybrid-layer-pattern *E*-*E*- {_ALL_TO_ALL} {_PP2}",
             "--hybrid-layer-pattern *-*-*-*- --tensor-model-parallel-size 2 --sequence-parallel",
         ),
-        (_HYBRID,),
+        _HYBRID,
         limits=(
             "--hybrid-layer-pattern *-D-",
             "--hybrid-override-pattern *-+-",
@@ -322,7 +326,10 @@ WORKS = (
     ),
     Family(
         "hybrid models with Mamba layers and gated delta networks",
-        ("--hybrid-layer-pattern M*-M*- --bf16", "--hybrid-layer-pattern GG*-|GG*- --pipeline-model-parallel-size 2"),
+        (
+            "--hybrid-layer-pattern M*-M*- --mamba-num-heads 8 --bf16",
+            "--hybrid-layer-pattern GG*-|GG*- --pipeline-model-parallel-size 2",
+        ),
         (),
         ("tests/test_gpu.py::test_hybrid_with_mamba",),
     ),

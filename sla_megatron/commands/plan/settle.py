@@ -75,7 +75,7 @@ def settled_job() -> Job:
             group_size=args.microbatch_group_size_per_vp_stage,
             expert_gpus=args.expert_model_parallel_size * args.expert_tensor_parallel_size,
             communication=Communication(args.sla_plan_overlap, args.overlap_p2p_comm_warmup_flush),
-            description=describe(sla),
+            description=describe(sla, is_hybrid=pattern is not None),
         )
 
 

@@ -165,6 +165,7 @@ ON_GPUS: dict[str, str] = {
     f"{HYBRID} --spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --qk-layernorm": (
         "--qk-layernorm True: expected --transformer-impl local beside it"
     ),
+    "--hybrid-layer-pattern M-*-": "--hybrid-layer-pattern M-*-: expected heads of M, 2 x --hidden-size",
     f"{HYBRID} --attention-backend local": "--attention-backend local: expected another, or --transformer-impl local",
     f"{HYBRID} --qk-l2-norm": f"--qk-l2-norm True: {UNHEEDED}",
     f"{HYBRID} {MASK}": f"{MASK} True: expected --transformer-impl local: Transformer Engine's attention is",
@@ -363,14 +364,15 @@ def test_a_package_of_layers_that_is_missing(
 ) -> None:
     """Of Megatron's own layers: a specification of one's own may have others."""
     pattern, needed = LAYERS_PACKAGES[package]
+    heads = "--mamba-num-heads 8"
     _find_packages(monkeypatch, package)
     for sla in ("", "--sla "):
-        line = examined(f"{sla}--hybrid-layer-pattern {pattern}", on_cpu=False)
+        line = examined(f"{sla}{heads} --hybrid-layer-pattern {pattern}", on_cpu=False)
         assert line == f"--hybrid-layer-pattern {pattern}: expected {needed}"
     spec = "--spec megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec"
     assert examined(f"--hybrid-layer-pattern {pattern} {spec}", on_cpu=False) == ""
     _find_packages(monkeypatch, None)
-    assert examined(f"--hybrid-layer-pattern {pattern}", on_cpu=False) == ""
+    assert examined(f"{heads} --hybrid-layer-pattern {pattern}", on_cpu=False) == ""
 
 
 @pytest.mark.parametrize("flags", FINE)
