@@ -94,7 +94,8 @@ OF_GPTS = ("pairs", "pairs-pruned")
 def split(pattern: str, pipeline: int, **sizes: int) -> Layout:
     """Of a pattern with ``|``; K/V know of attention layers alone."""
     stages = tuple(segment.count("*") for segment in pattern.split("|"))
-    return Layout(pipeline, stages, (("hybrid_layer_pattern", pattern), ("num_layers", None)), **sizes)
+    # In one word: a pattern may begin with a dash.
+    return Layout(pipeline, stages, ((f"hybrid_layer_pattern={pattern}", True), ("num_layers", None)), **sizes)
 
 
 FULL = {"recompute_granularity": "full"}
