@@ -85,7 +85,6 @@ def microbatch_shape(args: Namespace) -> MicrobatchShape:
         sequence_length=args.decoder_seq_length or args.seq_length,
         microbatch_size=args.micro_batch_size,
         hidden_size=args.hidden_size,
-        head_size=args.kv_channels,
         tensor_parallel_size=args.tensor_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
         sequence_parallel=args.sequence_parallel,
@@ -106,6 +105,7 @@ def model_work(args: Namespace, config: Any) -> ModelWork:
     weights = [mlp_weights(found, layer, args.moe_router_topk) for layer in range(args.num_layers)]
     return ModelWork(
         num_heads=args.num_attention_heads,
+        head_size=args.kv_channels,
         mlp_weights=tuple(
             size if layers[layer : layer + 1] in ("", "-", "E") else 0 for layer, size in enumerate(weights)
         ),
