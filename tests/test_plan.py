@@ -111,7 +111,7 @@ def test_interleaved_run_with_everything(sla_plan: SlaPlan, tmp_path: Path) -> N
     assert "arguments" not in done.stdout
 
 
-def test_hybrid_model_with_layers_that_run_on_gpus_alone(sla_plan: SlaPlan) -> None:
+def test_hybrid_model_with_layers_that_run_on_gpus_alone(sla_plan: SlaPlan, tmp_path: Path) -> None:
     """Attention layer 1 is read by 3, over hops 0 to 2, past a stage without attention, and layer 2 by 4."""
     pattern = "M*-|E--|-*G|*-|--|*-"
     argv = "--sla --pipeline-model-parallel-size 3 --global-batch-size 6 --sla-skip-distance 2 --num-experts 4"
@@ -127,7 +127,12 @@ def test_hybrid_model_with_layers_that_run_on_gpus_alone(sla_plan: SlaPlan) -> N
     assert {rank["resident_bytes"] > 0 for rank in found["ranks"]} == {True, False}
     assert all(one["hybrid_layer_pattern"].replace("|", "") == "M*-E---*G*---*-" for one in found["suggestions"])
 
-    done = sla_plan(*argv.replace("size 3", "size 6").split(), f"--hybrid-layer-pattern={pattern}")
+    argv = f"{argv.replace('size 3', 'size 6')} --hybrid-layer-pattern={pattern}"
+    done = sla_plan(*argv.split(), "--json", str(tmp_path / "plan.json"))
+    crossing = [hop["kv"] for hop in json.loads((tmp_path / "plan.json").read_text())["hops"]]
+    first = {"layer": 1, "reader": 3, "groups": [1, 2, 3, 5, 6, 7], "stack_layer": 2, "stack_reader": 10}
+    second = first | {"layer": 2, "reader": 4, "stack_layer": 8, "stack_reader": 14}
+    assert crossing == [[first], [first], [first, second], [second], [second]]
     assert done.stdout.startswith(f"Model: 15 layers {pattern}, 4 of attention, hidden size 2048")
     rows = re.findall(r"^ +(\d) +\d -> \d +16.00 MiB +(\S+ \S+) .* (\S+: \S+|no K/V)$", done.stdout, re.MULTILINE)
     size = f"{6 * group / 2**20:.2f} MiB"

@@ -257,7 +257,7 @@ def test_operations_of_a_hybrid_are_what_megatron_counts(megatron: None, pattern
     args = args_of([*words.split(), f"--hybrid-layer-pattern={pattern.replace('|', '')}"], torch.float32)
     vars(args).update(padded_vocab_size=256, hybrid_layer_pattern=pattern)
     work = model_work(args, core_transformer_config_from_args(args))
-    shape = MicrobatchShape(sequence_length=64, microbatch_size=2, hidden_size=64, head_size=8)
+    shape = MicrobatchShape(sequence_length=64, microbatch_size=2, hidden_size=64)
     sla = SLAConfig(pattern.count("*"), GROUPS, (1,), 3)
     layout = hybrid_layout(pattern, pattern.count("|") + 1)
     assert sum(map(sum, stage_operations(work, shape, layout, sla))) == num_floating_point_operations(args, 2)
