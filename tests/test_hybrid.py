@@ -143,6 +143,8 @@ SPLITS: dict[tuple[str, str], tuple[Layout, dict[str, Any]]] = {
     ),
 }
 REPEATED = ("uneven", "pp2v2")
+#: Of a script of one's own; the others are of the entry point.
+OWN_SCRIPT = "pairs.pp2v2"
 OF_SLA = ("sla_skip_distance", "sla_num_skip_groups", "sla_kv_projection")
 
 
@@ -192,6 +194,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs = Runs(folder)
     for world_size, flags in ((2, _whole(folder) | _divided(folder, 2)), (4, _divided(folder, 4))):
         requests = {name: {"argv": words, "pipeline": True} for name, words in flags.items()}
+        if OWN_SCRIPT in requests:
+            requests[OWN_SCRIPT]["entry"] = "own-hybrid"
         runs.add(requests, world_size, folder / str(world_size))
     return runs
 
