@@ -17,13 +17,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megatron.core import recompute, tensor_parallel
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from ..pipeline.declarations import Name
 from ..pipeline.joining import joined
 from ..pipeline.waiting import current, microbatch
 from ..upstream.seams import Seam
+
+#: What upstream's function keeps from a layer that is no ``TransformerLayer``.
+_OF_TRANSFORMER_LAYERS = ("context", "context_mask", "attention_bias", "padding_mask")
 
 
 def _checkpointed_forward(
@@ -40,7 +44,7 @@ def _checkpointed_forward(
     extract_layer_indices: set[int] | None = None,
     layer_offset: int = 0,
 ) -> Tensor:
-    """Stands for ``megatron.core.recompute.checkpointed_forward`` while an SLA block's forward runs.
+    """Stands for ``megatron.core.recompute.checkpointed_forward`` while an SLA block's forward runs, of either kind.
 
     ``hidden_states`` is ``[s, b, h]``.  The chunks are upstream's (``--recompute-method``, ``--recompute-num-layers``).
     """
@@ -57,10 +61,16 @@ def _checkpointed_forward(
         padding_mask=padding_mask,
     )
 
+    of_other_layers = {name: value for name, value in layer_arguments.items() if name not in _OF_TRANSFORMER_LAYERS}
+
     def run(layers: Sequence[Any], hidden_states: Tensor) -> Tensor:
         for layer in layers:
+            # Of a hybrid model's layers Mamba's is none: it takes less, and returns a tensor.
+            is_transformer = isinstance(layer, TransformerLayer)
+            arguments = layer_arguments if is_transformer else of_other_layers
             with _quantization(layer) if use_inner_quantization_context else nullcontext():
-                hidden_states, _ = layer(hidden_states=hidden_states, **layer_arguments)
+                result = layer(hidden_states=hidden_states, **arguments)
+            hidden_states = result[0] if isinstance(result, tuple) else result
         return hidden_states
 
     chunks, left = _chunks(self)
@@ -75,7 +85,7 @@ def _checkpointed_forward(
     return hidden_states
 
 
-def _chunks(block: TransformerBlock) -> tuple[list[Sequence[Any]], int]:
+def _chunks(block: MegatronModule) -> tuple[list[Sequence[Any]], int]:
     """The block's layers as upstream groups them, and how many of the groups are recomputed."""
     layers, size = list(block.layers), block.config.recompute_num_layers
     if block.config.recompute_method == "uniform":
@@ -86,7 +96,7 @@ def _chunks(block: TransformerBlock) -> tuple[list[Sequence[Any]], int]:
     raise ValueError(f"--recompute-method {block.config.recompute_method}: expected uniform or block")
 
 
-def _is_quantized(block: TransformerBlock) -> bool:
+def _is_quantized(block: MegatronModule) -> bool:
     return bool(block.config.fp8 or block.config.fp4)
 
 
@@ -97,7 +107,7 @@ def _quantization(layer: Any) -> AbstractContextManager:
 
 
 def _recomputed_chunk(
-    block: TransformerBlock,
+    block: MegatronModule,
     layers: Sequence[Any],
     run: Callable[[Sequence[Any], Tensor], Tensor],
     hidden_states: Tensor,
@@ -122,7 +132,7 @@ def _recomputed_chunk(
     return hidden_states
 
 
-def _checkpoint(block: TransformerBlock, function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+def _checkpoint(block: MegatronModule, function: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
     """``function(*tensors)``, recomputed in backward: by the checkpoint that upstream would use."""
     distributes = block.config.distribute_saved_activations
     if _is_quantized(block):
@@ -140,23 +150,29 @@ def _crossing(block: Any, layers: Sequence[Any]) -> tuple[list[Name], list[Name]
     return reads, [name for name in made if block.uses[name] > inside[name]]
 
 
-CHECKPOINTED_FORWARD = Seam(
-    "megatron.core.transformer.transformer_block:checkpointed_forward",
-    "full recomputation must carry what crosses layers in and out of each checkpoint; only while such a block runs",
-    (
-        "self",
-        "hidden_states",
-        "attention_mask",
-        "context",
-        "context_mask",
-        "rotary_pos_emb",
-        "attention_bias",
-        "packed_seq_params",
-        "use_inner_quantization_context",
-        "padding_mask",
-        "extract_layer_indices",
-        "layer_offset",
-    ),
-    sources={"163861b4ad4fa9d4": "0.19.0 to 0.19.2, and main at d98e8a64"},
-    stand_in=_checkpointed_forward,
-)
+def _checkpointed_forward_of(module: str) -> Seam:
+    """The seam of the block in ``module``, which names upstream's function there."""
+    return Seam(
+        f"{module}:checkpointed_forward",
+        "full recomputation must carry what crosses layers in and out of each checkpoint; only while such a block runs",
+        (
+            "self",
+            "hidden_states",
+            "attention_mask",
+            "context",
+            "context_mask",
+            "rotary_pos_emb",
+            "attention_bias",
+            "packed_seq_params",
+            "use_inner_quantization_context",
+            "padding_mask",
+            "extract_layer_indices",
+            "layer_offset",
+        ),
+        sources={"163861b4ad4fa9d4": "0.19.0 to 0.19.2, and main at d98e8a64"},
+        stand_in=_checkpointed_forward,
+    )
+
+
+CHECKPOINTED_FORWARD = _checkpointed_forward_of("megatron.core.transformer.transformer_block")
+HYBRID_CHECKPOINTED_FORWARD = _checkpointed_forward_of("megatron.core.models.hybrid.hybrid_block")
