@@ -258,7 +258,9 @@ class Rank:
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         result = self._context.run(function, *args)
-        self.most = max(self.most, sum(tensor.numel() for tensor in self.step.resident.tensors()))
+        waiting = self.step.resident.tensors()
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in waiting), "nothing larger stays"
+        self.most = max(self.most, sum(tensor.numel() for tensor in waiting))
         return result
 
     def close(self, error: BaseException | None = None) -> None:
