@@ -280,3 +280,8 @@ def test_nothing_is_left_after_a_step(runs: Runs) -> None:
         assert (sum(answer["num_shared"] for answer in ranks) > 0) == (name not in ("dense", "beyond")), name
         assert [answer["alive"] for answer in ranks] == [0] * len(ranks), name
         assert {step["left"] for answer in ranks for step in answer["steps"]} == {0}, name
+
+
+def test_what_skips_is_said_of_attention_layers(runs: Runs) -> None:
+    """The nine layers of the stack have four of these; the nearest distance is 1."""
+    assert "in attention layers 2-4 of 4; " in runs.answers["uneven.pp1"][0]["stdout"]
