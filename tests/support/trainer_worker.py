@@ -112,16 +112,16 @@ def enter_sla() -> None:
 def enter_upstream() -> None:
     """The trainer with upstream's own parsing and model builder: no ``--sla`` code but the data reading."""
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training import argument_utils, pretrain
     from megatron.training.arguments import parse_and_validate_args
 
     from sla_megatron.training.data import train_valid_test_datasets
     from sla_megatron.training.loss import forward_step
 
     args = parse_and_validate_args()
-    model = gpt_config_from_args(args)
-    config = pretrain_cfg_container_from_args(args, model)
+    kind = "gpt" if args.hybrid_layer_pattern is None else "hybrid"
+    model = getattr(argument_utils, f"{kind}_config_from_args")(args)
+    config = argument_utils.pretrain_cfg_container_from_args(args, model)
     pretrain(config, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
 
 
