@@ -30,6 +30,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PATTERNS = {"full": "*-*-|*-*-", "pruned": "*-|*-*-*-", "experts": "*E*E|*E*E"}
 PIPELINE = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1}
+if __import__("os").environ.get("E19"):
+    PATTERNS |= {"full": "*-*-*-*-", "pruned": "*-*-*-*-"}
 
 
 def _requests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -42,7 +44,13 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
         saved = {what: {"save": folder / name / what, "save_interval": LAST} for what in ("gpt", "hybrid", "back")}
         loaded = {what: {"load": folder / name / what} for what in ("gpt", "hybrid")}
         requests[f"{name}.gpt"] = gpt | saved["gpt"]
-        requests[f"{name}.hybrid"] = gpt | pattern | loaded["gpt"] | saved["hybrid"] | PIPELINE
+        requests[f"{name}.hybrid"] = (
+            gpt
+            | pattern
+            | loaded["gpt"]
+            | saved["hybrid"]
+            | (PIPELINE if "|" in PATTERNS[name] else {"tensor_model_parallel_size": 1})
+        )
         requests[f"{name}.back"] = gpt | loaded["hybrid"] | saved["back"]
     on = {"train_iters": LAST, "override_opt_param_scheduler": True, "load": folder / "full" / "gpt"}
     requests["gpt-goes-on"] = requests["full.gpt"] | on | {"save": None}

@@ -227,13 +227,18 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _dense_to_sla(args: argparse.Namespace) -> int:
+    from ...common.patterns import kinds
+    from ...flags.asked import hybrid_pattern
     from .commands import WithSLA, hf_to_megatron
     from .output import require_free
 
     require_free(args.out, args.overwrite, [args.checkpoint])
     dense = _checkpoint(args, args.checkpoint)
     source = WithSLA(dense, args.sla_skip_distance, args.sla_num_skip_groups, args.sla_layers, args.sla_kv_projection)
-    hf_to_megatron(source, args.out, _dtype(args), args.overwrite)
+    # A hybrid model stays one.
+    pattern = hybrid_pattern(dense.args)
+    flags = ("--hybrid-layer-pattern", kinds(pattern)) if pattern else ()
+    hf_to_megatron(source, args.out, _dtype(args), args.overwrite, flags)
     print(f"{args.out}: written; --load with the same --sla flags starts from it at iteration 0")
     return 0
 
