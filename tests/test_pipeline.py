@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from sla_megatron.attention.declared import declare
+from sla_megatron.attention.numbering import LayerNumbers
 from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.pipeline.layout import PipelineLayout
+from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.residency import residency
 from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.pipeline.schedule import Schedule
@@ -25,6 +28,7 @@ from tests.support.pipelines import (
     FOUR_RANKS,
     GLOBAL_BATCH,
     GROUPS,
+    HIDDEN,
     LAYERS,
     LAYOUTS,
     MICRO_BATCH,
@@ -186,16 +190,27 @@ def assert_trains_as(
     gradient_tolerance: float = GRADIENT_TOLERANCE,
 ) -> None:
     """Losses, gradient norms and evaluations of all steps, and every gradient of the first; ``test_gpus.py``'s too."""
+    assert_same_figures(runs, name, reference, STEPS, loss_tolerance)
+    assert_same_gradients(runs.gradients(name), runs.gradients(reference), gradient_tolerance)
+
+
+def assert_same_figures(runs: Runs, name: str, reference: str, steps: int, tolerance: float = LOSS_TOLERANCE) -> None:
+    """Losses, gradient norms and evaluations of all steps."""
     found, plain = runs.figures(name), runs.figures(reference)
-    assert len(found["loss"]) == STEPS
+    assert len(found["loss"]) == steps
     for what in ("loss", "grad_norm", "evaluations"):
-        assert found[what] == pytest.approx(plain[what], rel=loss_tolerance), what
-    gradients, expected = runs.gradients(name), runs.gradients(reference)
+        assert found[what] == pytest.approx(plain[what], rel=tolerance), what
+
+
+def assert_same_gradients(
+    gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = GRADIENT_TOLERANCE
+) -> None:
+    """Every gradient, by its parameter's name."""
     assert set(expected) <= set(gradients)
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, gradient in expected.items():
         error = (gradients[name].double() - gradient).norm()
-        assert error <= gradient_tolerance * gradient.norm() + NOTHING * whole, name
+        assert error <= tolerance * gradient.norm() + NOTHING * whole, name
 
 
 @pytest.mark.parametrize(("model", "layout"), REPEATED)
@@ -240,8 +255,9 @@ def test_live_kv_is_what_the_plan_says(runs: Runs, model: str, layout: str) -> N
     """Between two passes the memory of K/V and their gradients is the plan's figure, and nothing after a step."""
     settings, split, ranks = MODELS[model], LAYOUTS[layout], runs.answers[f"{model}.{layout}"]
     sla = SLAConfig(LAYERS, GROUPS, settings.distances, settings.num_skip_groups, kv_projection=settings.projection)
-    plan = RoutePlan(sla, PipelineLayout.of_sizes(split.pipeline, split.stages), split.tensor)
-    group_bytes = 2 * SEQUENCE // split.context * MICRO_BATCH * settings.head_size * 4
+    declared = declare(sla, LayerNumbers.of_gpt(LAYERS), split.tensor, settings.head_size)
+    plan = RoutePlan(declared, PipelineLayout.of_sizes(split.pipeline, split.stages))
+    shape = MicrobatchShape(SEQUENCE, MICRO_BATCH, HIDDEN, split.tensor, split.context)
     data_parallel = len(ranks) // (split.pipeline * split.ranks)
     for rank, answer in enumerate(ranks):
         assert answer["alive"] == 0
@@ -253,8 +269,8 @@ def test_live_kv_is_what_the_plan_says(runs: Runs, model: str, layout: str) -> N
                 forward_only=step["forward_only"],
             )
             pipeline_rank = rank // (split.ranks * data_parallel)
-            expected = residency(plan, schedule, pipeline_rank, rank % split.tensor)
-            assert step["live"] == expected.resident * group_bytes
+            expected = residency(plan, schedule, shape, pipeline_rank, rank % split.tensor)
+            assert step["live"] == 4 * expected.resident
             assert step["left"] == 0
             assert step["passes"] == "".join(kind for kind, _, _ in schedule.passes(pipeline_rank))
 

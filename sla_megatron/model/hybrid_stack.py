@@ -14,8 +14,10 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSub
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_size
 from torch import Tensor
 
+from ..attention.declared import declare
 from ..attention.numbering import LayerNumbers
 from ..attention.sla_config import SLAConfig
 from ..pipeline.megatron_layout import hybrid_layout
@@ -90,11 +92,13 @@ class SLAHybridStack(CrossLayerHybridStack):
         vp_stage: int | None = None,
         **kwargs: Any,
     ) -> None:
-        attention = sla_layer_spec(submodules.attention_layer, sla, LayerNumbers.of_pattern(pattern))
+        numbers = LayerNumbers.of_pattern(pattern)
+        attention = sla_layer_spec(submodules.attention_layer, sla, numbers)
         super().__init__(config, submodules=replace(submodules, attention_layer=attention), **kwargs)
         ends = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
         layout = partial(hybrid_layout, pattern, config.pipeline_model_parallel_size, *ends)
-        self.join_pipeline(sla, layout, vp_stage or 0)
+        declared = declare(sla, numbers, get_pg_size(self.pg_collection.tp), config.kv_channels)
+        self.join_pipeline(declared, layout, vp_stage or 0)
 
 
 def sla_hybrid_stack_spec(spec: ModuleSpec, sla: SLAConfig, pattern: str, vp_stage: int | None = None) -> ModuleSpec:

@@ -1,9 +1,9 @@
-"""Full recomputation with K/V as explicit inputs and outputs of each checkpoint.
+"""Full recomputation with what crosses layers as explicit inputs and outputs of each checkpoint.
 
 Upstream's re-runs a chunk of layers during backward, through reentrant checkpointing: only tensors that are *arguments*
-of the checkpointed function get gradients.  K/V that reached a chunk by any other way would yield the right loss with
-wrong gradients, silently.  So each chunk here takes the bundles that its layers read as arguments, and returns the ones
-that later layers read.
+of the checkpointed function get gradients.  A tensor that reached a chunk by any other way would yield the right loss
+with wrong gradients, silently.  So each chunk here takes the tensors that its layers read as arguments, and returns the
+ones that are used outside of it.
 
 In fp8 and fp4 each layer runs in the context that upstream opens for it, in the forward pass and when it is recomputed;
 the checkpoint is then Transformer Engine's, which finds a layer's scales again.
@@ -11,6 +11,7 @@ the checkpoint is then Transformer Engine's, which finds a layer's scales again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,9 +21,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from ..attention.microbatch_kv import Bundle, MicrobatchKV, current, microbatch
-from ..attention.roles import BundleName
-from ..attention.self_attention import SLASelfAttention
+from ..pipeline.declarations import Name
+from ..pipeline.joining import joined
+from ..pipeline.waiting import current, microbatch
 from ..upstream.seams import Seam
 
 #: What upstream's function keeps from a layer that is no ``TransformerLayer``.
@@ -111,18 +112,23 @@ def _recomputed_chunk(
     run: Callable[[Sequence[Any], Tensor], Tensor],
     hidden_states: Tensor,
 ) -> Tensor:
-    """One checkpoint: hidden states and the bundles it reads go in, hidden states and the bundles it leaves, out."""
-    reads, leaves = _crossing(layers)
-    kv = current()
+    """One checkpoint: hidden states and the tensors it reads go in, hidden states and the tensors it leaves, out."""
+    reads, leaves = _crossing(block, layers)
+    inside = block.declared.reads_within([layer.layer_number for layer in layers])
+    held = current()
 
     def chunk(hidden_states: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        with microbatch() as inner:
-            put_tensors(inner, reads, tensors)
+        # What leaves is taken once more, below.
+        with microbatch(inside + Counter(leaves)) as inner:
+            for name, tensor in zip(reads, tensors, strict=True):
+                inner.put(name, (tensor,))
             hidden_states = run(layers, hidden_states)
-            return (hidden_states, *take_tensors(inner, leaves))
+            return (hidden_states, *joined([inner.take(name) for name in leaves]))
 
-    hidden_states, *left = _checkpoint(block, chunk, hidden_states, *take_tensors(kv, reads))
-    put_tensors(kv, leaves, left)
+    read = joined([held.take(name, inside[name]) for name in reads])
+    hidden_states, *left = _checkpoint(block, chunk, hidden_states, *read)
+    for name, tensor in zip(leaves, left, strict=True):
+        held.put(name, (tensor,), block.uses[name] - inside[name])
     return hidden_states
 
 
@@ -135,32 +141,20 @@ def _checkpoint(block: MegatronModule, function: Callable[..., Any], *tensors: T
     return tensor_parallel.checkpoint(function, distributes, *tensors)
 
 
-def take_tensors(kv: MicrobatchKV, names: Sequence[BundleName]) -> list[Tensor]:
-    """The bundles ``names`` of ``kv`` as tensors ``[s, b, groups, d]``, key and value in turn."""
-    return [tensor for name in names for tensor in kv.take(name).joined()]
-
-
-def put_tensors(kv: MicrobatchKV, names: Sequence[BundleName], tensors: Sequence[Tensor]) -> None:
-    """The reverse of :func:`take_tensors`."""
-    for name, key, value in zip(names, tensors[0::2], tensors[1::2], strict=True):
-        kv.put(name, Bundle([key], [value]))
-
-
-def _crossing(layers: Sequence[Any]) -> tuple[list[BundleName], list[BundleName]]:
-    """The bundles that ``layers`` read from outside, and those that they leave to layers outside."""
-    found = [getattr(layer, "self_attention", None) for layer in layers]
-    attentions = [attention for attention in found if isinstance(attention, SLASelfAttention)]
-    puts = [name for attention in attentions for name in attention.role.puts]
-    takes = [name for attention in attentions for name in attention.role.takes]
-    return [name for name in takes if name not in puts], [name for name in puts if name not in takes]
+def _crossing(block: Any, layers: Sequence[Any]) -> tuple[list[Name], list[Name]]:
+    """The tensors that ``layers`` read from outside, and those of theirs that are used outside."""
+    numbers = {layer.layer_number for layer in layers}
+    inside = block.declared.reads_within(numbers)
+    reads = [one.name for one in block.declared.tensors if inside[one.name] and one.source not in numbers]
+    made = [one.name for layer in layers for one in block.declared.made_by(layer.layer_number)]
+    return reads, [name for name in made if block.uses[name] > inside[name]]
 
 
 def _checkpointed_forward_of(module: str) -> Seam:
     """The seam of the block in ``module``, which names upstream's function there."""
     return Seam(
         f"{module}:checkpointed_forward",
-        "full recomputation must carry shared K/V as inputs and outputs of each checkpoint; only while an SLA block "
-        "runs",
+        "full recomputation must carry what crosses layers in and out of each checkpoint; only while such a block runs",
         (
             "self",
             "hidden_states",

@@ -13,7 +13,10 @@ from typing import Any
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_size
 
+from ..attention.declared import declare
+from ..attention.numbering import LayerNumbers
 from ..attention.sla_config import SLAConfig
 from ..pipeline.megatron_layout import pipeline_layout
 from ..upstream.seams import Reliance, Seam, replaced
@@ -51,7 +54,10 @@ class SLATransformerBlock(CrossLayerTransformerBlock):
 
     def __init__(self, config: TransformerConfig, spec: Spec, *args: Any, sla: SLAConfig, **kwargs: Any) -> None:
         super().__init__(config, sla_layer_spec(spec, sla), *args, **kwargs)
-        self.join_pipeline(sla, partial(pipeline_layout, config), self.vp_stage or 0)
+        declared = declare(
+            sla, LayerNumbers.of_gpt(sla.num_layers), get_pg_size(self.pg_collection.tp), config.kv_channels
+        )
+        self.join_pipeline(declared, partial(pipeline_layout, config), self.vp_stage or 0)
         if config.overlap_moe_expert_parallel_comm:
             install_sharing_in_plans()
 
