@@ -12,6 +12,8 @@ from ..attention.sla_config import SLAConfig, compact_ranges, default_num_skip_g
 from ..common.errors import OFF, FlagError, Refusal, flag_of, refuse
 from ..pipeline.schedule import Schedule
 from .asked import hybrid_pattern, layer_numbers
+from .hybrid import WITH_SLA
+from .rows import refuse_rows
 
 #: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
 SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
@@ -79,6 +81,8 @@ def num_query_groups(args: Namespace) -> int:
 def refuse_unsupported(args: Namespace) -> None:
     """Raise :class:`FlagError` for a Megatron option that does not go with ``--sla``; needs no validated arguments."""
     if args.sla:
+        # First: validation makes other options of a pattern's symbols.
+        refuse_rows(args, WITH_SLA)
         refuse(args, (*_REFUSED, *_REFUSED_FROM_0_20))
 
 
