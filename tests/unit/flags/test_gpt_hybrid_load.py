@@ -160,7 +160,7 @@ def test_what_a_gpt_has_nothing_of_stays() -> None:
 
 GPT = {"num_layers": 2, "num_experts": None, "moe_layer_freq": 1, "hybrid_layer_pattern": None, "sla": False}
 GPT |= {"mtp_num_layers": None, "ckpt_format": "torch_dist", "use_distributed_optimizer": False}
-RUN = {"load": "saved", "no_load_optim": False, "pretrained_checkpoint": None}
+RUN = {"load": "saved", "no_load_optim": False, "finetune": False}
 PRUNED = {"sla": True, "sla_kv_projection": "pruned"}
 EXPERTS = {"num_experts": 2}
 BY_BUFFERS = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": False}
@@ -186,6 +186,7 @@ REFUSED = {
     "number": ({}, _hybrid("*-*-*-"), "--num-layers 2: expected 3, as .* in saved has pairs of"),
     "gpt-experts": (EXPERTS, _hybrid("*-*-"), "--load saved: expected a checkpoint of the MLPs .* EE; .* are --"),
     "gpt-further": ({"mtp_num_layers": 1}, _hybrid("*-*-"), "--mtp-num-layers 1: expected none"),
+    "further-left-behind": (_hybrid("*-*-"), {"mtp_num_layers": 1}, "--load saved: expected a GPT without --mtp-num"),
     "other-pattern": (_hybrid("**--"), _hybrid("*-|*-"), r"expected the layers of \*-\|\*-, as in the checkpoint"),
     "format": ({"ckpt_format": "fsdp_dtensor"}, _hybrid("*-*-"), "--ckpt-format fsdp_dtensor: expected torch_dist"),
     "buffers": (
