@@ -26,15 +26,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "full": LLAMA | {"sla": True, "sla_skip_distance": [1, 2], "qk_layernorm": True},
     # Numbered layers.
     "pruned": {"sla": True, "sla_skip_distance": [1], "sla_num_skip_groups": 4, "sla_kv_projection": "pruned"},
-    # An axis of experts beside that of layers; over two ranks.
-    "experts": LLAMA | {"num_experts": 2, "expert_model_parallel_size": 2, "tensor_model_parallel_size": 1},
+    # An axis of experts beside that of layers.  Megatron stores their optimizer apart where they are on several ranks.
+    "experts": LLAMA | {"num_experts": 2, "tensor_model_parallel_size": 1},
 }
 PATTERNS = {"full": "*-*-|*-*-", "pruned": "*-|*-*-*-", "experts": "*E*E|*E*E"}
-PIPELINE = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1, "expert_model_parallel_size": 1}
+PIPELINE = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1}
 
 
 def _requests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Each model trained as a GPT, at TP=2 or EP=2; loaded as a hybrid one, at PP=2, and saved; that as a GPT again."""
+    """Each model trained as a GPT, mostly at TP=2; loaded as a hybrid one, at PP=2, and saved; that as a GPT again."""
     requests = {}
     for name, model in MODELS.items():
         usual = NO_DROPOUT | SHARDED | {"eval_iters": 0, "train_iters": SAVED_AT}
