@@ -18,7 +18,7 @@ from ..pipeline.layout import PipelineLayout
 from ..pipeline.routes import RoutePlan, StageTraffic
 from ..pipeline.step import current_step
 from ..pipeline.transport import install_transport
-from ..upstream.seams import Seam, SeamError, replaced
+from ..upstream.seams import OneOf, Seam, SeamError, replaced
 
 
 class CrossLayerBlock:
@@ -33,7 +33,7 @@ class CrossLayerBlock:
         traffic: what this virtual stage does of it.
     """
 
-    checkpoint_seams: ClassVar[tuple[Seam, ...]] = ()
+    checkpoint_seams: ClassVar[tuple[Seam | OneOf, ...]] = ()
     route_plan: RoutePlan | None = None
     traffic: StageTraffic | None = None
 
