@@ -11,6 +11,7 @@ from argparse import Namespace
 from ..attention.sla_config import SLAConfig, compact_ranges, default_num_skip_groups, default_skip_distance
 from ..common.errors import OFF, FlagError, Refusal, flag_of, refuse
 from ..pipeline.schedule import Schedule
+from . import dev
 
 #: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
 SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
@@ -74,7 +75,8 @@ def num_query_groups(args: Namespace) -> int:
 def refuse_unsupported(args: Namespace) -> None:
     """Raise :class:`FlagError` for a Megatron option that does not go with ``--sla``; needs no validated arguments."""
     if args.sla:
-        refuse(args, (*_REFUSED, *_REFUSED_FROM_0_20))
+        refuse(args, (*_REFUSED, *_REFUSED_FROM_0_20, *dev.REFUSED))
+        dev.refuse_overlap_of_experts(args)
 
 
 def resolve_sla_args(args: Namespace) -> None:

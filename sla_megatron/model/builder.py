@@ -16,6 +16,7 @@ from ..common.errors import FlagError, one_line_errors
 from ..flags import rope_scaling
 from ..flags.sla_flags import MEGATRON, SDPA
 from ..flags.validation import sla_config_from_args
+from ..upstream.adapters.model_configs import config_of_class
 from ..upstream.seams import Reliance
 from .transformer_block import sla_transformer_blocks
 
@@ -48,7 +49,7 @@ def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
     if "model_config_cls" in kwargs:
         made = "--sla builds an SLA model" if sla is not None else "--core-attention builds a model of its own"
         raise ValueError(f"{made}, not one of {kwargs['model_config_cls'].__name__}")
-    model_config = upstream_gpt_config_from_args(args, model_config_cls=SLAGPTModelConfig, **kwargs)
+    model_config = config_of_class(upstream_gpt_config_from_args, SLAGPTModelConfig, args, **kwargs)
     model_config.sla, model_config.core_attention = sla, core_attention
     model_config.needs_masks = args.reset_attention_mask
     if sla is not None and sla.kv_projection == "pruned":

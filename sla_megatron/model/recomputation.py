@@ -22,10 +22,10 @@ from torch import Tensor
 from ..attention.microbatch_kv import Bundle, MicrobatchKV, current, microbatch
 from ..attention.roles import BundleName
 from ..attention.self_attention import SLASelfAttention
-from ..upstream.seams import Seam
+from ..upstream.seams import OneOf, Reliance, Seam
 
 
-def _checkpointed_forward(
+def checkpointed_forward(
     self: Any,
     hidden_states: Tensor,
     attention_mask: Tensor,
@@ -38,10 +38,11 @@ def _checkpointed_forward(
     padding_mask: Tensor | None = None,
     extract_layer_indices: set[int] | None = None,
     layer_offset: int = 0,
+    input_ids: Tensor | None = None,
 ) -> Tensor:
     """Stands for ``megatron.core.recompute.checkpointed_forward`` while an SLA block's forward runs.
 
-    ``hidden_states`` is ``[s, b, h]``.  The chunks are upstream's (``--recompute-method``, ``--recompute-num-layers``).
+    ``input_ids`` come from dev alone, whose layers take them.  ``hidden_states`` is ``[s, b, h]``.  The chunks are upstream's (``--recompute-method``, ``--recompute-num-layers``).
     """
     if extract_layer_indices:
         raise RuntimeError("full recomputation with --sla does not support the extraction of hidden states")
@@ -55,6 +56,8 @@ def _checkpointed_forward(
         packed_seq_params=packed_seq_params,
         padding_mask=padding_mask,
     )
+    if input_ids is not None:
+        layer_arguments["input_ids"] = input_ids
 
     def run(layers: Sequence[Any], hidden_states: Tensor) -> Tensor:
         for layer in layers:
@@ -144,23 +147,36 @@ def _crossing(layers: Sequence[Any]) -> tuple[list[BundleName], list[BundleName]
     return [name for name in takes if name not in puts], [name for name in puts if name not in takes]
 
 
-CHECKPOINTED_FORWARD = Seam(
-    "megatron.core.transformer.transformer_block:checkpointed_forward",
-    "full recomputation must carry shared K/V as inputs and outputs of each checkpoint; only while an SLA block runs",
-    (
-        "self",
-        "hidden_states",
-        "attention_mask",
-        "context",
-        "context_mask",
-        "rotary_pos_emb",
-        "attention_bias",
-        "packed_seq_params",
-        "use_inner_quantization_context",
-        "padding_mask",
-        "extract_layer_indices",
-        "layer_offset",
+_REASON = "full recomputation must carry shared K/V as inputs and outputs of each checkpoint"
+
+_PARAMETERS = (
+    "self",
+    "hidden_states",
+    "attention_mask",
+    "context",
+    "context_mask",
+    "rotary_pos_emb",
+    "attention_bias",
+    "packed_seq_params",
+    "use_inner_quantization_context",
+    "padding_mask",
+    "extract_layer_indices",
+    "layer_offset",
+)
+
+#: A function since upstream's #4496; in dev, which has that change for other blocks, a method of this one.
+CHECKPOINTED_FORWARD = OneOf(
+    Seam(
+        "megatron.core.transformer.transformer_block:checkpointed_forward",
+        f"{_REASON}; only while an SLA block runs",
+        _PARAMETERS,
+        sources={"163861b4ad4fa9d4": "0.19.0 to 0.19.2, and main at d98e8a64"},
+        stand_in=checkpointed_forward,
     ),
-    sources={"163861b4ad4fa9d4": "0.19.0 to 0.19.2, and main at d98e8a64"},
-    stand_in=_checkpointed_forward,
+    Reliance(
+        "megatron.core.transformer.transformer_block:TransformerBlock._checkpointed_forward",
+        f"overridden by CrossLayerTransformerBlock: {_REASON}",
+        (*_PARAMETERS, "input_ids"),
+        sources={"e46be4066ebe8bac": "dev at d48bd6be"},
+    ),
 )
