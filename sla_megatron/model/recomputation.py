@@ -42,7 +42,8 @@ def checkpointed_forward(
 ) -> Tensor:
     """Stands for ``megatron.core.recompute.checkpointed_forward`` while an SLA block's forward runs.
 
-    ``input_ids`` come from dev alone, whose layers take them.  ``hidden_states`` is ``[s, b, h]``.  The chunks are upstream's (``--recompute-method``, ``--recompute-num-layers``).
+    ``hidden_states`` is ``[s, b, h]``.  The chunks are upstream's (``--recompute-method``, ``--recompute-num-layers``).
+    ``input_ids`` come from dev alone, whose layers take them.
     """
     if extract_layer_indices:
         raise RuntimeError("full recomputation with --sla does not support the extraction of hidden states")

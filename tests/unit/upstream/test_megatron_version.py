@@ -11,7 +11,6 @@ from sla_megatron.cpu.device import megatron_device
 from sla_megatron.upstream.megatron_version import megatron_flavour, require_megatron
 from sla_megatron.upstream.seams import SeamError
 
-
 #: What a line of development has of the names that tell them apart, which are in these files.
 MAIN = {"pipeline_parallel/schedules.py": "def _build_default_pg_collection():\n", "transformer/attention.py": ""}
 DEV = {"pipeline_parallel/schedules.py": "", "transformer/attention.py": "def get(self, head_wise_gate=False):\n"}
