@@ -184,11 +184,11 @@ def of_a_step(steps: TrainingSteps, pipeline: bool) -> dict[str, Any]:
 @contextlib.contextmanager
 def operation_counter() -> Iterator[Any]:
     """An ``OperationCounter`` that sees our own kernel too, which torch does not dispatch."""
-    from sla_megatron.attention import mixing_kernel
+    from sla_megatron.pipeline import copy_kernel
 
     from .counting import OperationCounter
 
-    launch = mixing_kernel.move
+    launch = copy_kernel.move
 
     def counting(targets: Any, sources: Any, copies: Any, sums: Any) -> bool:
         done = launch(targets, sources, copies, sums)
@@ -198,12 +198,12 @@ def operation_counter() -> Iterator[Any]:
             counter.bytes_written += sum(run.count for run in copies) * some[:, :, 0].numel() * some.itemsize
         return done
 
-    mixing_kernel.move = counting
+    copy_kernel.move = counting
     try:
         with OperationCounter() as counter:
             yield counter
     finally:
-        mixing_kernel.move = launch
+        copy_kernel.move = launch
 
 
 @contextlib.contextmanager

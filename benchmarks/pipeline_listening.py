@@ -97,14 +97,14 @@ def live_kv() -> Iterator[LiveKV]:
     """Within the block, one step, K/V that become resident and gradients deposited for them are watched."""
     from megatron.core.pipeline_parallel import schedules
 
-    from sla_megatron.pipeline.resident_kv import Resident
+    from sla_megatron.pipeline.resident import Resident
 
     found = LiveKV()
     with _wrapped() as wrap:
         for name in ("forward_step", "backward_step"):
             wrap(schedules, name, after=lambda *_, **__: found.after_pass())
         wrap(Resident, "keep", after=lambda resident, *_: found.watch(resident.tensors))
-        wrap(Resident, "deposit", before=lambda _, gradients: found.watch(gradients))
+        wrap(Resident, "deposit", after=lambda resident, *_: found.watch(resident.tensors))
         yield found
 
 

@@ -52,8 +52,8 @@ def job_of(shape: Shape, element_bytes: int) -> Any:
     return Job(
         sla=_sla(shape),
         layout=PipelineLayout.of_sizes(shape.ranks, sizes),
-        shape=MicrobatchShape(shape.seq_length, 1, shape.hidden, shape.hidden // shape.heads),
-        work=ModelWork(shape.heads, (2 * 4 * shape.hidden**2,) * shape.layers),
+        shape=MicrobatchShape(shape.seq_length, 1, shape.hidden),
+        work=ModelWork(shape.heads, shape.hidden // shape.heads, (2 * 4 * shape.hidden**2,) * shape.layers),
         element_bytes=element_bytes,
         num_gpus=shape.ranks,
         global_batch_size=shape.microbatches,

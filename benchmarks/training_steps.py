@@ -12,6 +12,8 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from sla_megatron.attention.declared import declare
+from sla_megatron.attention.numbering import LayerNumbers
 from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.commands.plan.compute import ModelWork, stage_operations
 from sla_megatron.common.errors import StartError
@@ -133,10 +135,9 @@ class TrainingSteps:
     def sent_bytes(self) -> int:
         """What crosses all hops in one step, forward and backward, as the transport plans it."""
         _, shape, layout, sla = self._planned()
-        plan = RoutePlan(sla, layout, 1)
-        hops = range(layout.num_stages - 1)
-        groups = [0 if self.sla is None else plan.hop_groups(hop, 0) for hop in hops]
-        elements = sum(shape.payload_elements(count) for count in groups)
+        # Of a dense model nothing is declared.
+        plan = RoutePlan(declare(sla, LayerNumbers.of_gpt(sla.num_layers), 1, self.args.kv_channels), layout)
+        elements = sum(shape.payload_elements(plan.hop_columns(hop)) for hop in range(layout.num_stages - 1))
         return 2 * self.microbatches * elements * self._transformer.pipeline_dtype.itemsize
 
     def _planned(self) -> tuple[ModelWork, MicrobatchShape, PipelineLayout, SLAConfig]:

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from sla_megatron.attention.declared import declare
+from sla_megatron.attention.numbering import LayerNumbers
 from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.pipeline.layout import PipelineLayout
+from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.residency import residency
 from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.pipeline.schedule import Schedule
@@ -25,6 +28,7 @@ from tests.support.pipelines import (
     FOUR_RANKS,
     GLOBAL_BATCH,
     GROUPS,
+    HIDDEN,
     LAYERS,
     LAYOUTS,
     MICRO_BATCH,
@@ -260,8 +264,9 @@ def test_live_kv_is_what_the_plan_says(runs: Runs, model: str, layout: str) -> N
     """Between two passes the memory of K/V and their gradients is the plan's figure, and nothing after a step."""
     settings, split, ranks = MODELS[model], LAYOUTS[layout], runs.answers[f"{model}.{layout}"]
     sla = SLAConfig(LAYERS, GROUPS, settings.distances, settings.num_skip_groups, kv_projection=settings.projection)
-    plan = RoutePlan(sla, PipelineLayout.of_sizes(split.pipeline, split.stages), split.tensor)
-    group_bytes = 2 * SEQUENCE // split.context * MICRO_BATCH * settings.head_size * 4
+    declared = declare(sla, LayerNumbers.of_gpt(LAYERS), split.tensor, settings.head_size)
+    plan = RoutePlan(declared, PipelineLayout.of_sizes(split.pipeline, split.stages))
+    shape = MicrobatchShape(SEQUENCE, MICRO_BATCH, HIDDEN, split.tensor, split.context)
     data_parallel = len(ranks) // (split.pipeline * split.ranks)
     for rank, answer in enumerate(ranks):
         assert answer["alive"] == 0
@@ -273,8 +278,8 @@ def test_live_kv_is_what_the_plan_says(runs: Runs, model: str, layout: str) -> N
                 forward_only=step["forward_only"],
             )
             pipeline_rank = rank // (split.ranks * data_parallel)
-            expected = residency(plan, schedule, pipeline_rank, rank % split.tensor)
-            assert step["live"] == expected.resident * group_bytes
+            expected = residency(plan, schedule, shape, pipeline_rank, rank % split.tensor)
+            assert step["live"] == 4 * expected.resident
             assert step["left"] == 0
             assert step["passes"] == "".join(kind for kind, _, _ in schedule.passes(pipeline_rank))
 

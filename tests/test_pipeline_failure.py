@@ -79,7 +79,7 @@ def test_ranks_that_disagree_say_so(tmp_path: Path) -> None:
     """Other flags on one rank, which would have it wait for tensors that never come: an error on both, with both."""
     argvs = [_argv(sla_skip_distance=[distance, 2]) for distance in (6, 5)]
     for text in _logs_of_a_failure({"argv_by_rank": argvs}, tmp_path / "ranks"):
-        assert "the ranks of one pipeline do not agree on skip-layer attention" in text
+        assert "the ranks of one pipeline do not agree on what crosses layers" in text
         assert "skip_distances=(6, 2)" in text
         assert "skip_distances=(5, 2)" in text
 

@@ -228,8 +228,8 @@ def test_bytes_are_what_the_transport_allocates(sizes: tuple[int, ...], megatron
     job = Job(
         sla=SLAConfig(12, 4, (7, 3), 3),
         layout=PipelineLayout.of_sizes(4, sizes),
-        shape=MicrobatchShape(64, 2, 32, 8, tensor_parallel_size=4, sequence_parallel=True),
-        work=ModelWork(num_heads=4, mlp_weights=(1,) * 12),
+        shape=MicrobatchShape(64, 2, 32, tensor_parallel_size=4, sequence_parallel=True),
+        work=ModelWork(num_heads=4, head_size=8, mlp_weights=(1,) * 12),
         element_bytes=2,
         num_gpus=16,
         global_batch_size=16,
@@ -242,7 +242,7 @@ def test_bytes_are_what_the_transport_allocates(sizes: tuple[int, ...], megatron
             for shape in order.forward_sent + order.backward_sent:
                 sent[tensor_rank] += math.prod(shape) * job.element_bytes
     by_rank = [
-        2 * 8 * 2 * sum(job.shape.payload_elements(job.plan.hop_groups(hop.hop, tensor)) for hop in hop_traffic(job))
+        2 * 8 * 2 * sum(job.shape.payload_elements(job.plan.hop_columns(hop.hop, tensor)) for hop in hop_traffic(job))
         for tensor in range(4)
     ]
     assert [sent[tensor_rank] for tensor_rank in range(4)] == by_rank

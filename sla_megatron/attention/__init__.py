@@ -1,6 +1,6 @@
-"""The method: who reads whose K/V (``sla_config``), what a layer hands on and takes (``roles``, ``mixing_plan``), the
-one operation that does it (``mixing``, ``mixing_kernel``), where K/V live meanwhile (``microbatch_kv``), and the two
-attentions that take upstream's place.
+"""The method: who reads whose K/V (``sla_config``), what a layer hands on and takes (``roles``, ``mixing_plan``), what
+that is as tensors that cross layers (``declared``, with the two numbers of a layer, ``numbering``), the one operation
+that does it (``mixing``), and the two attentions that take upstream's place.
 
-Imports ``upstream`` and ``common``.  The first three are pure Python.
+Imports ``pipeline``, ``upstream`` and ``common``.  All but ``mixing`` and the attentions are pure Python.
 """

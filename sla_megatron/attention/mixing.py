@@ -6,7 +6,7 @@ takes all tensors at once.  Forward copies every head to its place.  Backward wr
 heads that nobody reads are zeros, heads that two outputs have are sums.  A piece of K/V that came from another layer
 gets a view of the gradient that attention found.
 
-On a GPU the heads are moved by one kernel (``mixing_kernel.py``); elsewhere by torch's operations on lists.
+On a GPU the heads are moved by one kernel (``pipeline/copy_kernel.py``); elsewhere by torch's operations on lists.
 
 Shapes: s sequence, b microbatch, d head size; all tensors are ``[s, b, heads, d]``, of any strides.
 """
@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import mixing_kernel
-from .mixing_plan import MixingPlan, Run
+from ..pipeline.copying import move
+from .mixing_plan import MixingPlan
 
 
 def mix(plan: MixingPlan, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -71,38 +70,3 @@ class _Mix(torch.autograd.Function):
 def _room(like: Tensor, heads: int) -> Tensor:
     s, b, _, d = like.shape
     return like.new_empty((s, b, heads, d))
-
-
-def move(
-    targets: Sequence[Tensor | None],
-    sources: Sequence[Tensor | None],
-    copies: Sequence[Run],
-    sums: Sequence[Run] = (),
-) -> None:
-    """Copy heads of ``sources`` to their places in ``targets``, then add those of ``sums`` to what is there.
-
-    Tensors are ``[s, b, heads, d]``; a source that is ``None`` is zeros, a target that is ``None`` is in no run.
-    """
-    if not copies:
-        return
-    if mixing_kernel.serves(targets[copies[0].target]) and mixing_kernel.move(targets, sources, copies, sums):
-        return
-    places = [targets[run.target][:, :, run.target_heads] for run in copies]
-    torch._foreach_copy_(places, [_heads(sources, run, place) for run, place in zip(copies, places, strict=True)])
-    sums = [run for run in sums if sources[run.source] is not None]
-    if sums:
-        places = [targets[run.target][:, :, run.target_heads] for run in sums]
-        torch._foreach_add_(places, [_heads(sources, run, place) for run, place in zip(sums, places, strict=True)])
-
-
-def _heads(sources: Sequence[Tensor | None], run: Run, place: Tensor) -> Tensor:
-    source = None if run.source is None else sources[run.source]
-    if source is None:
-        return _zero(place.dtype, place.device).expand_as(place)
-    return source[:, :, run.source_heads]
-
-
-@lru_cache
-def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros((), dtype=dtype, device=device)

@@ -2,7 +2,7 @@
 
 A head is ``(tensor, index)``: of tensors ``[s, b, heads, d]``, the index of one and of a head in it.  Mixing makes
 outputs of heads of its inputs; its gradient is a sum of heads of the outputs' gradients.  Heads that lie at equal
-distances on both sides are one :class:`Run`, which is a slice of each.
+distances on both sides are one ``Run`` (``pipeline/runs.py``), which is a slice of each.
 """
 
 from __future__ import annotations
@@ -12,41 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from .roles import BundleName, LayerRole
+from ..pipeline.runs import Run
+from .roles import LayerRole, Shared
 
 Head = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Run:
-    """``count`` heads of one tensor, and their places in another.
-
-    Attributes:
-        source: index of the tensor that they are of; ``None``: zeros.
-        source_start: the first of them in it, the others follow by ``source_step``.
-        target: index of the tensor that they go to.
-        target_start: where the first of them goes, the others follow by ``target_step``.
-    """
-
-    source: int | None
-    source_start: int
-    source_step: int
-    target: int
-    target_start: int
-    target_step: int
-    count: int
-
-    @property
-    def source_heads(self) -> slice:
-        return _slice(self.source_start, self.source_step, self.count)
-
-    @property
-    def target_heads(self) -> slice:
-        return _slice(self.target_start, self.target_step, self.count)
-
-
-def _slice(start: int, step: int, count: int) -> slice:
-    return slice(start, start + (count - 1) * step + 1, step)
 
 
 @dataclass(frozen=True)
@@ -206,14 +175,14 @@ class LayerPlan:
     """How a layer makes what its attention reads, and what it hands on.
 
     Attributes:
-        mixing: inputs are the layer's own tensors, then for each bundle of ``role.takes`` the pieces of its keys and of
-            its values.  Outputs are the queries (where own ones are given), keys and values that attention reads, then
-            for each bundle of ``role.puts`` the pieces of its keys and of its values.
-        handed_on: in how many pieces the keys, and the values, of each bundle of ``role.puts`` are.
+        mixing: inputs are the layer's own tensors, then for each of ``role.takes`` the pieces of its keys and of its
+            values.  Outputs are the queries (where own ones are given), keys and values that attention reads, then for
+            each of ``role.puts`` the pieces of its keys and of its values.
+        handed_on: in how many pieces the keys, and the values, of each of ``role.puts`` are.
     """
 
     mixing: MixingPlan
-    handed_on: dict[BundleName, int]
+    handed_on: dict[Shared, int]
 
     @classmethod
     def of(
@@ -232,25 +201,25 @@ class LayerPlan:
         Args:
             role: of the layer.
             own: where its own heads are.
-            taken: for each bundle of ``role.takes``, how many heads each piece of its keys and of its values has.
+            taken: for each of ``role.takes``, how many heads each piece of its keys and of its values has.
             may_be_views: whether a layer may hand on views at all; what it reads may be emptied after its attention.
         """
         inputs = list(own.inputs)
         found: dict[object, tuple[list[Head], list[Head]]] = {None: (list(own.key), list(own.value))}
-        for name, bundle in zip(role.takes, taken, strict=True):
-            found[name] = ([], [])
-            for heads, sizes in zip(found[name], bundle, strict=True):
+        for shared, its in zip(role.takes, taken, strict=True):
+            found[shared] = ([], [])
+            for heads, sizes in zip(found[shared], its, strict=True):
                 for size in sizes:
                     heads += [(len(inputs), i) for i in range(size)]
                     inputs.append(size)
         outputs = [own.query] if own.query else []
         outputs += [tuple(found[origin][part][i] for origin, i in role.read) for part in (0, 1)]
         handed_on = {}
-        for name, indices in role.puts.items():
+        for shared, indices in role.puts.items():
             for heads in (own.key, own.value):
                 pieces = _pieces([(heads[i], role.projected[i]) for i in indices])
                 # Keys and values lie alike.
-                handed_on[name] = len(pieces)
+                handed_on[shared] = len(pieces)
                 outputs += pieces
         together = tuple(2 * count for count in handed_on.values())
         return cls(MixingPlan(tuple(inputs), tuple(outputs), may_be_views and not role.takes, together), handed_on)

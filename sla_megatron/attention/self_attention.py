@@ -24,10 +24,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
+from ..pipeline.waiting import current
 from ..upstream.seams import OneOf, Reliance
-from .microbatch_kv import Bundle, current
 from .mixing import mix
 from .mixing_plan import LayerPlan, OwnHeads, projection_plan
+from .numbering import LayerNumbers
 from .roles import LayerRole
 from .sla_config import SLAConfig
 
@@ -62,6 +63,7 @@ class SLASelfAttention(SelfAttention):
 
     Args:
         sla: the model's skip-layer attention; the other arguments are upstream's.
+        numbers: of a hybrid model, which layers of its stack are attention; in a GPT all are.
     """
 
     def __init__(
@@ -71,15 +73,17 @@ class SLASelfAttention(SelfAttention):
         layer_number: int,
         *args: Any,
         sla: SLAConfig,
+        numbers: LayerNumbers | None = None,
         **kwargs: Any,
     ) -> None:
+        number = layer_number if numbers is None else numbers.among_attention(layer_number)
         pruned_away = 0
         if sla.kv_projection == "pruned":
-            pruned_away = 2 * config.kv_channels * (sla.num_query_groups - len(sla.live_groups(layer_number)))
+            pruned_away = 2 * config.kv_channels * (sla.num_query_groups - len(sla.live_groups(number)))
             submodules = replace(submodules, linear_qkv=_with_fewer_rows(submodules.linear_qkv, pruned_away))
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.linear_qkv_out_dim -= pruned_away
-        self.role = LayerRole.of(sla, layer_number, self.world_size, get_pg_rank(self.tp_group))
+        self.role = LayerRole.of(sla, number, self.world_size, get_pg_rank(self.tp_group))
         # A layer that keeps all of its K/V has the dense one's projection.
         self._pruned = pruned_away > 0
         queries = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
@@ -156,10 +160,10 @@ class SLASelfAttention(SelfAttention):
             heads: where the layer's own are.
             own: its own tensors, whose heads those are.
         """
-        kv = current()
-        bundles = [kv.take(name) for name in self.role.takes]
-        taken = tuple((_sizes(bundle.keys), _sizes(bundle.values)) for bundle in bundles)
-        pieces = [piece for bundle in bundles for side in (bundle.keys, bundle.values) for piece in side]
+        held = current()
+        taken_pieces = [tuple(map(held.take, shared.names)) for shared in self.role.takes]
+        taken = tuple((_sizes(keys), _sizes(values)) for keys, values in taken_pieces)
+        pieces = [piece for keys, values in taken_pieces for piece in (*keys, *values)]
         plan = self._plans.get((heads is self._projection, taken))
         if plan is None:
             # Offloading empties the memory of what core attention read, whatever else lies in it.
@@ -167,8 +171,9 @@ class SLASelfAttention(SelfAttention):
             self._plans[heads is self._projection, taken] = plan
         outputs = iter(mix(plan.mixing, [*own, *pieces]))
         read = tuple(islice(outputs, 3 if heads.query else 2))
-        for name, count in plan.handed_on.items():
-            kv.put(name, Bundle(tuple(islice(outputs, count)), tuple(islice(outputs, count))))
+        for shared, count in plan.handed_on.items():
+            for name in shared.names:
+                held.put(name, tuple(islice(outputs, count)))
         return read
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -11,13 +12,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ..attention.core_attention import TorchAttention
+from ..attention.numbering import LayerNumbers
 from ..attention.self_attention import QUERY_KEY_VALUE, SLASelfAttention
 from ..attention.sla_config import SLAConfig
 
 Spec = ModuleSpec | TransformerBlockSubmodules
 
 
-def sla_layer_spec(spec: Spec, sla: SLAConfig) -> Spec:
+def sla_layer_spec(spec: Spec, sla: SLAConfig, numbers: LayerNumbers | None = None) -> Spec:
     """``spec`` with each layer's self-attention module swapped; everything else is shared, nothing is modified.
 
     What has skip-layer attention for the same ``sla`` stays as it is.
@@ -25,20 +27,22 @@ def sla_layer_spec(spec: Spec, sla: SLAConfig) -> Spec:
     Args:
         spec: a layer's ``ModuleSpec`` or a block's ``TransformerBlockSubmodules``: local, Transformer Engine or MoE.
         sla: what skip-layer attention means in this model.
+        numbers: of a hybrid model, which layers of its stack are attention.
 
     Raises:
         ValueError: where a layer's self-attention is not upstream's ``SelfAttention`` (multi-latent attention, say).
         SeamError: if upstream's ``SelfAttention`` changed.
     """
     QUERY_KEY_VALUE.require()
+    params: dict[str, Any] = {"sla": sla} if numbers is None else {"sla": sla, "numbers": numbers}
     if isinstance(spec, TransformerBlockSubmodules):
-        return replace(spec, layer_specs=[_sla_layer(layer, sla) for layer in spec.layer_specs])
-    return _sla_layer(spec, sla)
+        return replace(spec, layer_specs=[_sla_layer(layer, params) for layer in spec.layer_specs])
+    return _sla_layer(spec, params)
 
 
-def _sla_layer(layer: ModuleSpec, sla: SLAConfig) -> ModuleSpec:
+def _sla_layer(layer: ModuleSpec, params: dict[str, Any]) -> ModuleSpec:
     attention = getattr(layer.submodules, "self_attention", None)
-    if getattr(attention, "module", None) is SLASelfAttention and attention.params.get("sla") == sla:
+    if getattr(attention, "module", None) is SLASelfAttention and attention.params.items() >= params.items():
         return layer
     if not isinstance(attention, ModuleSpec) or attention.module is not SelfAttention:
         found = attention.module if isinstance(attention, ModuleSpec) else attention
@@ -46,7 +50,7 @@ def _sla_layer(layer: ModuleSpec, sla: SLAConfig) -> ModuleSpec:
             f"skip-layer attention replaces megatron.core.transformer.attention.SelfAttention; this layer spec has "
             f"{getattr(found, '__qualname__', found)} in its place"
         )
-    sla_attention = replace(attention, module=SLASelfAttention, params={**attention.params, "sla": sla})
+    sla_attention = replace(attention, module=SLASelfAttention, params={**attention.params, **params})
     return replace(layer, submodules=replace(layer.submodules, self_attention=sla_attention))
 
 

@@ -1,17 +1,18 @@
-"""Skip-layer K/V where Megatron runs a block's layers as nodes of a schedule (``--overlap-moe-expert-parallel-comm``).
+"""What crosses layers where Megatron runs them as nodes of a schedule (``--overlap-moe-expert-parallel-comm``).
 
 There the forward pass of one microbatch is interleaved with the backward pass of another, a piece of a layer at a
 time, and a block's ``forward`` is not called.  Each microbatch has a plan of its own, made by
-``GPTModel.build_schedule_plan``; its K/V live and die with it.
+``GPTModel.build_schedule_plan``; its tensors live and die with it.
 
 Each node has an autograd graph of its own: it starts from detached inputs, and its backward pass is run by itself, in
-the reverse order.  K/V that go from one node to another therefore wait as those that are resident between two stages
-do (``pipeline/resident_kv.py``): the reader's backward pass deposits their gradients, the other's collects them.
+the reverse order.  Tensors that go from one node to others therefore wait as those that are resident between stages
+do (``pipeline/resident.py``): a reader's backward pass deposits their gradients, the source's collects them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any
 
@@ -19,12 +20,11 @@ import torch
 from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comm_stream, get_comp_stream
 from torch import Tensor
 
-from ..attention.microbatch_kv import Bundle, MicrobatchKV, microbatch
-from ..attention.roles import BundleName, LayerRole
-from ..attention.self_attention import SLASelfAttention
-from ..pipeline.resident_kv import ResidentKV
+from ..pipeline.declarations import CrossLayerTensor, Name
+from ..pipeline.resident import ResidentTensors
 from ..pipeline.routes import StageTraffic
 from ..pipeline.step import current_step
+from ..pipeline.waiting import Microbatch, microbatch
 from ..upstream.seams import Reliance, Wrapping, wrap_once
 
 _UTILS = "megatron.core.models.common.utils"
@@ -32,106 +32,130 @@ _PLAN = "megatron.core.models.common.model_chunk_schedule_plan"
 
 
 class _BetweenNodes:
-    """The K/V of one microbatch that wait, in one block, for a later node of its plan, and then their gradients."""
+    """The tensors of one microbatch that wait, in one block, for later nodes of its plan, and then their gradients.
 
-    def __init__(self) -> None:
-        self._resident = ResidentKV()
-        #: How many pieces the keys of a bundle have, and the values.
-        self._pieces: dict[BundleName, tuple[int, int]] = {}
+    Args:
+        nodes: how many nodes take each tensor.
+    """
 
-    def keep(self, kv: MicrobatchKV, names: Iterable[BundleName], output: Tensor) -> Tensor:
-        """Take ``names`` from ``kv``, for later nodes.  What it returns is to be the node's in place of ``output``."""
+    def __init__(self, nodes: Mapping[Name, int]) -> None:
+        self._nodes = nodes
+        self._resident = ResidentTensors()
+        #: Each tensor's pieces, which wait one by one.
+        self._parts: dict[Name, list[tuple[Name, int]]] = {}
+
+    def keep(self, held: Microbatch, names: Iterable[Name], output: Tensor) -> Tensor:
+        """Take ``names`` from ``held``, for later nodes.  What it returns is the node's, in place of ``output``."""
+        parts, pieces = [], []
         for name in names:
-            bundle = kv.take(name)
-            self._pieces[name] = len(bundle.keys), len(bundle.values)
-            output = self._resident.keep(name, 0, (*bundle.keys, *bundle.values), output)
-        return output
+            its = held.take(name)
+            self._parts[name] = [(name, i) for i in range(len(its))]
+            parts += self._parts[name]
+            pieces += its
+        if not parts:
+            return output
+        return self._resident.keep(parts, [self._nodes[name] for name, _ in parts], 0, pieces, output)
 
-    def fetch(self, kv: MicrobatchKV, names: Iterable[BundleName], node_input: Tensor) -> None:
-        """Put ``names`` into ``kv``; ``node_input`` is any input of the node that reads them."""
-        for name in names:
-            keys, _ = self._pieces.pop(name, (0, 0))
-            pieces = self._resident.fetch(name, 0, node_input)
-            kv.put(name, Bundle(pieces[:keys], pieces[keys:]))
+    def fetch(self, held: Microbatch, names: Iterable[Name], node_input: Tensor) -> None:
+        """Put ``names`` into ``held``; ``node_input`` is any input of the node that reads them."""
+        parts = [part for name in names for part in self._parts.get(name, [(name, 0)])]
+        if parts:
+            found: dict[Name, list[Tensor]] = {}
+            for (name, _), piece in zip(parts, self._resident.fetch(parts, 0, node_input), strict=True):
+                found.setdefault(name, []).append(piece)
+            for name, pieces in found.items():
+                held.put(name, pieces)
 
     def require_read(self) -> None:
-        """Raise ``RuntimeError`` where K/V found no reader."""
+        """Raise ``RuntimeError`` where a tensor found no reader."""
         self._resident.require_released(forward_only=True)
 
 
-def _attend(
+def _share(
     upstream: Callable[..., Any],
     between: _BetweenNodes,
-    role: LayerRole,
+    reads: tuple[Name, ...],
+    makes: tuple[Name, ...],
     traffic: StageTraffic | None,
     node: Any,
     hidden_states: Tensor,
 ) -> tuple[Tensor, ...] | Tensor:
     """The node with a layer's attention; with ``traffic`` the first of a stage, which is given a payload."""
-    with microbatch() as kv:
+    with microbatch() as held:
         if traffic is not None:
-            hidden_states = _arrive(between, kv, traffic, node.chunk_state, hidden_states)
-        between.fetch(kv, role.takes, hidden_states)
+            hidden_states = _arrive(between, held, traffic, node.chunk_state, hidden_states)
+        between.fetch(held, reads, hidden_states)
         outputs = upstream(node, hidden_states)
         if isinstance(outputs, tuple):
-            return between.keep(kv, role.puts, outputs[0]), *outputs[1:]
-        return between.keep(kv, role.puts, outputs)
+            return between.keep(held, makes, outputs[0]), *outputs[1:]
+        return between.keep(held, makes, outputs)
 
 
 def _arrive(
-    between: _BetweenNodes, kv: MicrobatchKV, traffic: StageTraffic, chunk_state: Any, payload: Tensor
+    between: _BetweenNodes, held: Microbatch, traffic: StageTraffic, chunk_state: Any, payload: Tensor
 ) -> Tensor:
     received = chunk_state.decoder_input
     # It may have been received on the stream that communicates, and is about to be freed.
     payload.record_stream(torch.cuda.current_stream())
     # Their graphs hold on to what arrived until their own backward pass, not until that of the whole stage.
-    hidden_states = current_step().enter(traffic, kv, payload, keeps_reads=True)
+    hidden_states = current_step().enter(traffic, held, payload, keeps_reads=True)
     # What the node was given is another tensor on the same memory; the schedule keeps the one that was received.
     received.data = payload.data
-    return between.keep(kv, (*traffic.arrives, *traffic.fetches), hidden_states)
+    return between.keep(held, _names(*traffic.arrives, *traffic.fetches), hidden_states)
 
 
 def _leave(between: _BetweenNodes, traffic: StageTraffic | None, hidden_states: Tensor) -> Tensor:
     """What follows a block's last layer."""
-    with microbatch() as kv:
-        if traffic is not None:
-            between.fetch(kv, (*traffic.keeps, *traffic.leaves), hidden_states)
-            hidden_states = current_step().leave(traffic, kv, hidden_states)
-            # From there it is sent, and freed.
-            hidden_states.record_stream(get_comm_stream())
-        between.require_read()
-        return hidden_states
+    if traffic is not None:
+        going = _names(*traffic.keeps, *traffic.leaves)
+        with microbatch(Counter(going)) as held:
+            between.fetch(held, dict.fromkeys(going), hidden_states)
+            hidden_states = current_step().leave(traffic, held, hidden_states)
+        # From there it is sent, and freed.
+        hidden_states.record_stream(get_comm_stream())
+    between.require_read()
+    return hidden_states
 
 
-def share_kv(plan: Any, decoder: Any) -> None:
-    """Have the nodes of ``plan``, one microbatch's in the block ``decoder``, share K/V.
+def _names(*tensors: CrossLayerTensor) -> tuple[Name, ...]:
+    return tuple(tensor.name for tensor in tensors)
 
-    Raises ``RuntimeError`` for a stage that relays K/V without a layer: between its nodes there is no place for it.
+
+def share_between_nodes(plan: Any, decoder: Any) -> None:
+    """Have the nodes of ``plan``, one microbatch's in the block ``decoder``, share what crosses layers.
+
+    Raises ``RuntimeError`` for a stage that relays tensors without a layer: between its nodes there is no place for it.
     """
     traffic = None if decoder.traffic is None or decoder.traffic.is_none else decoder.traffic
     if not decoder.layers:
         if traffic is not None:
-            raise RuntimeError("a pipeline stage without a layer cannot pass skip-layer K/V on as a schedule's nodes")
+            raise RuntimeError("a pipeline stage without a layer cannot pass tensors on as a schedule's nodes")
         return
-    between = _BetweenNodes()
+    declared = decoder.declared
+    nodes = declared.reads_within([layer.layer_number for layer in decoder.layers])
+    if traffic is not None:
+        # The last node takes what it sends and what it keeps once.
+        nodes += Counter(set(_names(*traffic.keeps, *traffic.leaves)))
+    between = _BetweenNodes(nodes)
     for index, layer in enumerate(decoder.layers):
-        if isinstance(layer.self_attention, SLASelfAttention):
+        reads, makes = (_names(*of(layer.layer_number)) for of in (declared.read_by, declared.made_by))
+        arrives = traffic if traffic is not None and traffic.stage > 0 and index == 0 else None
+        if reads or makes or arrives:
             node = plan.get_layer(index).pre_dispatch_computation
-            arrives = traffic if traffic is not None and traffic.stage > 0 and index == 0 else None
-            node.submodule = partial(_attend, node.submodule, between, layer.self_attention.role, arrives)
+            node.submodule = partial(_share, node.submodule, between, reads, makes, arrives)
     last = plan.get_layer(len(decoder.layers) - 1)
     # A place for a node on the stream that computes, which layers of a decoder have no use for.
     last.mtp_post_process = ScheduleNode(partial(_leave, between, traffic), get_comp_stream, plan.event, name="leave")
 
 
-def sharing_kv(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """``upstream``, ``GPTModel.build_schedule_plan``, whose plans share K/V where the model is a skip-layer one."""
+def sharing(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """``upstream``, ``GPTModel.build_schedule_plan``, whose plans share what crosses the layers of its decoder."""
 
     @wraps(upstream)
     def build_schedule_plan(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = upstream(self, *args, **kwargs)
         if hasattr(self.decoder, "route_plan"):
-            share_kv(plan, self.decoder)
+            share_between_nodes(plan, self.decoder)
         return plan
 
     return build_schedule_plan
@@ -158,10 +182,10 @@ BUILD_SCHEDULE_PLAN = Wrapping(
         "output_processor",
         "output_processor_context",
     ),
-    wrap=sharing_kv,
+    wrap=sharing,
 )
 
-_NODES = "called or given another function, to have K/V go from one node of a schedule to another"
+_NODES = "called or given another function, to have tensors go from one node of a schedule to others"
 SCHEDULE_NODES = (
     Reliance(f"{_UTILS}:TransformerLayerNode.forward_impl", _NODES, ("self", "args")),
     Reliance(f"{_UTILS}:PreProcessNode.forward_impl", "it leaves what arrived in the chunk's state", ("self",)),
@@ -175,7 +199,7 @@ SCHEDULE_NODES = (
 
 
 def install_sharing_in_plans() -> None:
-    """Have plans share K/V.  Raises ``SeamError`` if upstream changed."""
+    """Have plans share what crosses layers.  Raises ``SeamError`` if upstream changed."""
     for reliance in SCHEDULE_NODES:
         reliance.require()
     wrap_once([BUILD_SCHEDULE_PLAN])

@@ -58,7 +58,7 @@ class PayloadOrder:
         layout = plan.layout
         size, last = layout.pipeline_size, layout.num_stages - 1
         shapes = [
-            shape.payload_shape(plan.hop_groups(hop, tensor_parallel_rank), layout.hidden_states(hop))
+            shape.payload_shape(plan.hop_columns(hop, tensor_parallel_rank), layout.hidden_states(hop))
             for hop in range(last)
         ]
 

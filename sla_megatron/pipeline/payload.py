@@ -1,12 +1,36 @@
 """How large what crosses a hop is.  Pure Python; the transport allocates by it, and ``sla-plan`` prints it.
 
-Legend: ``q`` sequence length, ``b`` microbatch size, ``h`` hidden size, ``d`` head size, ``T`` and ``C`` tensor- and
-context-parallel sizes.  Every figure is of one tensor-parallel rank and one microbatch.
+Legend: ``q`` sequence length, ``b`` microbatch size, ``h`` hidden size, ``T`` and ``C`` tensor- and context-parallel
+sizes.  Every figure is of one tensor-parallel rank and one microbatch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from .declarations import CrossLayerTensor
+
+
+class Columns(NamedTuple):
+    """Elements that some tensors have at each position of a sample.
+
+    Attributes:
+        whole: of the tensors that have all positions of their context-parallel rank.
+        split: of those that follow the hidden states, which sequence parallelism splits.
+    """
+
+    whole: int = 0
+    split: int = 0
+
+    @classmethod
+    def of(cls, tensors: Iterable[CrossLayerTensor], tensor_parallel_rank: int) -> Columns:
+        """Of ``tensors`` together, as ``tensor_parallel_rank`` has them."""
+        counts = [0, 0]
+        for tensor in tensors:
+            counts[tensor.follows_hidden] += tensor.widths[tensor_parallel_rank] * tensor.unit
+        return cls(*counts)
 
 
 @dataclass(frozen=True)
@@ -17,7 +41,6 @@ class MicrobatchShape:
         sequence_length: ``q``, of the whole sequence.
         microbatch_size: ``b``.
         hidden_size: ``h``.
-        head_size: ``d``.
         tensor_parallel_size: ``T``.
         context_parallel_size: ``C``.
         sequence_parallel: whether hidden states are split over the sequence between tensor-parallel ranks.
@@ -26,48 +49,48 @@ class MicrobatchShape:
     sequence_length: int
     microbatch_size: int
     hidden_size: int
-    head_size: int
     tensor_parallel_size: int = 1
     context_parallel_size: int = 1
     sequence_parallel: bool = False
 
     @property
-    def kv_sequence(self) -> int:
-        """``q / C``: the positions whose K/V a rank holds, all of them for its own heads."""
+    def positions(self) -> int:
+        """``q / C``: the positions that a context-parallel rank holds."""
         return self.sequence_length // self.context_parallel_size
 
     @property
-    def hidden_sequence(self) -> int:
+    def hidden_positions(self) -> int:
         """``q / C``, divided by ``T`` with sequence parallelism: the positions whose hidden states a rank holds."""
-        return self.kv_sequence // (self.tensor_parallel_size if self.sequence_parallel else 1)
+        return self.positions // (self.tensor_parallel_size if self.sequence_parallel else 1)
 
     @property
     def hidden_shape(self) -> tuple[int, int, int]:
         """``[q/C(/T), b, h]``."""
-        return (self.hidden_sequence, self.microbatch_size, self.hidden_size)
-
-    def kv_shape(self, num_groups: int) -> tuple[int, int, int, int]:
-        """``[q/C, b, groups, d]``: the keys, or the values, of ``num_groups`` groups."""
-        return (self.kv_sequence, self.microbatch_size, num_groups, self.head_size)
+        return (self.hidden_positions, self.microbatch_size, self.hidden_size)
 
     @property
     def hidden_elements(self) -> int:
         """Elements of the hidden states."""
-        return self.hidden_sequence * self.microbatch_size * self.hidden_size
+        return self.hidden_positions * self.microbatch_size * self.hidden_size
 
-    def kv_elements(self, num_groups: int) -> int:
-        """Elements of the keys and values of ``num_groups`` groups."""
-        return 2 * self.kv_sequence * self.microbatch_size * num_groups * self.head_size
+    def tensor_shape(self, tensor: CrossLayerTensor, tensor_parallel_rank: int) -> tuple[int, int, int, int]:
+        """``[q/C(/T), b, width, unit]`` of a declared tensor."""
+        positions = self.hidden_positions if tensor.follows_hidden else self.positions
+        return (positions, self.microbatch_size, tensor.widths[tensor_parallel_rank], tensor.unit)
 
-    def payload_elements(self, num_groups: int) -> int:
-        """Elements that cross a hop together with ``num_groups`` K/V groups; as many gradients come back."""
-        return self.hidden_elements + self.kv_elements(num_groups)
+    def elements(self, columns: Columns) -> int:
+        """Elements of the tensors that have these ``columns``."""
+        return self.microbatch_size * (self.positions * columns.whole + self.hidden_positions * columns.split)
 
-    def payload_shape(self, num_groups: int, hidden_states: int = 1) -> tuple[int, int, int]:
-        """The payload's shape, ``[n q/C(/T), b, h + w]``: K/V widen the feature dimension.
+    def payload_elements(self, columns: Columns) -> int:
+        """Elements that cross a hop together with ``columns``; as many gradients come back."""
+        return self.hidden_elements + self.elements(columns)
 
-        ``hidden_states``, ``n``, is more than 1 where no K/V cross: behind all layers that could read them.
+    def payload_shape(self, columns: Columns, hidden_states: int = 1) -> tuple[int, int, int]:
+        """The payload's shape, ``[n q/C(/T), b, h + w]``: what crosses layers widens the feature dimension.
+
+        ``hidden_states``, ``n``, is more than 1 where nothing else crosses: behind all layers that could read it.
         """
-        rows = self.hidden_sequence * self.microbatch_size
-        width = self.payload_elements(num_groups) // rows
-        return (self.hidden_sequence * hidden_states, self.microbatch_size, width)
+        rows = self.hidden_positions * self.microbatch_size
+        width = self.payload_elements(columns) // rows
+        return (self.hidden_positions * hidden_states, self.microbatch_size, width)

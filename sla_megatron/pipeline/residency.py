@@ -1,26 +1,28 @@
-"""What a rank holds of other stages' K/V while a schedule runs.  Pure Python.
+"""What a rank holds for other stages while a schedule runs.  Pure Python.
 
-Between two passes a rank holds, of each microbatch, the resident bundles that their reader has not fetched, and the
-gradients that a reader has left for them and that the stage which kept them has not collected.  Beside these there are
-payloads that were received and not yet unpacked.
+Between two passes a rank holds, of each microbatch, the resident tensors that not all of their readers have fetched,
+and the gradients that readers have left for them and that the stage which kept them has not collected.  Beside these
+there are payloads that were received and not yet unpacked.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .payload import Columns, MicrobatchShape
 from .routes import RoutePlan
 from .schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Residency:
-    """The most that one rank holds between two passes, in K/V groups (a key and a value each).
+    """The most that one rank holds between two passes, in elements.
 
     Attributes:
-        resident: most groups of resident K/V and deposited gradients at one moment.
+        resident: most elements of resident tensors and deposited gradients at one moment.
         arrival_buffers: most payloads that have been received before their pass, in either direction.
-        arriving: most groups in those payloads at one moment, at most ``arrival_buffers`` times the widest hop.
+        arriving: most elements in those payloads at one moment, hidden states not counted; at most ``arrival_buffers``
+            times the widest hop.
     """
 
     resident: int
@@ -29,34 +31,37 @@ class Residency:
 
     @property
     def total(self) -> int:
-        """A bound on the groups that are alive between two passes."""
+        """A bound on the elements that are alive between two passes."""
         return self.resident + self.arriving
 
 
 def residency(
     plan: RoutePlan,
     schedule: Schedule,
+    shape: MicrobatchShape,
     rank: int,
     tensor_parallel_rank: int = 0,
     early_receives: bool = False,
 ) -> Residency:
-    """Run ``schedule`` on pipeline ``rank`` and note the most that it holds.
+    """Run ``schedule`` on pipeline ``rank`` and note the most that it holds of microbatches of ``shape``.
 
     ``early_receives``: with ``--overlap-p2p-communication-warmup-flush``, which receives one payload further ahead.
     """
     layout = plan.layout
-    groups = {route.name: plan.groups_on(route, tensor_parallel_rank) for route in plan.routes}
     kept = {stage: 0 for stage in range(layout.num_stages)}
-    fetched = dict(kept)
+    released = dict(kept)
     for route in plan.routes:
-        if route.resident_stage is not None:
-            kept[route.resident_stage] += groups[route.name]
-            fetched[route.reader_stage] += groups[route.name]
+        size = shape.elements(Columns.of([route.tensor], tensor_parallel_rank))
+        for stage, readers in route.resident.items():
+            kept[stage] += size
+            # The last that fetches it is the first that leaves a gradient for it.
+            released[readers[-1]] += size
     now = peak = 0
     for kind, chunk, _ in schedule.passes(rank):
         stage = layout.stage(rank, chunk)
-        # Forward: what it fetches goes, what it keeps comes.  Backward: the same of gradients, in reverse.
-        gone, come = (fetched, kept) if kind == "F" else (kept, fetched)
+        # Forward: what is fetched for the last time goes, what is kept comes.  Backward: the same of gradients, in
+        # reverse.
+        gone, come = (released, kept) if kind == "F" else (kept, released)
         now += come[stage] - gone[stage]
         peak = max(peak, now)
     forward = _arrivals(schedule, rank == 0, early_receives)
@@ -64,8 +69,8 @@ def residency(
     if schedule.forward_only:
         backward = 0
     stages = [layout.stage(rank, chunk) for chunk in range(layout.num_chunks)]
-    widest_in = max(plan.hop_groups(stage - 1, tensor_parallel_rank) for stage in stages)
-    widest_back = max(plan.hop_groups(stage, tensor_parallel_rank) for stage in stages)
+    widest_in = max(shape.elements(plan.hop_columns(stage - 1, tensor_parallel_rank)) for stage in stages)
+    widest_back = max(shape.elements(plan.hop_columns(stage, tensor_parallel_rank)) for stage in stages)
     return Residency(peak, forward + backward, forward * widest_in + backward * widest_back)
 
 

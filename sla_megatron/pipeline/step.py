@@ -7,18 +7,20 @@ the step through :func:`current_step`, gives it the payload that arrived and tak
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import groupby
 
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from ..attention.microbatch_kv import Bundle, MicrobatchKV
+from .joining import joined
 from .packing import pack, unpack_and_empty
 from .payload import MicrobatchShape
-from .resident_kv import ResidentKV
+from .resident import ResidentTensors
 from .routes import StageTraffic
+from .waiting import Microbatch
 
 
 class PipelineStep:
@@ -32,50 +34,55 @@ class PipelineStep:
     def __init__(self, shape: MicrobatchShape, forward_only: bool) -> None:
         self.shape = shape
         self.forward_only = forward_only
-        self.resident = ResidentKV()
+        self.resident = ResidentTensors()
         self._forwards: Counter[int] = Counter()
 
     def enter(
-        self, traffic: StageTraffic, kv: MicrobatchKV, payload: Tensor | None, keeps_reads: bool
+        self, traffic: StageTraffic, held: Microbatch, payload: Tensor | None, keeps_reads: bool
     ) -> Tensor | None:
-        """Unpack what arrived at a stage and fetch what is resident, into ``kv``.
+        """Unpack what arrived at a stage and fetch what is resident, into ``held``.
 
         Args:
             traffic: what the stage does.
-            kv: the microbatch's K/V, which the stage's layers take from.
-            payload: ``[s, b, h + w]`` from the previous stage; ``None`` in stage 0.  The schedule keeps it: where K/V
-                arrived in it, it is emptied.
-            keeps_reads: whether the stage holds on to K/V that it reads until its backward pass (full recomputation).
+            held: the microbatch's tensors, which the stage's layers take.
+            payload: ``[s, b, h + w]`` from the previous stage; ``None`` in stage 0.  The schedule keeps it: where more
+                than hidden states arrived in it, it is emptied.
+            keeps_reads: whether the stage holds on to all that it reads until its backward pass (full recomputation).
 
         Returns:
             the hidden states ``[s, b, h]`` that arrived; ``None`` in stage 0.
         """
         hidden_states = payload
         if traffic.arrives:
-            sizes = {name: traffic.num_groups[name] for name in traffic.arrives}
-            outlives = [name for name in sizes if name in traffic.keeps or (keeps_reads and name not in traffic.leaves)]
-            hidden_states, arrived = unpack_and_empty(payload, sizes, outlives, self.shape)
-            for name, bundle in arrived.items():
-                kv.put(name, _in_one_piece(bundle))
-        for name in traffic.fetches:
+            copied = traffic.outlives[keeps_reads]
+            hidden_states, arrived = unpack_and_empty(
+                payload, traffic.arrives, copied, self.shape, traffic.tensor_parallel_rank
+            )
+            for tensor, whole in zip(traffic.arrives, arrived, strict=True):
+                held.put(tensor.name, (whole,))
+        # One layer reads those of the same readers at a time, so that their gradients come together.
+        for _, alike in groupby(traffic.fetches, key=lambda tensor: (tensor.source, tensor.readers)):
+            names = [tensor.name for tensor in alike]
             # A chunk runs its microbatches in ascending order, so that counting its passes numbers them.
-            kv.put(name, _in_one_piece(self.resident.fetch(name, self._forwards[traffic.stage], hidden_states)))
+            wholes = self.resident.fetch(names, self._forwards[traffic.stage], hidden_states)
+            for name, whole in zip(names, wholes, strict=True):
+                held.put(name, (whole,))
         return hidden_states
 
-    def leave(self, traffic: StageTraffic, kv: MicrobatchKV, hidden_states: Tensor) -> Tensor:
+    def leave(self, traffic: StageTraffic, held: Microbatch, hidden_states: Tensor) -> Tensor:
         """Keep what becomes resident and pack what leaves; ``[s, b, h + w]``, or ``[s, b, h]`` where none leaves."""
         microbatch = self._forwards[traffic.stage]
         self._forwards[traffic.stage] += 1
-        for name in traffic.keeps:
-            hidden_states = self.resident.keep(name, microbatch, kv.take(name).joined(), hidden_states)
+        if traffic.keeps:
+            names = [tensor.name for tensor in traffic.keeps]
+            wholes = joined([held.take(name) for name in names])
+            readers = [traffic.readers[name] for name in names]
+            hidden_states = self.resident.keep(names, readers, microbatch, wholes, hidden_states)
         if traffic.leaves:
-            return pack(hidden_states, [kv.take(name) for name in traffic.leaves], self.shape)
+            pieces = [held.take(tensor.name) for tensor in traffic.leaves]
+            return pack(hidden_states, pieces, traffic.leaves, self.shape, traffic.tensor_parallel_rank)
         # The schedule frees what it has sent, which must not be a view.
         return make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
-
-
-def _in_one_piece(bundle: Sequence[Tensor]) -> Bundle:
-    return Bundle(*([tensor] for tensor in bundle))
 
 
 _current: ContextVar[PipelineStep | None] = ContextVar("sla_pipeline_step", default=None)
@@ -86,7 +93,7 @@ def current_step() -> PipelineStep:
     step = _current.get()
     if step is None:
         raise RuntimeError(
-            "a pipeline stage with skip-layer K/V ran outside of Megatron's schedules: call it through "
+            "a pipeline stage that carries tensors between layers ran outside of Megatron's schedules: call it through "
             "megatron.core.pipeline_parallel.get_forward_backward_func()"
         )
     return step

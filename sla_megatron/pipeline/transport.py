@@ -1,8 +1,8 @@
 """The seams with Megatron's pipeline schedules: each run of one gets a communicator that knows every payload's shape.
 
 Upstream's schedules stay as they are.  They accept a communicator; they are looked up in their own module, where they
-are wrapped, so that every training loop is served, Megatron's or a user's.  A model without skip-layer K/V between its
-stages passes straight through.
+are wrapped, so that every training loop is served, Megatron's or a user's.  A model that has nothing but hidden states
+between its stages passes straight through.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Settings = tuple[RoutePlan, Schedule, MicrobatchShape]
 _agreed: WeakKeyDictionary[Any, set[Settings]] = WeakKeyDictionary()
 
 
-def carrying_kv(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """``upstream``, one of Megatron's two pipeline schedules, with skip-layer K/V carried between its stages."""
+def carrying_tensors(upstream: Callable[..., Any]) -> Callable[..., Any]:
+    """``upstream``, one of Megatron's two pipeline schedules, with what crosses layers carried between its stages."""
 
     @wraps(upstream)
     def forward_backward(**arguments: Any) -> Any:
@@ -50,7 +50,6 @@ def carrying_kv(upstream: Callable[..., Any]) -> Callable[..., Any]:
             sequence_length=arguments.get("decoder_seq_length") or arguments["seq_length"],
             microbatch_size=arguments["micro_batch_size"],
             hidden_size=config.hidden_size,
-            head_size=config.kv_channels,
             tensor_parallel_size=groups.tp.size(),
             context_parallel_size=groups.cp.size(),
             sequence_parallel=config.sequence_parallel,
@@ -114,7 +113,7 @@ def require_same_on_all_ranks(settings: object, group: dist.ProcessGroup) -> Non
     dist.all_gather_object(found, repr(settings), group=group)
     if len(set(found)) > 1:
         listed = "\n".join(f"  pipeline rank {rank}: {text}" for rank, text in enumerate(found))
-        raise RuntimeError(f"the ranks of one pipeline do not agree on skip-layer attention:\n{listed}")
+        raise RuntimeError(f"the ranks of one pipeline do not agree on what crosses layers:\n{listed}")
 
 
 _SCHEDULE_PARAMETERS = (
@@ -134,7 +133,7 @@ _SCHEDULE_PARAMETERS = (
     "force_all_reduce",
 )
 
-_REASON = "a schedule's own communicator knows one shape for all payloads; models without skip-layer K/V pass through"
+_REASON = "a schedule's own communicator knows one shape for all payloads; other models pass through"
 
 #: Wrapped for the rest of the process when the first stage with traffic is built.
 SCHEDULES = tuple(
@@ -142,7 +141,7 @@ SCHEDULES = tuple(
         f"megatron.core.pipeline_parallel.schedules:forward_backward_pipelining_{name}",
         _REASON,
         _SCHEDULE_PARAMETERS,
-        wrap=carrying_kv,
+        wrap=carrying_tensors,
     )
     for name in ("with_interleaving", "without_interleaving")
 )
@@ -158,7 +157,7 @@ SCHEDULE_HELPERS = (
 
 
 def install_transport() -> None:
-    """Have Megatron's schedules carry skip-layer K/V.  Raises ``SeamError`` if upstream changed."""
+    """Have Megatron's schedules carry what crosses layers.  Raises ``SeamError`` if upstream changed."""
     for reliance in (*COMMUNICATOR, *SCHEDULE_HELPERS):
         reliance.require()
     wrap_once(SCHEDULES)

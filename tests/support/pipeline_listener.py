@@ -31,19 +31,20 @@ class PipelineListener(Listener):
         super().listen_to(training)
         from megatron.core.pipeline_parallel import p2p_communication, schedules
 
-        from sla_megatron.attention.microbatch_kv import Bundle
+        from sla_megatron.model import recomputation
         from sla_megatron.pipeline import step
-        from sla_megatron.pipeline.resident_kv import Resident, ResidentKV
+        from sla_megatron.pipeline.resident import Resident, ResidentTensors
 
         self._wrap(schedules, "forward_step", lambda *_: self._after_pass("F"))
         self._wrap(schedules, "backward_step", lambda *_: self._after_pass("B"))
         for function in ("_p2p_ops", "_batched_p2p_ops"):
             self._before(p2p_communication, function, self._on_wire)
-        self._wrap(Bundle, "joined", lambda _, pair: self._watch(pair))
-        self._wrap(step, "unpack_and_empty", lambda _, unpacked: [self._watch(pair) for pair in unpacked[1].values()])
-        self._wrap(ResidentKV, "fetch", lambda _, pair: self._watch(pair))
+        for module in (step, recomputation):
+            self._wrap(module, "joined", lambda _, wholes: self._watch(wholes))
+        self._wrap(step, "unpack_and_empty", lambda _, unpacked: self._watch(unpacked[1]))
+        self._wrap(ResidentTensors, "fetch", lambda _, wholes: self._watch(wholes))
         self._wrap(Resident, "keep", self._on_keep)
-        self._before(Resident, "deposit", lambda args, _: self._watch(args[1]))
+        self._wrap(Resident, "deposit", lambda args, _: self._watch(args[0].tensors))
         self._wrap(training, "finalize_model_grads", self._on_gradients)
         self._around_schedules(training)
 
@@ -95,8 +96,7 @@ class PipelineListener(Listener):
     def _on_put(self, args: tuple, result: Any) -> None:
         super()._on_put(args, result)
         # Views of their layer's projection are its own attention's, which keeps that until the backward pass.
-        tensors = (*args[2].keys, *args[2].values)
-        self._watch([one for one in tensors if one.untyped_storage().nbytes() == one.nbytes])
+        self._watch([one for one in args[2] if one.untyped_storage().nbytes() == one.nbytes])
 
     def _on_keep(self, args: tuple, _: Any) -> None:
         self._watch(args[0].tensors)

@@ -85,10 +85,9 @@ def replaced_names() -> dict[str, Any]:
 
 def open_contexts() -> list[str]:
     """The microbatch or step that somebody left open."""
-    from sla_megatron.attention import microbatch_kv
-    from sla_megatron.pipeline import step
+    from sla_megatron.pipeline import step, waiting
 
-    return [module.__name__ for module in (microbatch_kv, step) if module._current.get() is not None]
+    return [module.__name__ for module in (waiting, step) if module._current.get() is not None]
 
 
 @contextlib.contextmanager

@@ -140,11 +140,11 @@ class Listener:
         self.num_shared = 0
 
     def listen_to(self, training: Any) -> None:
-        from sla_megatron.attention.microbatch_kv import MicrobatchKV
+        from sla_megatron.pipeline.waiting import Microbatch
 
         self._wrap(training, "training_log", self._on_step)
         self._wrap(training, "evaluate", self._on_evaluation)
-        self._wrap(MicrobatchKV, "put", self._on_put)
+        self._wrap(Microbatch, "put", self._on_put)
 
     def _wrap(self, owner: Any, name: str, callback: Callable[[tuple, Any], None]) -> None:
         original = getattr(owner, name)
@@ -181,7 +181,7 @@ class Listener:
 
     def _on_put(self, args: tuple, _: Any) -> None:
         self.num_shared += 1
-        self._shared += [weakref.ref(tensor) for tensor in (*args[2].keys, *args[2].values)]
+        self._shared += [weakref.ref(tensor) for tensor in args[2]]
 
     def answer(self) -> dict[str, Any]:
         return {

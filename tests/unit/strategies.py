@@ -2,14 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from hypothesis import strategies as st
 
+from sla_megatron.attention.declared import declare
+from sla_megatron.attention.numbering import LayerNumbers
+from sla_megatron.attention.roles import SharedTensor
 from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.pipeline.layout import PipelineLayout
-from sla_megatron.pipeline.routes import RoutePlan
+from sla_megatron.pipeline.payload import MicrobatchShape
+from sla_megatron.pipeline.residency import Residency, residency
+from sla_megatron.pipeline.routes import Route, RoutePlan, StageTraffic
 from sla_megatron.pipeline.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class SLAPlan:
+    """The route plan of skip-layer attention in a GPT of heads of one channel, and what it says, in K/V groups."""
+
+    sla: SLAConfig
+    layout: PipelineLayout
+    tensor_parallel_size: int = 1
+
+    @cached_property
+    def plan(self) -> RoutePlan:
+        numbers = LayerNumbers.of_gpt(self.sla.num_layers)
+        return RoutePlan(declare(self.sla, numbers, self.tensor_parallel_size, 1), self.layout)
+
+    @property
+    def routes(self) -> list[Route]:
+        """Of the keys; values travel beside them."""
+        return beside(self.plan.routes, lambda route: route.tensor.name)
+
+    @property
+    def moves_nothing(self) -> bool:
+        return self.plan.moves_nothing
+
+    def groups(self, name: SharedTensor) -> tuple[int, ...]:
+        """The groups that ``name`` is made of, found by asking every one."""
+        (reader,) = name.readers
+        every = range(self.sla.num_query_groups)
+        return tuple(g for g in every if name.source != reader and self.sla.source(reader, g) == name.source)
+
+    def crossing(self, hop: int) -> tuple[tuple[int, int], ...]:
+        """The (source layer, group) pairs that cross ``hop``, in payload order, over all tensor-parallel ranks."""
+        names = [route.tensor.name for route in beside(self.plan.hop(hop), lambda route: route.tensor.name)]
+        return tuple((name.source, group) for name in names for group in self.groups(name))
+
+    def hop_groups(self, hop: int, rank: int = 0) -> int:
+        """How many groups cross ``hop``."""
+        columns = self.plan.hop_columns(hop, rank)
+        assert columns.split == columns.whole % 2 == 0
+        return columns.whole // 2
+
+    def traffic(self, stage: int, rank: int = 0) -> StageTraffic:
+        return self.plan.traffic(stage, rank)
+
+    def residency(self, schedule: Schedule, rank: int, tensor_rank: int = 0, early_receives: bool = False) -> Residency:
+        """In groups."""
+        found = residency(self.plan, schedule, MicrobatchShape(1, 1, 1), rank, tensor_rank, early_receives)
+        assert found.resident % 2 == found.arriving % 2 == 0
+        return Residency(found.resident // 2, found.arrival_buffers, found.arriving // 2)
+
+
+def beside(found: Sequence[Any], name_of: Callable[[Any], SharedTensor]) -> list[Any]:
+    """The keys of what is found; each must have its values right behind it."""
+    keys, values = list(found[0::2]), list(found[1::2])
+    assert [name_of(key).kind for key in keys] == ["key"] * len(keys)
+    assert [("value", *name_of(key)[1:]) for key in keys] == [name_of(value) for value in values]
+    return keys
 
 
 @st.composite
@@ -39,7 +105,7 @@ def layouts(draw: st.DrawFn, num_layers: int) -> PipelineLayout:
 
 
 @st.composite
-def route_plans(draw: st.DrawFn) -> RoutePlan:
+def route_plans(draw: st.DrawFn) -> SLAPlan:
     """The plan of any configuration in any pipeline, with a tensor-parallel size that divides its groups."""
     size = draw(st.sampled_from([1, 2, 4]))
     groups = size * draw(st.integers(1, 3))
@@ -54,7 +120,7 @@ def route_plans(draw: st.DrawFn) -> RoutePlan:
         st.none() | st.sets(st.integers(1, num_layers), min_size=num_layers // 2).map(lambda few: tuple(sorted(few))),
     )
     sla = draw(skipping | sla_configs(st.just(groups)))
-    return RoutePlan(sla, draw(layouts(sla.num_layers)), size)
+    return SLAPlan(sla, draw(layouts(sla.num_layers)), size)
 
 
 @st.composite

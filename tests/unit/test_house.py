@@ -71,6 +71,7 @@ def test_arrows_point_one_way(house: Path) -> None:
         ("upstream/seams.py", "from ..commands.patch import registry"),
         ("attention/roles.py", "from ..cpu import tensors"),
         ("pipeline/routes.py", "from ..cpu import tensors"),
+        ("pipeline/routes.py", "from ..attention import roles"),
         ("flags/validation.py", "from ..model import report"),
         ("hf/modeling_sla_gpt.py", "from ..attention import roles"),
         ("commands/plan/job.py", "from ..sweep import grid"),

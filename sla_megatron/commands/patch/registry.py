@@ -18,7 +18,7 @@ from ...flags.arguments import PARSING
 from ...flags.checkpoint_settings import CHECKED_ON_LOADING
 from ...flags.fused_kernels import APEX, FUSED_GRADIENTS, FUSED_ROTARY
 from ...model import builder, transformer_block
-from ...model.recomputation import CHECKPOINTED_FORWARD
+from ...model.recomputation import CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD
 from ...model.schedule_plan import BUILD_SCHEDULE_PLAN, SCHEDULE_NODES
 from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
@@ -91,7 +91,7 @@ def registry() -> list[Entry]:
         *_entries(BLOCK, [transformer_block_seam(sla), *builder.OVERRIDDEN]),
         *_entries(SLA, [QUERY_KEY_VALUE, ROLE, *transformer_block.OVERRIDDEN]),
         *_entries(ENCODER, [transformer_block_seam(sla, BERT_MODEL)]),
-        *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD]),
+        *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD]),
         *(_entries(PLANS, [BUILD_SCHEDULE_PLAN, *SCHEDULE_NODES]) if has_schedule_nodes() else ()),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
         *_entries(CORE_ATTENTION, [*RELIED_ON, transformer_block.FURTHER_LAYERS]),

@@ -55,7 +55,9 @@ def _hop(hop: HopTraffic) -> dict[str, Any]:
         "kv_bytes": hop.kv_bytes,
         "payload_bytes": hop.payload_bytes,
         "kv": [
-            {"layer": route.name[0], "reader": sum(route.name), "groups": list(route.groups)} for route in hop.routes
+            {"layer": shared.source, "reader": reader, "groups": list(groups)}
+            for shared, groups in hop.shared
+            for reader in shared.readers
         ],
     }
 

@@ -24,6 +24,7 @@ class ModelWork:
 
     Attributes:
         num_heads: ``H``.
+        head_size: ``d``.
         mlp_weights: for each layer, the MLP's weights that one token meets (with experts: those of its experts).
         output_gate: whether attention has an output gate as wide as its queries.
         vocabulary: rows of the output layer, padding included; 0 where the flags do not tell.
@@ -32,6 +33,7 @@ class ModelWork:
     """
 
     num_heads: int
+    head_size: int
     mlp_weights: tuple[int, ...]
     output_gate: bool = False
     vocabulary: int = 0
@@ -81,10 +83,10 @@ def _layer(work: ModelWork, shape: MicrobatchShape, layer: int, projected_groups
     """Forward operations of one layer for one microbatch, over all of its GPUs."""
     # Query (its gate beside it) and output projections, key and value projections.
     heads = work.num_heads * (2 + work.output_gate) + 2 * projected_groups
-    weights = shape.hidden_size * shape.head_size * heads + work.mlp_weights[layer - 1]
+    weights = shape.hidden_size * work.head_size * heads + work.mlp_weights[layer - 1]
     return 2 * shape.sequence_length * shape.microbatch_size * weights + _attention(work, shape)
 
 
 def _attention(work: ModelWork, shape: MicrobatchShape) -> int:
     """Scores and weighted values of one layer; ``q * q / 2`` pairs of positions, since attention is causal."""
-    return 2 * shape.microbatch_size * shape.sequence_length**2 * work.num_heads * shape.head_size
+    return 2 * shape.microbatch_size * shape.sequence_length**2 * work.num_heads * work.head_size

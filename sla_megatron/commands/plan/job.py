@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ...attention.declared import declare
+from ...attention.numbering import LayerNumbers
 from ...attention.sla_config import SLAConfig
 from ...common.errors import StartError
+from ...pipeline.declarations import Declarations
 from ...pipeline.layout import PipelineLayout
 from ...pipeline.payload import MicrobatchShape
 from ...pipeline.routes import RoutePlan
@@ -35,6 +38,7 @@ class Job:
         expert_gpus: GPUs over which the experts of a stage are spread; the world size is a multiple of it times ``P``.
         communication: how interleaved transfers meet compute; 1F1B never overlaps.
         description: skip-layer attention in one line.
+        numbers: which layers have attention; ``None``: all.
     """
 
     sla: SLAConfig
@@ -48,18 +52,25 @@ class Job:
     expert_gpus: int = 1
     communication: Communication = Communication(overlap=True)
     description: str = ""
+    numbers: LayerNumbers | None = None
+
+    @cached_property
+    def declared(self) -> Declarations:
+        """The tensors that cross layers, all that the bytes come from."""
+        numbers = self.numbers or LayerNumbers.of_gpt(self.sla.num_layers)
+        return declare(self.sla, numbers, self.shape.tensor_parallel_size, self.work.head_size)
 
     @cached_property
     def plan(self) -> RoutePlan:
         """What crosses each hop."""
-        return RoutePlan(self.sla, self.layout, self.shape.tensor_parallel_size)
+        return RoutePlan(self.declared, self.layout)
 
     @cached_property
     def tensor_ranks(self) -> tuple[int, ...]:
-        """One tensor-parallel rank of each kind: the ranks of a kind hold equally many groups of every route."""
+        """One tensor-parallel rank of each kind: the ranks of a kind have equally much of every tensor."""
         kinds: dict[tuple[int, ...], int] = {}
         for rank in range(self.shape.tensor_parallel_size):
-            kinds.setdefault(tuple(self.plan.groups_on(route, rank) for route in self.plan.routes), rank)
+            kinds.setdefault(tuple(route.tensor.widths[rank] for route in self.plan.routes), rank)
         return tuple(kinds.values())
 
     @property
@@ -94,11 +105,6 @@ class Job:
             raise PlanError(
                 f"--global-batch-size {self.global_batch_size} does not suit {chunks} virtual stages a rank: {error}"
             ) from None
-
-    @property
-    def bytes_of_group(self) -> int:
-        """Bytes of one group's keys and values of one microbatch."""
-        return self.shape.kv_elements(1) * self.element_bytes
 
     def split_evenly(self, pipeline_size: int, num_chunks: int) -> Job:
         """The same model and batch on the same GPUs, with as many layers in each of ``P * v`` virtual stages."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from ...attention.roles import Shared
 from ...attention.sla_config import compact_ranges
 from ...common.tables import table
-from ...pipeline.routes import Route
 from .figures import Figures
 from .job import Job
 from .predict import Prediction, Rates
@@ -42,7 +42,7 @@ def summary(job: Job) -> str:
     chunks = "1F1B" if layout.num_chunks == 1 else f"interleaved 1F1B, {layout.num_chunks} virtual stages a rank"
     lines = [
         f"Model: {layout.num_layers} layers, hidden size {shape.hidden_size}, {job.sla.num_query_groups} K/V groups of "
-        f"{shape.head_size}, sequence {shape.sequence_length}, microbatch {shape.microbatch_size}, "
+        f"{job.work.head_size}, sequence {shape.sequence_length}, microbatch {shape.microbatch_size}, "
         f"{job.element_bytes} bytes an element",
         f"SLA: {job.description}",
         f"GPUs: {job.num_gpus} = TP {shape.tensor_parallel_size} x CP {shape.context_parallel_size} x "
@@ -64,7 +64,7 @@ def hop_table(job: Job, hops: Sequence[HopTraffic]) -> str:
             in_units(hop.kv_bytes),
             in_units(hop.payload_bytes),
             f"{hop.ratio:.3f}",
-            crossing(hop.routes) or "no K/V",
+            crossing(hop.shared) or "no K/V",
         )
         for hop in hops
     ]
@@ -194,11 +194,11 @@ def assumptions(job: Job, simulated: bool) -> str:
     return "\n".join(lines)
 
 
-def crossing(routes: Iterable[Route]) -> str:
+def crossing(shared: Iterable[tuple[Shared, tuple[int, ...]]]) -> str:
     """``1-3: 1-3,5-7``: source layers and groups, one part for each set of groups."""
     layers_of: dict[tuple[int, ...], list[int]] = {}
-    for route in routes:
-        layers_of.setdefault(route.groups, []).append(route.name[0])
+    for each, groups in shared:
+        layers_of.setdefault(groups, []).append(each.source)
     return "; ".join(f"{compact_ranges(layers)}: {compact_ranges(groups)}" for groups, layers in layers_of.items())
 
 

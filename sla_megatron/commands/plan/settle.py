@@ -77,7 +77,6 @@ def microbatch_shape(args: Namespace) -> MicrobatchShape:
         sequence_length=args.decoder_seq_length or args.seq_length,
         microbatch_size=args.micro_batch_size,
         hidden_size=args.hidden_size,
-        head_size=args.kv_channels,
         tensor_parallel_size=args.tensor_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
         sequence_parallel=args.sequence_parallel,
@@ -95,6 +94,7 @@ def model_work(args: Namespace, config: Any) -> ModelWork:
         recompute = "attention"
     return ModelWork(
         num_heads=args.num_attention_heads,
+        head_size=args.kv_channels,
         mlp_weights=tuple(mlp_weights(config, layer, args.moe_router_topk) for layer in range(args.num_layers)),
         output_gate=bool(args.attention_output_gate),
         vocabulary=_vocabulary(args),

@@ -1,16 +1,18 @@
 """Bytes that cross each hop and wait on each rank.  Pure Python.
 
-Every figure comes from the route plan and the microbatch shape that the transport itself allocates by.  It is that of
-one GPU and one microbatch, of the tensor-parallel rank that has most of it: ranks may hold different numbers of a
-layer's skip groups.
+Every figure comes from the declared tensors, the route plan and the microbatch shape that the transport itself
+allocates by.  It is that of one GPU and one microbatch, of the tensor-parallel rank that has most of it: ranks may hold
+different numbers of a layer's skip groups.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...attention.declared import shared_groups
+from ...attention.roles import Shared
+from ...pipeline.payload import Columns
 from ...pipeline.residency import residency
-from ...pipeline.routes import Route
 from .job import Job
 
 
@@ -24,7 +26,7 @@ class HopTraffic:
         target_rank: the pipeline rank that receives.
         hidden_bytes: hidden states, all that crosses without skip-layer attention.
         kv_bytes: keys and values.
-        routes: whose keys and values.
+        shared: whose keys and values: who shares them with whom, among the attention layers, and which groups.
     """
 
     hop: int
@@ -32,7 +34,7 @@ class HopTraffic:
     target_rank: int
     hidden_bytes: int
     kv_bytes: int
-    routes: tuple[Route, ...]
+    shared: tuple[tuple[Shared, tuple[int, ...]], ...]
 
     @property
     def payload_bytes(self) -> int:
@@ -89,34 +91,44 @@ class Totals:
 def hop_traffic(job: Job) -> tuple[HopTraffic, ...]:
     """Every hop's traffic, in order."""
     plan, layout, shape = job.plan, job.layout, job.shape
-    one_state = shape.payload_elements(0) * job.element_bytes
+    groups = shared_groups(job.sla)
+    one_state = shape.hidden_elements * job.element_bytes
     hops = []
     for hop in range(layout.num_stages - 1):
-        payload = (
-            max(shape.payload_elements(plan.hop_groups(hop, rank)) for rank in job.tensor_ranks) * job.element_bytes
+        most = max(shape.elements(plan.hop_columns(hop, rank)) for rank in job.tensor_ranks)
+        crossing = {route.tensor.name for route in plan.hop(hop)}
+        hops.append(
+            HopTraffic(
+                hop,
+                layout.rank(hop),
+                layout.rank(hop + 1),
+                one_state * layout.hidden_states(hop),
+                most * job.element_bytes,
+                tuple(each for each in groups.items() if crossing.intersection(each[0].names)),
+            )
         )
-        hidden = one_state * layout.hidden_states(hop)
-        hops.append(HopTraffic(hop, layout.rank(hop), layout.rank(hop + 1), hidden, payload - one_state, plan.hop(hop)))
     return tuple(hops)
 
 
 def rank_memory(job: Job) -> tuple[RankMemory, ...]:
     """What every pipeline rank holds at the peak of its schedule.  Raises :class:`PlanError` without a schedule."""
-    layout, one_state = job.layout, job.shape.payload_elements(0) * job.element_bytes
+    layout, one_state = job.layout, job.shape.hidden_elements * job.element_bytes
     found = []
     for rank in range(layout.pipeline_size):
         # Where the layers that predict further tokens are on another rank than the last, payloads differ: the largest.
         arriving = range((rank - 1) % layout.pipeline_size, layout.num_stages - 1, layout.pipeline_size)
         hidden = one_state * max(map(layout.hidden_states, arriving), default=1)
         early = job.communication.overlap_warmup_flush
-        held = [residency(job.plan, job.schedule, rank, tensor_rank, early) for tensor_rank in job.tensor_ranks]
+        held = [
+            residency(job.plan, job.schedule, job.shape, rank, tensor_rank, early) for tensor_rank in job.tensor_ranks
+        ]
         buffers = held[0].arrival_buffers
         found.append(
             RankMemory(
                 rank,
-                max(one.resident for one in held) * job.bytes_of_group,
+                max(one.resident for one in held) * job.element_bytes,
                 buffers,
-                max(one.arriving for one in held) * job.bytes_of_group,
+                max(one.arriving for one in held) * job.element_bytes,
                 buffers * hidden,
             )
         )
@@ -131,12 +143,13 @@ def totals(job: Job) -> Totals:
     return Totals(
         dense,
         2 * sum(hop.payload_bytes for hop in hops),
-        dense + 2 * sum(relayed_groups(job, hop.hop) for hop in hops) * job.bytes_of_group,
+        dense + 2 * sum(relayed_elements(job, hop.hop) for hop in hops) * job.element_bytes,
         2 * widest * len(hops),
     )
 
 
-def relayed_groups(job: Job, hop: int) -> int:
-    """K/V groups that would cross ``hop`` if none were resident and all travelled every hop to their reader."""
-    passing = [route for route in job.plan.routes if route.source_stage <= hop < route.reader_stage]
-    return max(sum(job.plan.groups_on(route, rank) for route in passing) for rank in job.tensor_ranks)
+def relayed_elements(job: Job, hop: int) -> int:
+    """Elements beside hidden states that would cross ``hop`` if none were resident and all travelled every hop to their
+    last reader."""
+    passing = [route.tensor for route in job.plan.routes if route.source_stage <= hop < route.reader_stages[-1]]
+    return max(job.shape.elements(Columns.of(passing, rank)) for rank in job.tensor_ranks)

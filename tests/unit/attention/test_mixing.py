@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.counting import OperationCounter
-from sla_megatron.attention import mixing, mixing_kernel
 from sla_megatron.attention.mixing import mix, naive
 from sla_megatron.attention.mixing_plan import LayerPlan, MixingPlan, OwnHeads
 from sla_megatron.attention.roles import LayerRole
 from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.pipeline import copy_kernel, copying
 
 ROOT = Path(__file__).parents[3]
 
@@ -148,10 +148,10 @@ def test_against_plain_torch() -> None:
 
 KERNEL = """
 import json
-from sla_megatron.attention import mixing_kernel
-launches, move = [], mixing_kernel.move
-mixing_kernel.serves = lambda tensor: True
-mixing_kernel.move = lambda *args: launches.append(move(*args)) or launches[-1]
+from sla_megatron.pipeline import copy_kernel
+launches, move = [], copy_kernel.move
+copy_kernel.serves = lambda tensor: True
+copy_kernel.move = lambda *args: launches.append(move(*args)) or launches[-1]
 from tests.unit.attention.test_mixing import check_all
 print(json.dumps([check_all(), len(launches), all(launches)]))
 """
@@ -178,7 +178,7 @@ COMPILED = """
 import re, sys, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from sla_megatron.attention.mixing_kernel import _kernel
+from sla_megatron.pipeline.copy_kernel import _kernel
 for element in (tl.bfloat16, tl.float16, tl.float32):
     for aligned in (True, False):
         constants = dict(WIDTH=64, ELEMENT=element, MORE=1, ALIGNED=aligned, BLOCK_ROWS=64, BLOCK=64)
@@ -191,7 +191,7 @@ for element in (tl.bfloat16, tl.float16, tl.float32):
 """
 
 
-@pytest.mark.skipif(mixing_kernel.triton is None, reason="no Triton")
+@pytest.mark.skipif(copy_kernel.triton is None, reason="no Triton")
 def test_the_kernel_compiles_and_moves_16_bytes_at_a_time(tmp_path: Path) -> None:
     """For an H100, which is not needed for that: Triton's wheel has NVIDIA's assembler."""
     done = subprocess.run(
@@ -247,8 +247,8 @@ def test_without_triton_torch_copies_and_says_so_once(
     class OnGPU:
         is_cuda, dtype = True, torch.bfloat16
 
-    monkeypatch.setattr(mixing_kernel, "triton", None)
-    mixing_kernel._say_once.cache_clear()
-    assert not mixing_kernel.serves(OnGPU()) and not mixing_kernel.serves(OnGPU())
+    monkeypatch.setattr(copy_kernel, "triton", None)
+    copy_kernel._say_once.cache_clear()
+    assert not copy_kernel.serves(OnGPU()) and not copy_kernel.serves(OnGPU())
     assert capsys.readouterr().out.count("no Triton here") == 1
-    assert mixing.mixing_kernel is mixing_kernel
+    assert copying.copy_kernel is copy_kernel

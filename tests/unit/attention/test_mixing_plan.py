@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sla_megatron.attention.microbatch_kv import Bundle, MicrobatchKV
 from sla_megatron.attention.mixing import mix, naive
-from sla_megatron.attention.mixing_plan import LayerPlan, MixingPlan, OwnHeads, Run
+from sla_megatron.attention.mixing_plan import LayerPlan, MixingPlan, OwnHeads
 from sla_megatron.attention.roles import LayerRole
 from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.pipeline.joining import joined
+from sla_megatron.pipeline.runs import Run
+from sla_megatron.pipeline.waiting import Microbatch
 
 from ..strategies import sla_configs
 
@@ -28,7 +30,7 @@ def test_the_default_pattern() -> None:
         ((0, 2), (0, 5)),
     )
     plan = LayerPlan.of(source, own, ())
-    assert plan.handed_on == {(1, 9): 3} and plan.mixing.copies == ()
+    assert plan.handed_on == {(1, (10,)): 3} and plan.mixing.copies == ()
     assert plan.mixing.views[3:6] == tuple(Run(0, first, 3, 3 + i, 0, 1, 3) for i, first in enumerate((4, 16, 28)))
     reader = LayerPlan.of(LayerRole.of(sla, 10), own, [((3, 3, 3), (3, 3, 3))])
     assert reader.handed_on == {} and reader.mixing.views == (None, None, None)
@@ -84,8 +86,8 @@ def model_heads(sla: SLAConfig, layer: int, queries: int) -> Tensor:
 def test_every_layer_reads_the_groups_that_the_formula_names(
     sla: SLAConfig, queries: int, apart: bool, whole: bool
 ) -> None:
-    """``apart``: keys and values come in tensors of their own; ``whole``: bundles pass through memory of their own."""
-    kv = MicrobatchKV()
+    """``apart``: keys and values come in tensors of their own; ``whole``: they pass through memory of their own."""
+    held = Microbatch()
     for layer in range(1, sla.num_layers + 1):
         role = LayerRole.of(sla, layer)
         heads, own = OwnHeads.in_projection(role, queries), [model_heads(sla, layer, queries)]
@@ -93,12 +95,12 @@ def test_every_layer_reads_the_groups_that_the_formula_names(
             sides = [[index for _, index in side] for side in (heads.key, heads.value)]
             own = [own[0][:, :, side] for side in sides if side]
             heads = OwnHeads.apart(role)
-        bundles = [kv.take(name) for name in role.takes]
+        taken = [held.take(name) for shared in role.takes for name in shared.names]
         if whole:
-            bundles = [Bundle(*([tensor] for tensor in bundle.joined())) for bundle in bundles]
-        taken = [tuple([piece.shape[2] for piece in side] for side in (b.keys, b.values)) for b in bundles]
-        plan = LayerPlan.of(role, heads, taken)
-        pieces = [piece for bundle in bundles for side in (bundle.keys, bundle.values) for piece in side]
+            taken = [(tensor,) for tensor in joined(taken)]
+        sizes = [[piece.shape[2] for piece in pieces] for pieces in taken]
+        plan = LayerPlan.of(role, heads, list(zip(sizes[0::2], sizes[1::2], strict=True)))
+        pieces = [piece for its in taken for piece in its]
         outputs = list(mix(plan.mixing, [*own, *pieces]))
         if not apart:
             assert [row[1:] for row in outputs.pop(0)[0, 0].tolist()] == [
@@ -108,11 +110,12 @@ def test_every_layer_reads_the_groups_that_the_formula_names(
         expected = [[sla.source(layer, group), group] for group in range(sla.num_query_groups)]
         for kind, tensor in ((1, key), (2, value)):
             assert tensor[0, 0].tolist() == [[*each, kind] for each in expected]
-        for name, count in plan.handed_on.items():
-            kv.put(name, Bundle(handed[:count], handed[count : 2 * count]))
-            del handed[: 2 * count]
+        for shared, count in plan.handed_on.items():
+            for name in shared.names:
+                held.put(name, handed[:count])
+                del handed[:count]
         assert not handed
-    kv.require_empty()
+    held.require_empty()
 
 
 @st.composite

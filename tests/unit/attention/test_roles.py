@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sla_megatron.attention.roles import BundleName, LayerRole
+from sla_megatron.attention.roles import LayerRole, Shared
 from sla_megatron.attention.sla_config import SLAConfig
 
 from ..strategies import sla_configs
@@ -29,9 +29,9 @@ def play(sla: SLAConfig, size: int, rank: int) -> tuple[dict[Label, Label], Coun
     """One rank's forward, as attention does it: who read whose K/V, each bundle's puts, and its takes."""
     first = sla.rank_groups(size, rank).start
     reads: dict[Label, Label] = {}
-    put: Counter[BundleName] = Counter()
-    taken: Counter[BundleName] = Counter()
-    waiting: dict[BundleName, tuple[Label, ...]] = {}
+    put: Counter[Shared] = Counter()
+    taken: Counter[Shared] = Counter()
+    waiting: dict[Shared, tuple[Label, ...]] = {}
     for layer in range(1, sla.num_layers + 1):
         role = LayerRole.of(sla, layer, size, rank)
         own = [(layer, first + position) for position in role.projected]
@@ -63,7 +63,7 @@ def test_every_group_reads_its_source(sharded_model: tuple[SLAConfig, int]) -> N
 
 @given(sharded())
 def test_every_bundle_is_put_once_and_taken_once(sharded_model: tuple[SLAConfig, int]) -> None:
-    """On each rank the bundles that are put are those that are taken, once each, by layer + distance."""
+    """On each rank the bundles that are put are those that are taken, once each, by source and reader."""
     sla, size = sharded_model
     for rank in range(size):
         _, put, taken = play(sla, size, rank)
@@ -71,8 +71,9 @@ def test_every_bundle_is_put_once_and_taken_once(sharded_model: tuple[SLAConfig,
         assert set(put.values()) <= {1}
         for layer in range(1, sla.num_layers + 1):
             role = LayerRole.of(sla, layer, size, rank)
-            assert all(source == layer and distance in sla.skip_distances for source, distance in role.puts)
-            assert all(source + distance == layer for source, distance in role.takes)
+            for source, (reader,) in role.puts:
+                assert source == layer and reader - source in sla.skip_distances
+            assert all(readers == (layer,) for _, readers in role.takes)
 
 
 @given(sharded())
@@ -82,8 +83,8 @@ def test_nothing_is_handed_over_that_nobody_reads(sharded_model: tuple[SLAConfig
     for rank in range(size):
         roles = {m: LayerRole.of(sla, m, size, rank) for m in range(1, sla.num_layers + 1)}
         for role in roles.values():
-            for (source, distance), indices in role.puts.items():
-                read = [i for origin, i in roles[source + distance].read if origin == (source, distance)]
+            for shared, indices in role.puts.items():
+                read = [i for origin, i in roles[shared.readers[0]].read if origin == shared]
                 assert sorted(read) == list(range(len(indices)))
 
 
@@ -120,8 +121,8 @@ def test_the_paper_s_model_on_four_ranks(mode: str) -> None:
     for rank in range(4):
         role = LayerRole.of(sla, 10, 4, rank)
         skips = [g for g in sla.rank_groups(4, rank) if g % 4]
-        assert LayerRole.of(sla, 1, 4, rank).puts == {(1, 9): tuple(g - 3 * rank for g in skips)}
-        assert role.takes == ((1, 9),)
+        assert LayerRole.of(sla, 1, 4, rank).puts == {(1, (10,)): tuple(g - 3 * rank for g in skips)}
+        assert role.takes == ((1, (10,)),)
         assert LayerRole.of(sla, 5, 4, rank).takes == ()
         assert len(role.projected) == (3 if mode == "full" else 3 - len(skips))
 
@@ -129,9 +130,9 @@ def test_the_paper_s_model_on_four_ranks(mode: str) -> None:
 def test_two_distances_make_two_bundles() -> None:
     """Groups that share a distance travel together, and one layer may read two layers."""
     sla = SLAConfig(6, 4, (2, 3), 4)
-    assert LayerRole.of(sla, 1).puts == {(1, 2): (0, 2), (1, 3): (1, 3)}
-    assert LayerRole.of(sla, 4).takes == ((2, 2), (1, 3))
-    assert LayerRole.of(sla, 4).read == (((2, 2), 0), ((1, 3), 0), ((2, 2), 1), ((1, 3), 1))
+    assert LayerRole.of(sla, 1).puts == {(1, (3,)): (0, 2), (1, (4,)): (1, 3)}
+    assert LayerRole.of(sla, 4).takes == ((2, (4,)), (1, (4,)))
+    assert LayerRole.of(sla, 4).read == (((2, (4,)), 0), ((1, (4,)), 0), ((2, (4,)), 1), ((1, (4,)), 1))
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])

@@ -1,48 +1,77 @@
-"""Bundles as the tensors that a checkpoint takes and returns, and back."""
+"""What goes into and out of each recomputed chunk, with gradients: of layers that are no attention at all."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from sla_megatron.attention.microbatch_kv import Bundle, MicrobatchKV
+from sla_megatron.pipeline.declarations import CrossLayerTensor, Declarations
+from sla_megatron.pipeline.waiting import hand_over, microbatch, receive
+
+WIDTH = 3
 
 
-@pytest.fixture(scope="module")
-def recomputation(megatron_imported: None) -> ModuleType:
-    """The module, once Megatron can be imported."""
+class Layer(torch.nn.Module):
+    """Adds what it reads of others to hidden states ``[s, b, h]``, and hands on products of them and its weight."""
+
+    def __init__(self, number: int, declared: Declarations) -> None:
+        super().__init__()
+        self.layer_number, self.declared = number, declared
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, WIDTH) / number)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        for one in self.declared.read_by(self.layer_number):
+            hidden_states = hidden_states + receive(one.name).squeeze(2).sin()
+        hidden_states = (hidden_states * self.weight).tanh()
+        for i, one in enumerate(self.declared.made_by(self.layer_number), start=1):
+            hand_over(one.name, (hidden_states * self.weight * i).unsqueeze(2))
+        return hidden_states, None
+
+
+@st.composite
+def declarations(draw: st.DrawFn) -> Declarations:
+    """Up to four tensors of up to six layers, of any sources and readers."""
+    num_layers = draw(st.integers(2, 6))
+    tensors = []
+    for i in range(draw(st.integers(1, 4))):
+        source = draw(st.integers(1, num_layers - 1))
+        readers = draw(st.sets(st.integers(source + 1, num_layers), min_size=1))
+        tensors.append(CrossLayerTensor(f"t{i}", source, tuple(sorted(readers)), (1,), WIDTH))
+    return Declarations(num_layers, tuple(tensors))
+
+
+def gradients(declared: Declarations, method: str | None, chunk: int) -> list[Tensor]:
+    """The output, and gradients of input and weights: by recomputation of chunks, or in one graph."""
     from sla_megatron.model import recomputation
 
-    return recomputation
+    layers = [Layer(number, declared) for number in range(1, declared.num_layers + 1)]
+    uses = declared.reads_within(range(1, declared.num_layers + 1))
+    block = SimpleNamespace(layers=layers, declared=declared, uses=uses, pg_collection=SimpleNamespace(tp=None))
+    block.config = SimpleNamespace(
+        recompute_method=method, recompute_num_layers=chunk, distribute_saved_activations=False, fp8=None, fp4=None
+    )
+    hidden_states = start = torch.linspace(-1, 1, 4 * 2 * WIDTH).view(4, 2, WIDTH).requires_grad_()
+    with microbatch(uses):
+        if method is None:
+            for layer in layers:
+                hidden_states, _ = layer(hidden_states)
+        else:
+            hidden_states = recomputation.CHECKPOINTED_FORWARD.stand_in(
+                block, hidden_states, None, None, None, None, None, None, False
+            )
+    hidden_states.pow(2).sum().backward()
+    return [hidden_states.detach(), start.grad, *(layer.weight.grad for layer in layers)]
 
 
-def bundle(value: float) -> Bundle:
-    """A key and a value of one group, distinguishable from others and from each other."""
-    return Bundle([torch.full((2, 1, 1, 4), value)], [torch.full((2, 1, 1, 4), -value)])
-
-
-@given(st.sets(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=6).map(sorted))
-def test_put_reverses_take(recomputation: ModuleType, names: list[tuple[int, int]]) -> None:
-    """Key and value in turn, in the order of the names, and back into the same bundles."""
-    bundles = {name: bundle(index) for index, name in enumerate(names)}
-    kv = MicrobatchKV(bundles)
-    tensors = recomputation.take_tensors(kv, names)
-    kv.require_empty()
-    assert [id(tensor) for tensor in tensors] == [
-        id(tensor) for name in names for tensor in (*bundles[name].keys, *bundles[name].values)
-    ]
-    recomputation.put_tensors(kv, names, tensors)
-    for name in names:
-        found = kv.take(name)
-        assert found.keys[0] is bundles[name].keys[0] and found.values[0] is bundles[name].values[0]
-
-
-@pytest.mark.parametrize("num_tensors", [0, 1, 3, 4])
-def test_put_needs_two_tensors_a_name(recomputation: ModuleType, num_tensors: int) -> None:
-    """Tensors that do not match the names raise."""
-    with pytest.raises(ValueError, match="zip"):
-        recomputation.put_tensors(MicrobatchKV(), [(1, 2)], [torch.zeros(1)] * num_tensors)
+@given(declarations(), st.sampled_from(["uniform", "block"]), st.integers(1, 4))
+def test_recomputed_chunks_have_the_gradients_of_one_graph(
+    one_rank: None, declared: Declarations, method: str, chunk: int
+) -> None:
+    """Read in several chunks, in the chunk that makes it too, or within one alone."""
+    for found, expected in zip(gradients(declared, method, chunk), gradients(declared, None, 0), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.payload import MicrobatchShape
-from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.pipeline.schedule import Schedule
 
-SHAPE = MicrobatchShape(8, 2, 12, 3)
+from ..strategies import SLAPlan
+
+SHAPE = MicrobatchShape(8, 2, 12)
 
 #: 8 layers of 4 groups, 3 of which read six layers back.
 SLA = SLAConfig(8, 4, (6,), 3)
@@ -52,13 +53,13 @@ def test_each_receives_what_its_neighbour_sends(
     communicator: ModuleType, pipeline_size: int, sizes: list[int], schedule: Schedule
 ) -> None:
     """Shape for shape, in order, both ways; the total is every hop once a microbatch."""
-    plan = RoutePlan(SLA, PipelineLayout.of_sizes(pipeline_size, sizes))
+    plan = SLAPlan(SLA, PipelineLayout.of_sizes(pipeline_size, sizes)).plan
     orders = [communicator.PayloadOrder.of(plan, schedule, SHAPE, rank, 0) for rank in range(pipeline_size)]
     for rank, order in enumerate(orders):
         following = orders[(rank + 1) % pipeline_size]
         assert order.forward_sent == following.forward_received
         assert following.backward_sent == order.backward_received
-    hops = [SHAPE.payload_shape(plan.hop_groups(hop)) for hop in range(len(sizes) - 1)]
+    hops = [SHAPE.payload_shape(plan.hop_columns(hop)) for hop in range(len(sizes) - 1)]
     sent = [shape for order in orders for shape in order.forward_sent]
     assert sorted(sent) == sorted(hops * schedule.num_microbatches)
     returned = [shape for order in orders for shape in order.backward_sent]
@@ -107,7 +108,7 @@ def test_a_schedule_table_of_another_order_raises(megatron_imported: None, monke
     from sla_megatron.pipeline import transport
     from sla_megatron.upstream.seams import SeamError
 
-    plan = RoutePlan(SLA, PipelineLayout.of_sizes(2, [2] * 4))
+    plan = SLAPlan(SLA, PipelineLayout.of_sizes(2, [2] * 4)).plan
     table = Schedule(2, 2, 6).table()
     monkeypatch.setattr(transport.schedules, "get_schedule_table", lambda *_: table[::-1])
     with pytest.raises(SeamError, match="schedule table"):

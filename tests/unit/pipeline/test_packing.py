@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sla_megatron.attention.microbatch_kv import Bundle
-from sla_megatron.pipeline.payload import MicrobatchShape
+from sla_megatron.pipeline.declarations import CrossLayerTensor
+from sla_megatron.pipeline.payload import Columns, MicrobatchShape
 
 SHAPES = [
-    MicrobatchShape(8, 2, 6, 3),
-    MicrobatchShape(8, 1, 4, 2, tensor_parallel_size=2, sequence_parallel=True),
-    MicrobatchShape(8, 3, 4, 2, tensor_parallel_size=2, context_parallel_size=2, sequence_parallel=True),
+    MicrobatchShape(8, 2, 6),
+    MicrobatchShape(8, 1, 4, tensor_parallel_size=2, sequence_parallel=True),
+    MicrobatchShape(8, 3, 4, tensor_parallel_size=2, context_parallel_size=2, sequence_parallel=True),
 ]
+
+#: Of one unit and of others, one of which is split as hidden states are.
+TENSORS = (
+    CrossLayerTensor("key", 1, (4,), (1,), 3),
+    CrossLayerTensor("value", 1, (4,), (2,), 3),
+    CrossLayerTensor("wide", 2, (5, 6), (3,), 2),
+    CrossLayerTensor("split", 2, (5, 6), (1,), 4, follows_hidden=True),
+)
 
 
 @pytest.fixture
@@ -27,60 +35,70 @@ def packing(megatron_imported: None) -> ModuleType:
     return packing
 
 
-def parts(shape: MicrobatchShape) -> tuple[Tensor, dict[tuple[int, int], tuple[Tensor, Tensor]]]:
-    """Random hidden states and two bundles, of one and of two groups, all requiring gradients."""
+def parts(shape: MicrobatchShape, tensors: tuple[CrossLayerTensor, ...] = TENSORS) -> tuple[Tensor, list[Tensor]]:
+    """Random hidden states and ``tensors``, all requiring gradients."""
     hidden = torch.randn(shape.hidden_shape, requires_grad=True)
-    bundles = {
-        (layer, 3): tuple(torch.randn(shape.kv_shape(groups), requires_grad=True) for _ in range(2))
-        for layer, groups in ((1, 1), (2, 2))
-    }
-    return hidden, bundles
+    return hidden, [torch.randn(shape.tensor_shape(each, 0), requires_grad=True) for each in tensors]
 
 
-def whole(*bundles: tuple[Tensor, Tensor]) -> list[Bundle]:
-    return [Bundle([key], [value]) for key, value in bundles]
+def in_pieces(wholes: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Each in one piece, or one for each step of its width."""
+    return [tuple(whole.split(1, dim=2)) if i % 2 else (whole,) for i, whole in enumerate(wholes)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shape_and_memory_of_a_payload(packing: ModuleType, shape: MicrobatchShape) -> None:
-    """K/V widen the feature dimension; in memory the pieces lie whole, one after the other; nothing is added."""
-    hidden, bundles = parts(shape)
-    payload = packing.pack(hidden, whole(*bundles.values()), shape)
+    """Tensors widen the feature dimension; in memory the pieces lie whole, one after the other; nothing is added."""
+    hidden, wholes = parts(shape)
+    payload = packing.pack(hidden, in_pieces(wholes), TENSORS, shape)
     assert payload.shape[:2] == hidden.shape[:2]
-    pieces = [hidden, *(tensor for bundle in bundles.values() for tensor in bundle)]
-    assert payload.numel() == sum(piece.numel() for piece in pieces)
-    assert torch.equal(payload.flatten(), torch.cat([piece.flatten() for piece in pieces]))
+    assert payload.numel() == sum(piece.numel() for piece in (hidden, *wholes))
+    assert torch.equal(payload.flatten(), torch.cat([piece.flatten() for piece in (hidden, *wholes)]))
 
 
+@pytest.mark.parametrize("copied", [(False,) * 4, (True,) * 4, (False, True, True, False)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_there_and_back(packing: ModuleType, shape: MicrobatchShape) -> None:
+def test_there_and_back(packing: ModuleType, shape: MicrobatchShape, copied: tuple[bool, ...]) -> None:
     """What is unpacked is what was packed, and each piece's gradient comes back to it."""
-    hidden, bundles = parts(shape)
-    sent = packing.pack(hidden, whole(*bundles.values()), shape)
+    hidden, wholes = parts(shape)
+    sent = packing.pack(hidden, in_pieces(wholes), TENSORS, shape)
     received = sent.detach().clone().requires_grad_()
-    arrived_hidden, arrived = packing.unpack_and_empty(received, {(1, 3): 1, (2, 3): 2}, [(2, 3)], shape)
+    arrived_hidden, arrived = packing.unpack_and_empty(received, TENSORS, copied, shape)
     assert torch.equal(arrived_hidden, hidden)
-    assert list(arrived) == list(bundles)
-    for name, bundle in bundles.items():
-        assert all(map(torch.equal, arrived[name], bundle))
-    outputs = [arrived_hidden, *(tensor for bundle in arrived.values() for tensor in bundle)]
-    inputs = [hidden, *(tensor for bundle in bundles.values() for tensor in bundle)]
+    assert all(map(torch.equal, arrived, wholes))
+    outputs = [arrived_hidden, *arrived]
     gradients = [torch.randn_like(output) for output in outputs]
     torch.autograd.backward(outputs, gradients)
     assert received.grad.shape == sent.shape
     sent.backward(received.grad)
-    for tensor, gradient in zip(inputs, gradients, strict=True):
+    for tensor, gradient in zip([hidden, *wholes], gradients, strict=True):
         assert torch.equal(tensor.grad, gradient)
+
+
+def test_what_is_read_and_sent_on_gets_both_gradients(packing: ModuleType) -> None:
+    """A tensor arrives, a layer reads it, and it leaves again: one payload in, one out, and the sum goes back."""
+    shape, tensors = SHAPES[0], TENSORS[:1]
+    hidden, (value,) = parts(shape, tensors)
+    received = packing.pack(hidden, [(value,)], tensors, shape).detach().requires_grad_()
+    arrived_hidden, (arrived,) = packing.unpack_and_empty(received, tensors, (False,), shape)
+    read = arrived_hidden + arrived.sum()
+    sent = packing.pack(read, [(arrived,)], tensors, shape)
+    gradient = torch.randn(sent.shape)
+    sent.backward(gradient)
+    of_hidden, of_value = gradient.flatten().split([hidden.numel(), value.numel()])
+    back = received.grad.flatten()[hidden.numel() :]
+    torch.testing.assert_close(back, of_value + of_hidden.sum())
 
 
 def test_a_piece_that_nobody_used_gets_zeros(packing: ModuleType) -> None:
     """The gradient payload is always whole."""
     shape = SHAPES[0]
-    hidden, bundles = parts(shape)
-    received = packing.pack(hidden, whole(bundles[1, 3]), shape).detach().requires_grad_()
-    arrived, _ = packing.unpack_and_empty(received, {(1, 3): 1}, [], shape)
+    hidden, wholes = parts(shape)
+    received = packing.pack(hidden, in_pieces(wholes), TENSORS, shape).detach().requires_grad_()
+    arrived, _ = packing.unpack_and_empty(received, TENSORS, (False,) * 4, shape)
     arrived.sum().backward()
-    expected = torch.cat([torch.ones(shape.hidden_elements), torch.zeros(shape.kv_elements(1))])
+    others = shape.elements(Columns.of(TENSORS, 0))
+    expected = torch.cat([torch.ones(shape.hidden_elements), torch.zeros(others)])
     assert torch.equal(received.grad.flatten(), expected)
 
 
@@ -89,8 +107,8 @@ def test_a_payload_can_be_freed_once_sent(packing: ModuleType) -> None:
     from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
 
     shape = SHAPES[0]
-    hidden, bundles = parts(shape)
-    payload = packing.pack(hidden, whole(*bundles.values()), shape)
+    hidden, wholes = parts(shape)
+    payload = packing.pack(hidden, in_pieces(wholes), TENSORS, shape)
     memory, gradient = StorageWeakRef(payload.untyped_storage()), torch.randn(payload.shape)
     deallocate_output_tensor(payload, True)
     assert memory.expired()
@@ -99,27 +117,28 @@ def test_a_payload_can_be_freed_once_sent(packing: ModuleType) -> None:
 
 
 def test_an_unpacked_payload_lets_go_of_its_memory(packing: ModuleType) -> None:
-    """With the bundles that were only read or sent on, it is freed; hidden states and copies outlive it."""
-    shape = SHAPES[0]
-    hidden, bundles = parts(shape)
-    payload = packing.pack(hidden, whole(*bundles.values()), shape).detach().requires_grad_()
+    """With the tensors that were only read or sent on, it is freed; hidden states and copies outlive it."""
+    shape, tensors = SHAPES[0], TENSORS[:2]
+    hidden, wholes = parts(shape, tensors)
+    payload = packing.pack(hidden, in_pieces(wholes), tensors, shape).detach().requires_grad_()
     memory = StorageWeakRef(payload.untyped_storage())
-    arrived_hidden, arrived = packing.unpack_and_empty(payload, {(1, 3): 1, (2, 3): 2}, [(2, 3)], shape)
+    arrived_hidden, (read, copied) = packing.unpack_and_empty(payload, tensors, (False, True), shape)
     assert not memory.expired()
-    del arrived[1, 3]
+    del read
     assert memory.expired()
     assert torch.equal(arrived_hidden, hidden)
-    assert torch.equal(arrived[2, 3][1], bundles[2, 3][1])
+    assert torch.equal(copied, wholes[1])
 
 
 def test_other_shapes_raise_with_both(packing: ModuleType) -> None:
     """A batch of another length or size is found before it is sent, and on arrival."""
-    shape = SHAPES[0]
-    hidden, bundles = parts(shape)
+    shape, tensors = SHAPES[0], TENSORS[:2]
+    hidden, (key, value) = parts(shape, tensors)
     with pytest.raises(RuntimeError, match=r"hidden states.*\(7, 2, 6\), expected \(8, 2, 6\)"):
-        packing.pack(hidden[1:], [], shape)
-    short = [(bundles[1, 3][0], bundles[1, 3][1][1:])]
-    with pytest.raises(RuntimeError, match=r"keys or values.*\(7, 2, 1, 3\), expected \(8, 2, 1, 3\)"):
-        packing.pack(hidden, whole(*short), shape)
-    with pytest.raises(RuntimeError, match=r"payload.*\(8, 2, 6\), expected \(8, 2, 12\)"):
-        packing.unpack_and_empty(hidden, {(1, 3): 1}, [], shape)
+        packing.pack(hidden[1:], [], (), shape)
+    with pytest.raises(RuntimeError, match=r"value between.*\(7, 2, 2, 3\), expected \(8, 2, 2, 3\)"):
+        packing.pack(hidden, [(key,), (value[1:],)], tensors, shape)
+    with pytest.raises(RuntimeError, match=r"value between.*\(8, 2, 1, 3\), expected \(8, 2, 2, 3\)"):
+        packing.pack(hidden, [(key,), (key,)], tensors, shape)
+    with pytest.raises(RuntimeError, match=r"payload.*\(8, 2, 6\), expected \(8, 2, 15\)"):
+        packing.unpack_and_empty(hidden, tensors, (False, False), shape)

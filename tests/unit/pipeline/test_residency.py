@@ -7,24 +7,23 @@ from hypothesis import strategies as st
 
 from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.pipeline.layout import PipelineLayout
-from sla_megatron.pipeline.residency import Residency, residency
-from sla_megatron.pipeline.routes import RoutePlan
+from sla_megatron.pipeline.residency import Residency
 from sla_megatron.pipeline.schedule import Schedule
 
-from ..strategies import route_plans, schedules
+from ..strategies import SLAPlan, route_plans, schedules
 
 #: The K/V that a layer projects for a group: (layer, group), groups counted over the model.
 KV = tuple[int, int]
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[RoutePlan, Schedule]:
+def runs(draw: st.DrawFn) -> tuple[SLAPlan, Schedule]:
     """A route plan and a schedule for its pipeline."""
     plan = draw(route_plans())
     return plan, draw(schedules(plan.layout.pipeline_size, plan.layout.num_chunks))
 
 
-def stages_of(plan: RoutePlan, groups: range) -> dict[KV, tuple[int, int]]:
+def stages_of(plan: SLAPlan, groups: range) -> dict[KV, tuple[int, int]]:
     """The spec's formula: K/V of ``groups`` that become resident -> the stages that keep and that fetch them."""
     sla, size = plan.sla, plan.layout.pipeline_size
     stage = {layer: s for s, layers in enumerate(plan.layout.stages) for layer in layers}
@@ -38,7 +37,7 @@ def stages_of(plan: RoutePlan, groups: range) -> dict[KV, tuple[int, int]]:
     return found
 
 
-def replay(plan: RoutePlan, schedule: Schedule, rank: int, tensor_parallel_rank: int) -> int:
+def replay(plan: SLAPlan, schedule: Schedule, rank: int, tensor_parallel_rank: int) -> int:
     """The most K/V groups and gradients of them that ``rank`` holds after a pass; in the end it must hold none."""
     resident = stages_of(plan, plan.sla.rank_groups(plan.tensor_parallel_size, tensor_parallel_rank))
     held: set[tuple[str, KV, int]] = set()
@@ -60,12 +59,12 @@ def replay(plan: RoutePlan, schedule: Schedule, rank: int, tensor_parallel_rank:
 
 @given(runs())
 @settings(max_examples=300)
-def test_resident_groups(run: tuple[RoutePlan, Schedule]) -> None:
+def test_resident_groups(run: tuple[SLAPlan, Schedule]) -> None:
     """The peak is the replay's on every rank, in training and evaluation, and after the last pass nothing is left."""
     plan, schedule = run
     for rank in range(schedule.pipeline_size):
         for tensor_parallel_rank in range(plan.tensor_parallel_size):
-            found = residency(plan, schedule, rank, tensor_parallel_rank)
+            found = plan.residency(schedule, rank, tensor_parallel_rank)
             assert found.resident == replay(plan, schedule, rank, tensor_parallel_rank)
             assert found.total == found.resident + found.arriving
 
@@ -95,7 +94,7 @@ def waiting_payloads(schedule: Schedule, rank: int, kind: str) -> list[list[int]
 
 
 @given(runs())
-def test_arriving_groups(run: tuple[RoutePlan, Schedule]) -> None:
+def test_arriving_groups(run: tuple[SLAPlan, Schedule]) -> None:
     """The bound on groups in payloads that wait holds, and is no more than as many of the widest payload."""
     plan, schedule = run
     hops = range(plan.layout.num_stages - 1)
@@ -107,20 +106,20 @@ def test_arriving_groups(run: tuple[RoutePlan, Schedule]) -> None:
             # The hop before a stage going forward, and after it coming back; neither end of the pipeline has one.
             into = max((sum(widths[s - 1] if s else 0 for s in stages) for stages in forward), default=0)
             back = max((sum(widths[s] for s in stages) for stages in backward), default=0)
-            found = residency(plan, schedule, rank, tensor_parallel_rank)
+            found = plan.residency(schedule, rank, tensor_parallel_rank)
             assert into + back <= found.arriving <= found.arrival_buffers * max(widths)
             counts = [max(map(len, moments), default=0) for moments in (forward, backward)]
             assert found.arrival_buffers == sum(counts)
 
 
 @given(route_plans(), st.data())
-def test_without_interleaving_nothing_is_resident(plan: RoutePlan, data: st.DataObject) -> None:
+def test_without_interleaving_nothing_is_resident(plan: SLAPlan, data: st.DataObject) -> None:
     """One stage a rank: K/V wait in payloads only, at most one each way, and none at the pipeline's ends."""
     layout = PipelineLayout(plan.layout.num_stages, plan.layout.stages)
-    plan = RoutePlan(plan.sla, layout, plan.tensor_parallel_size)
+    plan = SLAPlan(plan.sla, layout, plan.tensor_parallel_size)
     schedule = data.draw(schedules(layout.num_stages, 1), label="schedule")
     for rank in range(layout.num_stages):
-        found = residency(plan, schedule, rank)
+        found = plan.residency(schedule, rank)
         backward = rank < layout.num_stages - 1 and not schedule.forward_only
         assert (found.resident, found.arrival_buffers) == (0, (rank > 0) + backward)
         assert found.arriving == plan.hop_groups(rank - 1) + (plan.hop_groups(rank) if backward else 0)
@@ -128,20 +127,20 @@ def test_without_interleaving_nothing_is_resident(plan: RoutePlan, data: st.Data
 
 def test_by_hand() -> None:
     """Stages 1 | 2 | 3 | 4 on 2 ranks, distance 2, 3 groups: each rank keeps a layer's groups for its other stage."""
-    plan = RoutePlan(SLAConfig(4, 3, (2,), 3), PipelineLayout.of_sizes(2, [1, 1, 1, 1]))
+    plan = SLAPlan(SLAConfig(4, 3, (2,), 3), PipelineLayout.of_sizes(2, [1, 1, 1, 1]))
     # Both microbatches' K/V wait for the second chunk, and then both gradients for the first.
-    assert [residency(plan, Schedule(2, 2, 2), rank) for rank in (0, 1)] == [Residency(6, 2, 0)] * 2
-    assert [residency(plan, Schedule(2, 2, 2, forward_only=True), rank) for rank in (0, 1)] == [Residency(6, 1, 0)] * 2
+    assert [plan.residency(Schedule(2, 2, 2), rank) for rank in (0, 1)] == [Residency(6, 2, 0)] * 2
+    assert [plan.residency(Schedule(2, 2, 2, forward_only=True), rank) for rank in (0, 1)] == [Residency(6, 1, 0)] * 2
     # In groups of 4, that many wait; between two such groups, gradients of one and K/V of the next.
-    assert residency(plan, Schedule(2, 2, 4, 4, forward_only=True), 0) == Residency(12, 3, 0)
-    assert residency(plan, Schedule(2, 2, 4, 4), 1) == Residency(12, 4, 0)
+    assert plan.residency(Schedule(2, 2, 4, 4, forward_only=True), 0) == Residency(12, 3, 0)
+    assert plan.residency(Schedule(2, 2, 4, 4), 1) == Residency(12, 4, 0)
 
 
 def test_arriving_by_hand() -> None:
     """4 groups of distance 1 in stages 1 | 2 | 3 | 4: every hop carries 4, and of 4 microbatches in a row 3 wait."""
-    plan = RoutePlan(SLAConfig(4, 4, (1,), 4), PipelineLayout.of_sizes(2, [1, 1, 1, 1]))
+    plan = SLAPlan(SLAConfig(4, 4, (1,), 4), PipelineLayout.of_sizes(2, [1, 1, 1, 1]))
     assert [plan.hop_groups(hop) for hop in range(3)] == [4, 4, 4]
     # Rank 0 is ahead going forward and rank 1 going back; the other way, each has only its next payload.
-    assert [residency(plan, Schedule(2, 2, 4, 4), rank) for rank in (0, 1)] == [Residency(0, 3 + 1, 12 + 4)] * 2
+    assert [plan.residency(Schedule(2, 2, 4, 4), rank) for rank in (0, 1)] == [Residency(0, 3 + 1, 12 + 4)] * 2
     evaluation = Schedule(2, 2, 4, 4, forward_only=True)
-    assert [residency(plan, evaluation, rank) for rank in (0, 1)] == [Residency(0, 3, 12), Residency(0, 1, 4)]
+    assert [plan.residency(evaluation, rank) for rank in (0, 1)] == [Residency(0, 3, 12), Residency(0, 1, 4)]

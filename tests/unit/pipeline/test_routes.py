@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sla_megatron.attention.roles import BundleName
+from sla_megatron.attention.roles import SharedTensor
 from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.pipeline.declarations import CrossLayerTensor
 from sla_megatron.pipeline.layout import PipelineLayout
-from sla_megatron.pipeline.routes import RoutePlan
 
-from ..strategies import route_plans
+from ..strategies import SLAPlan, beside, route_plans
 
 #: The K/V that a layer projects for a group: (layer, group), groups counted over the model.
 KV = tuple[int, int]
@@ -36,7 +36,7 @@ def stage_holding(layout: PipelineLayout, layer: int) -> int:
     return stage
 
 
-def travels(plan: RoutePlan, groups: range) -> dict[KV, tuple[int, int]]:
+def travels(plan: SLAPlan, groups: range) -> dict[KV, tuple[int, int]]:
     """K/V of ``groups`` that another stage reads -> the stage of the source and the stage of the reader."""
     found = {}
     for layer in range(1, plan.sla.num_layers + 1):
@@ -49,7 +49,7 @@ def travels(plan: RoutePlan, groups: range) -> dict[KV, tuple[int, int]]:
     return found
 
 
-def formula(plan: RoutePlan, groups: range) -> tuple[dict[KV, list[int]], dict[KV, tuple[int, int]]]:
+def formula(plan: SLAPlan, groups: range) -> tuple[dict[KV, list[int]], dict[KV, tuple[int, int]]]:
     """Section 3 of the spec: the hops that each K/V crosses, and the stages between which it is resident, if it is."""
     size = plan.layout.pipeline_size
     hops, resident = {}, {}
@@ -61,14 +61,15 @@ def formula(plan: RoutePlan, groups: range) -> tuple[dict[KV, list[int]], dict[K
     return hops, resident
 
 
-def every_group(plan: RoutePlan) -> range:
+def every_group(plan: SLAPlan) -> range:
     """The groups of all tensor-parallel ranks."""
     return range(plan.sla.num_query_groups)
 
 
-def labels(plan: RoutePlan, groups: range, names: tuple[BundleName, ...]) -> set[KV]:
-    """What bundles are made of on the tensor-parallel rank that holds ``groups``."""
-    made_of = [(source, g) for source, n in names for g in groups if reader(plan.sla, (source, g)) == source + n]
+def labels(plan: SLAPlan, groups: range, tensors: tuple[CrossLayerTensor, ...]) -> set[KV]:
+    """What tensors are made of on the tensor-parallel rank that holds ``groups``; of keys and values alike."""
+    names = [tensor.name for tensor in beside(tensors, lambda tensor: tensor.name)]
+    made_of = [(name.source, g) for name in names for g in plan.groups(name) if g in groups]
     assert len(made_of) == len(set(made_of))
     return set(made_of)
 
@@ -76,7 +77,7 @@ def labels(plan: RoutePlan, groups: range, names: tuple[BundleName, ...]) -> set
 class Ring:
     """The pipeline ranks of one tensor-parallel rank: what each holds, and what is under way to the next stage."""
 
-    def __init__(self, plan: RoutePlan, tensor_parallel_rank: int) -> None:
+    def __init__(self, plan: SLAPlan, tensor_parallel_rank: int) -> None:
         self.plan, self.tensor_parallel_rank = plan, tensor_parallel_rank
         self.groups = plan.sla.rank_groups(plan.tensor_parallel_size, tensor_parallel_rank)
         size = plan.layout.pipeline_size
@@ -121,7 +122,7 @@ class Ring:
 
 @given(route_plans(), st.integers(1, 3))
 @settings(max_examples=300)
-def test_every_read_finds_its_kv(plan: RoutePlan, microbatches: int) -> None:
+def test_every_read_finds_its_kv(plan: SLAPlan, microbatches: int) -> None:
     """Played through on a ring of ranks: all is there when it is read, nothing comes in vain, nothing is left."""
     order = [(stage, m) for stage in range(plan.layout.num_stages) for m in range(microbatches)]
     for rank in range(plan.tensor_parallel_size):
@@ -134,7 +135,7 @@ def test_every_read_finds_its_kv(plan: RoutePlan, microbatches: int) -> None:
 
 @given(route_plans())
 @settings(max_examples=300)
-def test_the_hops_are_the_spec_s(plan: RoutePlan) -> None:
+def test_the_hops_are_the_spec_s(plan: SLAPlan) -> None:
     """Each K/V crosses the ``(c - a) mod P`` hops after its source's stage and no others; their total agrees."""
     hops, resident = formula(plan, every_group(plan))
     crossing = {hop: plan.crossing(hop) for hop in range(-1, plan.layout.num_stages + 1)}
@@ -142,23 +143,28 @@ def test_the_hops_are_the_spec_s(plan: RoutePlan) -> None:
         assert len(crossed) == len(set(crossed))
         assert set(crossed) == {kv for kv, its in hops.items() if hop in its}
     assert sum(map(len, crossing.values())) == sum(map(len, hops.values()))
-    kept = {kv: (r.resident_stage, r.reader_stage) for r in plan.routes for kv in _of(r.name, r.groups)}
-    assert {kv: stages for kv, stages in kept.items() if stages[0] is not None} == resident
+    kept = {
+        kv: (stage, last)
+        for route in plan.routes
+        for stage, (last,) in route.resident.items()
+        for kv in _of(plan, route.tensor.name)
+    }
+    assert kept == resident
     assert plan.moves_nothing == (not travels(plan, every_group(plan)))
 
 
-def _of(name: BundleName, groups: tuple[int, ...]) -> list[KV]:
-    return [(name[0], group) for group in groups]
+def _of(plan: SLAPlan, name: SharedTensor) -> list[KV]:
+    return [(name.source, group) for group in plan.groups(name)]
 
 
 @given(route_plans())
-def test_without_interleaving_every_hop_between(plan: RoutePlan) -> None:
+def test_without_interleaving_every_hop_between(plan: SLAPlan) -> None:
     """One stage a rank: K/V cross all hops from their source to their reader, and nothing is ever resident."""
-    plan = RoutePlan(plan.sla, PipelineLayout(plan.layout.num_stages, plan.layout.stages), plan.tensor_parallel_size)
+    plan = SLAPlan(plan.sla, PipelineLayout(plan.layout.num_stages, plan.layout.stages), plan.tensor_parallel_size)
     between = travels(plan, every_group(plan))
     for hop in range(plan.layout.num_stages):
         assert set(plan.crossing(hop)) == {kv for kv, (source, target) in between.items() if source <= hop < target}
-    assert all(route.resident_stage is None for route in plan.routes)
+    assert not any(route.resident for route in plan.routes)
 
 
 def fewest_hops(size: int, num_stages: int, source: int, target: int) -> int:
@@ -183,38 +189,35 @@ def test_no_fewer_hops_would_do(size: int, chunks: int) -> None:
     num_stages = size * chunks
     layout = PipelineLayout.of_sizes(size, [1] * num_stages)
     for source, target in combinations(range(num_stages), 2):
-        plan = RoutePlan(SLAConfig(num_stages, 1, (target - source,), 1, layers=(target + 1,)), layout)
+        plan = SLAPlan(SLAConfig(num_stages, 1, (target - source,), 1, layers=(target + 1,)), layout)
         crossed = [hop for hop in range(num_stages) if plan.crossing(hop)]
         assert len(crossed) == fewest_hops(size, num_stages, source, target), (source, target)
 
 
 @given(route_plans())
-def test_tensor_parallel_ranks_together_move_the_model(plan: RoutePlan) -> None:
+def test_tensor_parallel_ranks_together_move_the_model(plan: SLAPlan) -> None:
     """Each rank's bundles are its own groups of them; over the ranks they add up to the whole model's."""
     ranks = range(plan.tensor_parallel_size)
     for route in plan.routes:
-        assert list(route.groups) == sorted(route.groups)
-        assert sum(plan.groups_on(route, rank) for rank in ranks) == len(route.groups)
+        groups = plan.groups(route.tensor.name)
+        held = [plan.sla.rank_groups(plan.tensor_parallel_size, rank) for rank in ranks]
+        assert route.tensor.widths == tuple(sum(group in its for group in groups) for its in held)
+        assert sum(route.tensor.widths) == len(groups)
     for stage in range(plan.layout.num_stages):
         assert sum(plan.hop_groups(stage, rank) for rank in ranks) == len(plan.crossing(stage))
-        on_ranks = [plan.traffic(stage, rank) for rank in ranks]
-        for rank, traffic in enumerate(on_ranks):
-            concerned = {*traffic.arrives, *traffic.leaves, *traffic.keeps, *traffic.fetches}
-            groups = plan.sla.rank_groups(plan.tensor_parallel_size, rank)
-            sizes = {name: len(labels(plan, groups, (name,))) for name in concerned}
-            assert traffic.num_groups == sizes
-            assert 0 not in sizes.values()
-            assert sum(sizes[name] for name in traffic.leaves) == plan.hop_groups(stage, rank)
-            assert sum(sizes[name] for name in traffic.arrives) == plan.hop_groups(stage - 1, rank)
-        for route in plan.routes:
-            if any(route.name in traffic.num_groups for traffic in on_ranks):
-                assert sum(traffic.num_groups.get(route.name, 0) for traffic in on_ranks) == len(route.groups)
+        for rank in ranks:
+            traffic = plan.traffic(stage, rank)
+            assert (traffic.stage, traffic.tensor_parallel_rank) == (stage, rank)
+            concerned = (*traffic.arrives, *traffic.leaves, *traffic.keeps, *traffic.fetches)
+            assert all(tensor.widths[rank] for tensor in concerned)
+            for tensors, hop in ((traffic.leaves, stage), (traffic.arrives, stage - 1)):
+                assert sum(tensor.widths[rank] for tensor in tensors) == 2 * plan.hop_groups(hop, rank)
 
 
 @given(route_plans())
 @settings(max_examples=300)
-def test_both_ends_of_a_hop_have_the_same_order(plan: RoutePlan) -> None:
-    """By (source layer, distance), then group; what one stage sends is what the next expects, on every rank."""
+def test_both_ends_of_a_hop_have_the_same_order(plan: SLAPlan) -> None:
+    """By source layer and reader, keys before values; what one stage sends is what the next expects, on every rank."""
     distance = plan.sla.distance_of_group
     for hop in range(plan.layout.num_stages - 1):
         crossed = plan.crossing(hop)
@@ -222,14 +225,15 @@ def test_both_ends_of_a_hop_have_the_same_order(plan: RoutePlan) -> None:
         for rank in range(plan.tensor_parallel_size):
             leaves = plan.traffic(hop, rank).leaves
             assert leaves == plan.traffic(hop + 1, rank).arrives
-            assert list(leaves) == sorted(set(leaves))
+            names = [tensor.name for tensor in leaves]
+            assert names == sorted(set(names), key=lambda name: (name.source, name.readers, name.kind))
     for rank in range(plan.tensor_parallel_size):
         assert plan.traffic(0, rank).arrives == ()
         assert plan.traffic(plan.layout.num_stages - 1, rank).leaves == ()
 
 
 @given(route_plans())
-def test_traffic_is_none_where_nothing_concerns_a_stage(plan: RoutePlan) -> None:
+def test_traffic_is_none_where_nothing_concerns_a_stage(plan: SLAPlan) -> None:
     """No K/V of this tensor-parallel rank arrive, leave, stay or are fetched: the stage is a stock one."""
     for rank in range(plan.tensor_parallel_size):
         hops, resident = formula(plan, plan.sla.rank_groups(plan.tensor_parallel_size, rank))
@@ -239,72 +243,92 @@ def test_traffic_is_none_where_nothing_concerns_a_stage(plan: RoutePlan) -> None
             assert plan.traffic(stage, rank).is_none == (stage not in concerned)
 
 
-def parse(text: str) -> dict[KV, int]:
-    """``layer 3 groups 1,2 (for layer 9)``, any number of these: K/V -> reader."""
+def parse(plan: SLAPlan, text: str) -> dict[KV, int]:
+    """``skip-layer keys of attention layer 3 for layer 9``, any number of these, values alike: K/V -> reader."""
+    names = {
+        kind: [
+            tuple(map(int, two))
+            for two in re.findall(rf"skip-layer {kind} of attention layer (\d+) for layer (\d+)", text)
+        ]
+        for kind in ("keys", "values")
+    }
+    assert names["keys"] == names["values"]
     return {
-        (int(layer), int(group)): int(later)
-        for layer, groups, later in re.findall(r"layer (\d+) groups ([\d,]+) \(for layer (\d+)\)", text)
-        for group in groups.split(",")
+        (layer, group): later
+        for layer, later in names["keys"]
+        for group in plan.groups(SharedTensor("key", layer, (later,)))
     }
 
 
 @given(route_plans())
-def test_the_plan_in_words(plan: RoutePlan) -> None:
+def test_the_plan_in_words(plan: SLAPlan) -> None:
     """It says of every hop what crosses it, and of every resident bundle where and how long it is."""
     hops, resident = formula(plan, every_group(plan))
     size = plan.layout.pipeline_size
-    lines = str(plan).splitlines()
+    lines = str(plan.plan).splitlines()
     said = [re.fullmatch(r"hop (\d+) \(rank (\d+) -> (\d+)\): (.*)", line) for line in lines]
     for hop, match in enumerate(match for match in said if match):
         assert [int(match[i]) for i in (1, 2, 3)] == [hop, hop % size, (hop + 1) % size]
         crossed = [kv for kv, its in hops.items() if hop in its]
-        assert parse(match[4]) == {kv: reader(plan.sla, kv) for kv in crossed}
-        assert (match[4] == "no K/V") == (not crossed)
+        assert parse(plan, match[4]) == {kv: reader(plan.sla, kv) for kv in crossed}
+        assert (match[4] == "none") == (not crossed)
     assert sum(match is not None for match in said) == plan.layout.num_stages - 1
-    said_resident = {}
+    said_resident: dict[str, dict[KV, tuple[int, int, int]]] = {"keys": {}, "values": {}}
     for line in lines:
-        match = re.fullmatch(r"rank (\d+): (.*) resident from stage (\d+) to stage (\d+)", line)
+        match = re.fullmatch(
+            r"rank (\d+): skip-layer (keys|values) of attention layer (\d+) for layer (\d+) resident from stage (\d+) "
+            r"to stage (\d+)",
+            line,
+        )
         if match:
-            stages = int(match[3]), int(match[4])
+            layer, later, *stages = (int(match[i]) for i in (3, 4, 5, 6))
             assert {stages[0] % size, stages[1] % size} == {int(match[1])}
-            said_resident |= {kv: (later, *stages) for kv, later in parse(match[2]).items()}
-    assert said_resident == {kv: (reader(plan.sla, kv), *stages) for kv, stages in resident.items()}
+            for kv in _of(plan, SharedTensor("key", layer, (later,))):
+                said_resident[match[2]][kv] = (later, *stages)
+    expected = {kv: (reader(plan.sla, kv), *stages) for kv, stages in resident.items()}
+    assert said_resident == {"keys": expected, "values": expected}
 
 
 @pytest.mark.parametrize("sizes", [[1] * 16, [0, 2] * 8], ids=["one-layer-a-stage", "two-layers-in-every-other"])
 def test_a_distance_of_whole_rounds_crosses_no_hop(sizes: list[int]) -> None:
     """16 layers, P = 4, v = 4, distance 12: source and reader share a rank, which the K/V never leave."""
-    plan = RoutePlan(SLAConfig(16, 4, (12,), 3), PipelineLayout.of_sizes(4, sizes))
+    plan = SLAPlan(SLAConfig(16, 4, (12,), 3), PipelineLayout.of_sizes(4, sizes))
     assert [plan.crossing(hop) for hop in range(15)] == [()] * 15
-    assert "resident from stage 0 to stage 12" in str(plan) or sizes[0] == 0
+    assert "resident from stage 0 to stage 12" in str(plan.plan) or sizes[0] == 0
     assert not plan.moves_nothing
-    assert {route.name for route in plan.routes} == {(layer, 12) for layer in range(1, 5)}
+    assert [route.tensor.name for route in plan.routes] == [
+        SharedTensor("key", layer, (layer + 12,)) for layer in range(1, 5)
+    ]
     for route in plan.routes:
         assert route.num_hops == 0
         assert plan.traffic(route.source_stage).keeps == tuple(
-            other.name for other in plan.routes if other.source_stage == route.source_stage
+            other.tensor for other in plan.plan.routes if other.source_stage == route.source_stage
         )
     assert [plan.traffic(stage).is_none for stage in (5, 6, 10)] == [True] * 3
 
 
 def test_one_stage_moves_nothing() -> None:
     """All layers in one stage, or the distance within each stage: a stock pipeline."""
-    assert RoutePlan(SLAConfig(6, 2, (2,), 2), PipelineLayout.of_sizes(1, [6])).moves_nothing
+    assert SLAPlan(SLAConfig(6, 2, (2,), 2), PipelineLayout.of_sizes(1, [6])).moves_nothing
     within = SLAConfig(6, 2, (2,), 2, layers=(3, 6))
-    assert RoutePlan(within, PipelineLayout.of_sizes(2, [3, 3])).moves_nothing
-    assert not RoutePlan(within, PipelineLayout.of_sizes(2, [4, 2])).moves_nothing
+    assert SLAPlan(within, PipelineLayout.of_sizes(2, [3, 3])).moves_nothing
+    assert not SLAPlan(within, PipelineLayout.of_sizes(2, [4, 2])).moves_nothing
 
 
 def test_two_ranks_by_hand() -> None:
     """4 layers in stages 1 | 2 | 3 | 4 on 2 ranks, distances 2 and 3: what each of the four stages does."""
-    plan = RoutePlan(SLAConfig(4, 4, (2, 3), 4), PipelineLayout.of_sizes(2, [1, 1, 1, 1]), tensor_parallel_size=2)
+    plan = SLAPlan(SLAConfig(4, 4, (2, 3), 4), PipelineLayout.of_sizes(2, [1, 1, 1, 1]), tensor_parallel_size=2)
     # Distance 2 stays on its rank, distance 3 crosses one hop; each TP rank holds one of the two groups of either.
     stages = [plan.traffic(stage, 1) for stage in range(4)]
-    assert [t.keeps for t in stages] == [((1, 2),), ((1, 3), (2, 2)), (), ()]
-    assert [t.fetches for t in stages] == [(), (), ((1, 2),), ((1, 3), (2, 2))]
-    assert [t.arrives for t in stages] == [(), ((1, 3),), (), ()]
-    assert [t.leaves for t in stages] == [((1, 3),), (), (), ()]
-    assert stages[1].num_groups == {(1, 3): 1, (2, 2): 1}
+
+    def said(tensors: tuple[CrossLayerTensor, ...]) -> list[tuple[int, int, int]]:
+        keys = beside(tensors, lambda tensor: tensor.name)
+        return [(tensor.source, *tensor.readers, tensor.widths[1]) for tensor in keys]
+
+    assert [said(t.keeps) for t in stages] == [[(1, 3, 1)], [(1, 4, 1), (2, 4, 1)], [], []]
+    assert [said(t.fetches) for t in stages] == [[], [], [(1, 3, 1)], [(1, 4, 1), (2, 4, 1)]]
+    assert [said(t.arrives) for t in stages] == [[], [(1, 4, 1)], [], []]
+    assert [said(t.leaves) for t in stages] == [[(1, 4, 1)], [], [], []]
     assert plan.crossing(0) == ((1, 1), (1, 3))
 
 
@@ -314,7 +338,7 @@ def test_a_layout_of_another_model_is_refused(layers: int, others: int) -> None:
     """The message says both numbers of layers."""
     sla, layout = SLAConfig(layers, 2, (1,), 1), PipelineLayout.of_sizes(1, [others])
     if layers == others:
-        assert RoutePlan(sla, layout).layout == layout
+        assert SLAPlan(sla, layout).plan.layout == layout
     else:
         with pytest.raises(ValueError, match=f"layout holds {others} layers, the model {layers}"):
-            RoutePlan(sla, layout)
+            _ = SLAPlan(sla, layout).plan

@@ -12,11 +12,9 @@ from hypothesis import given
 
 from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.pipeline.layout import PipelineLayout
-from sla_megatron.pipeline.residency import residency
-from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.pipeline.schedule import Pass, Schedule
 
-from ..strategies import schedules
+from ..strategies import SLAPlan, schedules
 
 # Of Megatron's own making.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -286,19 +284,19 @@ def test_upstream_s_early_arrivals_are_as_counted(
     upstream: Upstream, size: int, chunks: int, forward_only: bool
 ) -> None:
     """The most payloads that wait for their pass, in one direction and the other, add up to what ``residency`` says."""
-    plan = RoutePlan(SLAConfig(1, 1, (1,), 0), PipelineLayout.of_sizes(size, [1] + [0] * (size * chunks - 1)))
+    plan = SLAPlan(SLAConfig(1, 1, (1,), 0), PipelineLayout.of_sizes(size, [1] + [0] * (size * chunks - 1)))
     for count, group in settings_to_try(size, chunks):
         schedule = allowed(size, chunks, count, group, forward_only)
         if schedule is None:
             continue
         for rank in range(size):
-            buffers = residency(plan, schedule, rank).arrival_buffers
+            buffers = plan.residency(schedule, rank).arrival_buffers
             for flags in [{}, OVERLAPPING[0]] if chunks > 1 else [{}]:
                 log = upstream.run(schedule, rank, **flags)
                 assert log.waiting_in_all <= sum(log.waiting.values()) == buffers
             if chunks > 1:
                 log = upstream.run(schedule, rank, **OVERLAPPING[1])
-                early = residency(plan, schedule, rank, early_receives=True).arrival_buffers
+                early = plan.residency(schedule, rank, early_receives=True).arrival_buffers
                 assert buffers <= sum(log.waiting.values()) == early
 
 

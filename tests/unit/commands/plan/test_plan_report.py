@@ -26,10 +26,8 @@ from sla_megatron.commands.plan.traffic import hop_traffic, rank_memory, totals
 from sla_megatron.common.errors import FlagError
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.payload import MicrobatchShape
-from sla_megatron.pipeline.residency import residency
-from sla_megatron.pipeline.routes import RoutePlan
 
-from ...strategies import route_plans
+from ...strategies import SLAPlan, route_plans
 
 RATES = Rates(link_bytes=1e9, operations=1e12, link_latency=1e-6)
 
@@ -46,8 +44,8 @@ def job(
     whole = Job(
         sla=SLAConfig(layers, 4, skip_distances, 3),
         layout=PipelineLayout.of_sizes(pipeline_size, sizes),
-        shape=MicrobatchShape(64, 2, 32, 8, tensor_parallel_size),
-        work=ModelWork(num_heads=4, mlp_weights=(8192,) * layers, vocabulary=256),
+        shape=MicrobatchShape(64, 2, 32, tensor_parallel_size),
+        work=ModelWork(num_heads=4, head_size=8, mlp_weights=(8192,) * layers, vocabulary=256),
         element_bytes=2,
         num_gpus=pipeline_size * tensor_parallel_size,
         global_batch_size=16,
@@ -56,14 +54,14 @@ def job(
     return replace(whole, **changes)
 
 
-def of_plan(plan: RoutePlan) -> Job:
+def of_plan(plan: SLAPlan) -> Job:
     """A run with ``plan``."""
     size, layers = plan.layout.pipeline_size, plan.sla.num_layers
     return Job(
         sla=plan.sla,
         layout=plan.layout,
-        shape=MicrobatchShape(24, 2, 16, 4, plan.tensor_parallel_size),
-        work=ModelWork(num_heads=plan.sla.num_query_groups, mlp_weights=(64,) * layers),
+        shape=MicrobatchShape(24, 2, 16, plan.tensor_parallel_size),
+        work=ModelWork(num_heads=plan.sla.num_query_groups, head_size=4, mlp_weights=(64,) * layers),
         element_bytes=4,
         num_gpus=size * plan.tensor_parallel_size,
         global_batch_size=2 * 2 * size,
@@ -88,7 +86,7 @@ def counted_groups(of: Job, hop: int, relayed: bool) -> int:
 
 
 @given(route_plans())
-def test_bytes_are_those_of_single_groups(plan: RoutePlan) -> None:
+def test_bytes_are_those_of_single_groups(plan: SLAPlan) -> None:
     of = of_plan(plan)
     group, hidden = 2 * 24 * 2 * 4 * 4, 24 * 2 * 16 * 4
     hops, sums = hop_traffic(of), totals(of)
@@ -108,12 +106,12 @@ def test_bytes_are_those_of_single_groups(plan: RoutePlan) -> None:
 
 
 @given(route_plans())
-def test_memory_is_the_residency_of_the_fullest_tensor_rank(plan: RoutePlan) -> None:
+def test_memory_is_the_residency_of_the_fullest_tensor_rank(plan: SLAPlan) -> None:
     of = of_plan(plan)
     assume(of.runs)
     group, hidden = 2 * 24 * 2 * 4 * 4, 24 * 2 * 16 * 4
     for memory in rank_memory(of):
-        held = [residency(plan, of.schedule, memory.rank, tensor) for tensor in range(plan.tensor_parallel_size)]
+        held = [plan.residency(of.schedule, memory.rank, tensor) for tensor in range(plan.tensor_parallel_size)]
         assert memory.resident_bytes == max(one.resident for one in held) * group
         assert memory.arriving_kv_bytes == max(one.arriving for one in held) * group
         assert memory.arriving_hidden_bytes == memory.arrival_buffers * hidden
@@ -291,10 +289,10 @@ def test_units_of_time(seconds: float, text: str) -> None:
 
 
 def test_crossing_names_each_set_of_groups_once() -> None:
-    two_distances = job(skip_distances=(9, 5))
+    hops = hop_traffic(job(skip_distances=(9, 5)))
     # Groups 1 and 3 are read 9 layers on, group 2 is read 5 layers on.
-    assert crossing(two_distances.plan.hop(0)) == "1-3: 2; 1-3: 1,3"
-    assert crossing(two_distances.plan.hop(2)) == "1-3: 1,3; 5-7: 2"
+    assert crossing(hops[0].shared) == "1-3: 2; 1-3: 1,3"
+    assert crossing(hops[2].shared) == "1-3: 1,3; 5-7: 2"
     assert crossing(()) == ""
 
 

@@ -174,8 +174,8 @@ def _spans(timeline: Timeline) -> dict[tuple[int, str, int], tuple[float, float]
 # Operations
 
 LAYERS, GROUPS = 4, 4
-SHAPE = MicrobatchShape(sequence_length=64, microbatch_size=2, hidden_size=32, head_size=8)
-WORK = ModelWork(num_heads=8, mlp_weights=(2 * 32 * 128,) * LAYERS, vocabulary=256)
+SHAPE = MicrobatchShape(sequence_length=64, microbatch_size=2, hidden_size=32)
+WORK = ModelWork(num_heads=8, head_size=8, mlp_weights=(2 * 32 * 128,) * LAYERS, vocabulary=256)
 LAYOUT = PipelineLayout.of_sizes(2, [2, 2])
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .mixing_plan import Run
+from .runs import Run
 
 try:
     import triton
@@ -48,7 +48,7 @@ def _say_once() -> None:
 def move(
     targets: Sequence[Tensor | None], sources: Sequence[Tensor | None], copies: Sequence[Run], sums: Sequence[Run]
 ) -> bool:
-    """As ``mixing.move``, in one launch; nothing, and False, where the tensors lie in more storages than it reaches.
+    """As ``copying.move``, in one launch; nothing, and False, where the tensors lie in more storages than it reaches.
 
     Heads are all of one shape.  The table is found again by the identity of ``copies`` and ``sums``: make them once.
     """
