@@ -1,7 +1,8 @@
 """Skip-Layer Attention (arXiv 2406.11274) for GPT pretraining with NVIDIA Megatron.
 
 A Megatron script needs two names from here: ``parse_and_validate_args`` and ``gpt_config_from_args`` stand where it
-calls Megatron's functions of the same names.  Without ``--sla`` both do what upstream's do.
+calls Megatron's functions of the same names, ``hybrid_config_from_args`` where it builds hybrid models.  Without
+``--sla`` they do what upstream's do.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ _HOME = {
     "cpu_backend": "cpu.backend",
     "enter_megatron_device": "cpu.device",
     "gpt_config_from_args": "model.builder",
+    "hybrid_config_from_args": "model.builder",
     "megatron_device": "cpu.device",
+    "model_config_from_args": "model.builder",
     "parse_and_validate_args": "flags.arguments",
     "report_model": "model.report",
     "sla_config_from_args": "flags.validation",
+    "sla_hybrid_stack_spec": "model.hybrid_stack",
     "sla_layer_spec": "model.layer_specs",
     "sla_transformer_blocks": "model.transformer_block",
 }

@@ -102,7 +102,7 @@ def _pretrain(args: Namespace, **in_process: Any) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from .flags.arguments import megatron_refusals
-    from .model.builder import gpt_config_from_args
+    from .model.builder import model_config_from_args
     from .model.report import report_model
     from .training.checkpoint_writer import carry_tokenizer_along, find_sharded_parameters, shield_checkpoint_writer
     from .training.data import train_valid_test_datasets
@@ -110,7 +110,7 @@ def _pretrain(args: Namespace, **in_process: Any) -> None:
     from .training.loss import forward_step
 
     with one_line_errors(), megatron_refusals():
-        model_config = gpt_config_from_args(args)
+        model_config = model_config_from_args(args)
         container = pretrain_cfg_container_from_args(args, model_config)
     report_model(model_config)
     shield_checkpoint_writer(args)

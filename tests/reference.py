@@ -1,7 +1,7 @@
 """Skip-layer attention in plain PyTorch, to compare Megatron with.  No Megatron, no code of ``sla_megatron``.
 
-A GPT as one function of its weights.  It follows the method's definition to the letter and nothing else: no
-parallelism, no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of
+A GPT, or a hybrid model, as one function of its weights.  It follows the method's definition to the letter and nothing
+else: no parallelism, no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of
 ``linear_qkv``: group after group, ``q .. q k v``, or ``q .. q`` where the group's K/V are left out.
 
 Shapes: b batch, s sequence, h hidden, d head size.  Layers are numbered 1..L, groups 0..G-1.
@@ -19,7 +19,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ReferenceGPT:
-    """The model's shape and its skip-layer attention; ``distances`` empty means the standard Transformer."""
+    """The model's shape and its skip-layer attention; ``distances`` empty means the standard Transformer.
+
+    With ``pattern`` each layer is attention ``*``, an MLP ``-`` or experts ``E`` alone, and ``num_layers`` counts those
+    with attention.
+    """
 
     num_layers: int
     num_heads: int
@@ -35,6 +39,8 @@ class ReferenceGPT:
     rms_norm: bool = False
     swiglu: bool = False
     eps: float = 1e-5
+    pattern: str = ""
+    experts_per_token: int = 2
 
     def source(self, layer: int, group: int) -> int:
         """The layer whose K/V ``group`` reads in ``layer``."""
@@ -69,11 +75,18 @@ class ReferenceGPT:
     def _block(self, w: dict[str, Tensor], name: str, x: Tensor, is_hidden: Tensor) -> Tensor:
         """All layers on ``[b, s, h]``; ``is_hidden`` (query, key) is True where the key is not to be seen."""
         projected: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for layer in range(1, self.num_layers + 1):
-            p = f"{name}layers.{layer - 1}."
-            x = x + self._attention(w, p, layer, self._norm(w, p + "input_layernorm", x), projected, is_hidden)
-            x = x + self._mlp(w, p + "mlp.", self._norm(w, p + "pre_mlp_layernorm", x))
-        return self._norm(w, name + "final_layernorm", x)
+        attention = 0
+        for index, kinds in enumerate(self.pattern or ["*-"] * self.num_layers):
+            p = f"{name}layers.{index}."
+            for kind in kinds:
+                if kind == "*":
+                    attention += 1
+                    normed = self._norm(w, p + "input_layernorm", x)
+                    x = x + self._attention(w, p, attention, normed, projected, is_hidden)
+                else:
+                    inner = {"-": self._mlp, "E": self._experts}[kind]
+                    x = x + inner(w, p + "mlp.", self._norm(w, p + "pre_mlp_layernorm", x))
+        return self._norm(w, name + ("final_norm" if self.pattern else "final_layernorm"), x)
 
     def _attention(
         self, w: dict[str, Tensor], p: str, layer: int, x: Tensor, projected: dict, is_hidden: Tensor
@@ -123,6 +136,14 @@ class ReferenceGPT:
         else:
             x = F.gelu(x)
         return self._linear(w, p + "linear_fc2", x)
+
+    def _experts(self, w: dict[str, Tensor], p: str, x: Tensor) -> Tensor:
+        """Each token's chosen experts, weighted by the softmax of their scores alone."""
+        scores = x @ w[p + "router.weight"].T
+        chosen = scores.topk(self.experts_per_token, dim=-1).indices
+        weights = torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen).softmax(-1))
+        outputs = [self._mlp(w, f"{p}experts.local_experts.{e}.", x) for e in range(scores.shape[-1])]
+        return (torch.stack(outputs, dim=-1) * weights.unsqueeze(-2)).sum(-1)
 
     def _linear(self, w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
         x = x @ w[name + ".weight"].T

@@ -210,16 +210,27 @@ def assert_trains_as(
     gradient_tolerance: float = GRADIENT_TOLERANCE,
 ) -> None:
     """Losses, gradient norms and evaluations of all steps, and every gradient of the first; ``test_gpus.py``'s too."""
+    assert_same_figures(runs, name, reference, STEPS, loss_tolerance)
+    assert_same_gradients(runs.gradients(name), runs.gradients(reference), gradient_tolerance)
+
+
+def assert_same_figures(runs: Runs, name: str, reference: str, steps: int, tolerance: float = LOSS_TOLERANCE) -> None:
+    """Losses, gradient norms and evaluations of all steps."""
     found, plain = runs.figures(name), runs.figures(reference)
-    assert len(found["loss"]) == STEPS
+    assert len(found["loss"]) == steps
     for what in ("loss", "grad_norm", "evaluations"):
-        assert found[what] == pytest.approx(plain[what], rel=loss_tolerance), what
-    gradients, expected = runs.gradients(name), runs.gradients(reference)
+        assert found[what] == pytest.approx(plain[what], rel=tolerance), what
+
+
+def assert_same_gradients(
+    gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = GRADIENT_TOLERANCE
+) -> None:
+    """Every gradient, by its parameter's name."""
     assert set(expected) <= set(gradients)
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, gradient in expected.items():
         error = (gradients[name].double() - gradient).norm()
-        assert error <= gradient_tolerance * gradient.norm() + NOTHING * whole, name
+        assert error <= tolerance * gradient.norm() + NOTHING * whole, name
 
 
 @pytest.mark.parametrize(("model", "layout"), REPEATED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from ..attention.numbering import LayerNumbers
 from .sla_flags import MEGATRON, SDPA
 
 #: Flags with which samples hold several documents, or conversations, that attention is told of in place of a mask.
@@ -28,3 +29,14 @@ def is_local(args: Namespace) -> bool:
 def step_is_a_graph(args: Namespace) -> bool:
     """``--cuda-graph-impl full_iteration``."""
     return args.cuda_graph_impl == "full_iteration"
+
+
+def hybrid_pattern(args: Namespace) -> str | None:
+    """``--hybrid-layer-pattern``, under its older name too; ``None`` for a GPT."""
+    return getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
+
+
+def layer_numbers(args: Namespace) -> LayerNumbers:
+    """Which layers of the stack are attention layers: those that the pattern says, or of a GPT all."""
+    pattern = hybrid_pattern(args)
+    return LayerNumbers.of_gpt(args.num_layers) if pattern is None else LayerNumbers.of_pattern(pattern)

@@ -20,6 +20,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from ..attention.sla_config import compact_ranges
 from ..common.errors import FlagError, flag_of, one_line_errors
 from ..upstream.seams import OneOf, Wrapping, wrap_once
+from .gpt_hybrid_load import adopt_layers, load_across_kinds
 from .rope_scaling import adopt_rope_scaling, require_same_rope_scaling
 from .validation import SLA_SETTINGS, sla_config_from_args
 
@@ -39,6 +40,7 @@ def adopt_checkpoint_args(args: Namespace) -> None:
     found = [result[1] for result in results if isinstance(result, tuple)]
     if not found:
         return
+    adopt_layers(args, found[-1])
     adopt_rope_scaling(args, found[-1])
     if not getattr(found[-1], "sla", False):
         return
@@ -59,6 +61,7 @@ def require_same_settings(args: Namespace) -> None:
         # Megatron treats --pretrained-checkpoint as the start of a new run, as with --finetune.
         saved, may_change = _saved_args(args, "pretrained_checkpoint"), True
     if saved is not None:
+        load_across_kinds(args, saved)
         _refuse_others(args, saved, may_change)
 
 

@@ -68,7 +68,6 @@ REFUSED = (
             "--qk-clip",
             "--heterogeneous-layers-config-path layers.json",
             "--heterogeneous-layers-config-encoded-json {}",
-            "--hybrid-layer-pattern M*M*",
             "--enable-mhc-connections",
             "--enable-hyper-connections",
             "--head-wise-attn-gate",

@@ -12,6 +12,7 @@ from ..attention.sla_config import SLAConfig, compact_ranges, default_num_skip_g
 from ..common.errors import OFF, FlagError, Refusal, flag_of, refuse
 from ..pipeline.schedule import Schedule
 from . import dev
+from .asked import hybrid_pattern, layer_numbers
 
 #: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
 SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
@@ -25,7 +26,6 @@ _REFUSED: tuple[Refusal, ...] = (
     ("linear_attention_freq", OFF, "no linear attention with --sla"),
     ("heterogeneous_layers_config_path", OFF, "equal layers with --sla"),
     ("heterogeneous_layers_config_encoded_json", OFF, "equal layers with --sla"),
-    ("hybrid_layer_pattern", OFF, "a GPT with --sla, no hybrid model"),
     ("qk_clip", OFF, "no --qk-clip with --sla: it rescales a layer's own keys by logits that came from others"),
     (
         "cuda_graph_impl",
@@ -58,13 +58,18 @@ def sla_config_from_args(args: Namespace) -> SLAConfig | None:
     if not getattr(args, "sla", False):
         return None
     return SLAConfig(
-        num_layers=args.num_layers,
+        num_layers=num_attention_layers(args),
         num_query_groups=num_query_groups(args),
         skip_distances=tuple(args.sla_skip_distance),
         num_skip_groups=args.sla_num_skip_groups,
-        layers=None if args.sla_layers is None else parse_layers(args.sla_layers, args.num_layers),
+        layers=None if args.sla_layers is None else _consumer_layers(args),
         kv_projection=args.sla_kv_projection,
     )
+
+
+def num_attention_layers(args: Namespace) -> int:
+    """``L``: of a hybrid model the attention layers alone, which the ``--sla`` flags count."""
+    return len(layer_numbers(args).attention)
 
 
 def num_query_groups(args: Namespace) -> int:
@@ -130,7 +135,7 @@ def _check_cuda_graph(args: Namespace) -> None:
 def _resolve_shape(args: Namespace) -> None:
     groups = num_query_groups(args)
     if args.sla_skip_distance is None:
-        args.sla_skip_distance = [default_skip_distance(args.num_layers)]
+        args.sla_skip_distance = [default_skip_distance(num_attention_layers(args))]
     if not args.sla_skip_distance or min(args.sla_skip_distance) < 1:
         raise FlagError("--sla-skip-distance", args.sla_skip_distance, "one or more integers >= 1")
     if args.sla_num_skip_groups is None:
@@ -150,11 +155,11 @@ def _resolve_shape(args: Namespace) -> None:
 def _check_layers(args: Namespace) -> None:
     if args.sla_layers is None:
         return
-    layers = parse_layers(args.sla_layers, args.num_layers)
+    layers, last = _consumer_layers(args), num_attention_layers(args)
     nearest = min(args.sla_skip_distance)
     too_early = [layer for layer in layers if layer <= nearest]
     if too_early:
-        eligible = f"{nearest + 1}-{args.num_layers}" if nearest < args.num_layers else "no --sla-layers"
+        eligible = f"{nearest + 1}-{last}" if nearest < last else "no --sla-layers"
         raise FlagError("--sla-layers", args.sla_layers, f"layers beyond the distance {nearest}: {eligible}")
     args.sla_layers = compact_ranges(layers)
 
@@ -164,13 +169,14 @@ def _check_positions(args: Namespace) -> None:
     pattern = args.no_rope_freq
     if not pattern:
         return
-    sla = sla_config_from_args(args)
+    sla, numbers = sla_config_from_args(args), layer_numbers(args)
     if isinstance(pattern, int):
-        pattern = [layer % pattern == 0 for layer in range(1, args.num_layers + 1)]
+        pattern = [layer % pattern == 0 for layer in range(1, numbers.num_layers + 1)]
+    # Upstream counts layers of every kind.  Of another length: it says so.
+    rotated = {layer: pattern[numbers.in_stack(layer) - 1 :][:1] for layer in range(1, sla.num_layers + 1)}
     for layer in sla.consumer_layers:
         for source in sorted({sla.source(layer, group) for group in range(sla.num_query_groups)}):
-            # Of another length: upstream says so.
-            if pattern[layer - 1 : layer] != pattern[source - 1 : source]:
+            if rotated[layer] != rotated[source]:
                 raise FlagError(
                     "--no-rope-freq",
                     args.no_rope_freq,
@@ -179,9 +185,18 @@ def _check_positions(args: Namespace) -> None:
                 )
 
 
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """``"4,6,8-12"`` as ascending layers.  Raises :class:`FlagError` unless all are within ``1..num_layers``."""
-    accepted = f"layers within 1-{num_layers}, such as {max(1, num_layers - 2)}-{num_layers} or 1,{num_layers}"
+def _consumer_layers(args: Namespace) -> tuple[int, ...]:
+    pattern = hybrid_pattern(args)
+    of = "" if pattern is None else f" (attention layers of {pattern})"
+    return parse_layers(args.sla_layers, num_attention_layers(args), of)
+
+
+def parse_layers(text: str, num_layers: int, of: str = "") -> tuple[int, ...]:
+    """``"4,6,8-12"`` as ascending layers; ``of`` goes behind what is accepted.
+
+    Raises :class:`FlagError` unless all are within ``1..num_layers``.
+    """
+    accepted = f"layers within 1-{num_layers}{of}, such as {max(1, num_layers - 2)}-{num_layers} or 1,{num_layers}"
     layers: set[int] = set()
     for part in str(text).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
@@ -270,7 +285,7 @@ def _check_projection(args: Namespace) -> None:
             "--optimizer", args.optimizer, f"{' or '.join(_PRUNED_OPTIMIZERS)} with --sla-kv-projection pruned"
         )
     sla, size = sla_config_from_args(args), args.tensor_model_parallel_size
-    for layer in range(1, args.num_layers + 1):
+    for layer in range(1, sla.num_layers + 1):
         live = sla.live_groups(layer)
         shares = [sum(g in sla.rank_groups(size, rank) for g in live) for rank in range(size)]
         if len(set(shares)) > 1:
@@ -291,10 +306,11 @@ def _check_quantized_rows(args: Namespace, sla: SLAConfig) -> None:
 
     # What fp4's kernels load are 16 bytes at a time; upstream's get_fp4_align_size is larger, and of tokens.
     multiple = get_fp8_align_size(args.fp8_recipe) if args.fp8 else 32
-    for layer in range(1, args.num_layers + 1):
+    numbers = layer_numbers(args)
+    for layer in range(1, sla.num_layers + 1):
         heads = args.num_attention_heads + 2 * len(sla.live_groups(layer))
         rows = heads // args.tensor_model_parallel_size * args.kv_channels
-        if rows % multiple and not is_first_last_bf16_layer(args, layer - 1):
+        if rows % multiple and not is_first_last_bf16_layer(args, numbers.in_stack(layer) - 1):
             recipe = f"--fp8-recipe {args.fp8_recipe}" if args.fp8 else f"--fp4-recipe {args.fp4_recipe}"
             raise FlagError(
                 "--sla-kv-projection",

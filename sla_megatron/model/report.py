@@ -11,38 +11,40 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.training import print_rank_0
 from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.hybrid import HybridModelConfig
 
 from ..attention.sla_config import SLAConfig, compact_ranges
 
 _to_repeat: list[str] = []
 
 
-def describe(sla: SLAConfig | None) -> str:
-    """What skips, from where, in which layers, as one line."""
+def describe(sla: SLAConfig | None, is_hybrid: bool = False) -> str:
+    """What skips, from where, in which layers, as one line; of a hybrid model these are attention layers."""
     if sla is None:
         return "off"
     if sla.is_dense:
         return "no head skips with these settings: this is the standard Transformer"
     distances = " ".join(map(str, sla.skip_distances))
+    layers = "attention layers" if is_hybrid else "layers"
     kept = "kept" if sla.kv_projection == "full" else "left out"
     return (
         f"distance {distances}; {sla.num_skip_groups} of {sla.num_query_groups} K/V groups skip ({sla.pattern()}); "
-        f"in layers {compact_ranges(sla.consumer_layers)} of {sla.num_layers}; "
+        f"in {layers} {compact_ranges(sla.consumer_layers)} of {sla.num_layers}; "
         f"{sla.num_dead} of {sla.num_layers * sla.num_query_groups} K/V projections are dead and {kept}"
     )
 
 
-def report_model(config: GPTModelConfig) -> None:
+def report_model(config: GPTModelConfig | HybridModelConfig) -> None:
     """Have the model that ``config`` builds print, on rank 0, what SLA does and how many parameters there are."""
-    sla = getattr(config, "sla", None)
+    sla, is_hybrid = getattr(config, "sla", None), isinstance(config, HybridModelConfig)
 
     def hook(chunks: list[MegatronModule]) -> list[MegatronModule]:
         total = count_parameters(chunks)
         if sla is None:
             _to_repeat[:] = [f"sla-megatron: off; parameters {total}"]
         else:
-            dense = total + pruned_parameters(config)
-            _to_repeat[:] = [f"sla-megatron: {describe(sla)}", f"sla-megatron: parameters {total} (dense {dense})"]
+            counted = f"parameters {total} (dense {total + pruned_parameters(config)})"
+            _to_repeat[:] = [f"sla-megatron: {describe(sla, is_hybrid)}", f"sla-megatron: {counted}"]
         for line in _to_repeat:
             print_rank_0(line)
         return chunks
@@ -56,7 +58,7 @@ def repeat_report() -> None:
         print_rank_0(_to_repeat.pop(0))
 
 
-def pruned_parameters(config: GPTModelConfig) -> int:
+def pruned_parameters(config: GPTModelConfig | HybridModelConfig) -> int:
     """How many parameters ``pruned`` leaves out of the dense model: rows of K and V, their biases, unused key norms."""
     sla, transformer = config.sla, config.transformer
     if sla is None or sla.kv_projection != "pruned":

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
@@ -26,7 +27,7 @@ _stragglers = StragglerDetector()
 
 
 def forward_step(
-    data_iterator: Iterator | None, model: GPTModel, return_schedule_plan: bool = False
+    data_iterator: Iterator | None, model: GPTModel | HybridModel, return_schedule_plan: bool = False
 ) -> tuple[Tensor | Any, Any]:
     """One microbatch's forward, as Megatron's schedules call it: the output and the function that makes it a loss.
 

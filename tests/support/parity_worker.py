@@ -105,7 +105,7 @@ def compare(
     positions = documents.positions().cuda()
     packed = documents.packed_sequences()
 
-    misread = listen_at_core_attention(model)
+    misread = listen_at_core_attention(model, reference.num_layers)
     model.zero_grad_buffer()
     logits = run_model(model, tokens, positions, packed)
     # The mean over this rank's share of the sequence; Megatron averages gradients over the ranks.
@@ -153,7 +153,7 @@ def run_model(model: Any, tokens: Any, positions: Any, packed: Any) -> Any:
     return logits.view(BATCH, -1, VOCABULARY)
 
 
-def listen_at_core_attention(model: Any) -> list[bool]:
+def listen_at_core_attention(model: Any, num_layers: int) -> list[bool]:
     """For each call of a layer's core attention: whether TE would take what it gets to lie otherwise than it does."""
     from tests.support.te_layout import lies_so, te_layout
 
@@ -167,7 +167,7 @@ def listen_at_core_attention(model: Any) -> list[bool]:
         misread.append(not lies_so(te_layout(*tensors), *tensors))
 
     layers = [module for name, module in model.named_modules() if name.endswith("core_attention")]
-    assert len(layers) == LAYERS
+    assert len(layers) == num_layers
     for layer in layers:
         layer.register_forward_pre_hook(hear)
     return misread
@@ -195,20 +195,23 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from sla_megatron.attention.sla_config import SLAConfig
-    from sla_megatron.model.builder import SLAGPTModelBuilder, SLAGPTModelConfig
+    from sla_megatron.model import builder
     from tests.reference import ReferenceGPT
     from tests.support import sharding
 
-    transformer = transformer_config(case)
+    transformer, pattern = transformer_config(case), case.get("pattern", "")
+    num_layers = pattern.count("*") or LAYERS
     sla = SLAConfig(
-        num_layers=LAYERS,
+        num_layers=num_layers,
         num_query_groups=case["groups"],
         skip_distances=tuple(case["distances"]),
         num_skip_groups=case["skip_groups"],
         kv_projection=case["projection"],
     )
-    config = SLAGPTModelConfig(
+    kind = "Hybrid" if pattern else "GPT"
+    config = getattr(builder, f"SLA{kind}ModelConfig")(
         transformer=transformer,
+        **{"hybrid_layer_pattern": pattern} if pattern else {},
         vocab_size=VOCABULARY,
         seq_length=SEQUENCE,
         position_embedding_type="rope" if case["rope"] else "learned_absolute",
@@ -218,12 +221,12 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         core_attention=case.get("core_attention", "megatron"),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = SLAGPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+    model = getattr(builder, f"SLA{kind}ModelBuilder")(config).build_model(groups, pre_process=True, post_process=True)
     model.cuda().train()
     if case.get("bf16"):
         model.bfloat16()
     reference = ReferenceGPT(
-        num_layers=LAYERS,
+        num_layers=num_layers,
         num_heads=HEADS,
         num_groups=case["groups"],
         head_size=HEAD_SIZE,
@@ -236,6 +239,7 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         layers_without_rope=tuple(case.get("layers_without_rope", ())),
         rms_norm=case["rms_norm"],
         swiglu=case.get("swiglu", False),
+        pattern=pattern,
     )
     wrapped = DistributedDataParallel(
         config=transformer,
@@ -262,9 +266,12 @@ def transformer_config(case: dict[str, Any]) -> Any:
         "uniform3": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3},
         "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
     }[case["recompute"]]
+    pattern = case.get("pattern", "")
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": HIDDEN, "moe_aux_loss_coeff": 0.0}
     gated = {"activation_func": F.silu, "gated_linear_unit": True} if case.get("swiglu") else {}
     return TransformerConfig(
-        num_layers=LAYERS,
+        num_layers=len(pattern) or LAYERS,
+        is_hybrid_model=bool(pattern),
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
         num_query_groups=case["groups"],
@@ -288,6 +295,7 @@ def transformer_config(case: dict[str, Any]) -> Any:
         **CONFIG_ON_CPU | {"transformer_impl": case.get("transformer_impl", "local")},
         **recompute,
         **gated,
+        **experts if "E" in pattern else {},
     )
 
 

@@ -129,7 +129,7 @@ def hop_elements(model: Model, layout: Layout, tensor_rank: int) -> list[int]:
     for group, distance in skip_groups(model).items():
         if group // share != tensor_rank:
             continue
-        for source in range(LAYERS - distance):
+        for source in range(len(stage_of) - distance):
             s_a, s_c = stage_of[source], stage_of[source + distance]
             for hop in range(s_a, s_a + (s_c - s_a) % layout.pipeline):
                 hops[hop] += 2 * positions * MICRO_BATCH * model.head_size

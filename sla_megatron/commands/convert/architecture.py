@@ -12,6 +12,8 @@ from typing import Any
 
 from ...attention.sla_config import compact_ranges
 from ...common.errors import flag_of
+from ...common.patterns import kinds
+from ...flags.asked import hybrid_pattern
 from ...flags.validation import num_query_groups, sla_config_from_args
 from .errors import ConvertError
 
@@ -25,6 +27,19 @@ _LLAMA3: Config = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+# Of a hybrid model: what an export has no tensors for.
+_OTHER_KINDS = {
+    "M": "Mamba layers",
+    "G": "gated delta nets",
+    "D": "sparse attention",
+    "+": "latent attention",
+    "E": "experts",
+    "/": "layers that predict further tokens",
+}
+
+# Megatron builds the rotary embedding of a hybrid model without them.
+_NOT_IN_HYBRIDS = ("use_rope_scaling", "rotary_interleaved")
 
 #: The format's ``model_type``.
 MODEL_TYPE = "sla_gpt"
@@ -48,7 +63,7 @@ def config_from_args(args: Namespace, vocab_size: int) -> Config:
         "vocab_size": vocab_size,
         "hidden_size": args.hidden_size,
         "intermediate_size": args.ffn_hidden_size,
-        "num_hidden_layers": args.num_layers,
+        "num_hidden_layers": _num_layers(args),
         "num_attention_heads": args.num_attention_heads,
         "num_key_value_heads": num_query_groups(args),
         "head_dim": args.kv_channels,
@@ -83,6 +98,24 @@ def sla_fields(args: Namespace) -> Config:
         "sla_layers": list(sla.consumer_layers),
         "sla_kv_projection": sla.kv_projection,
     }
+
+
+def _num_layers(args: Namespace) -> int:
+    """Pairs of attention and MLP: of a hybrid model that computes what a GPT does, half of its layers."""
+    pattern = hybrid_pattern(args)
+    if pattern is None:
+        return args.num_layers
+    shown = f"--hybrid-layer-pattern {pattern}"
+    for kind, what in _OTHER_KINDS.items():
+        if kind in pattern:
+            raise ConvertError(f"{shown}: the Hugging Face format has no {what} ({kind})")
+    main = kinds(pattern)
+    if not main or main != "*-" * (len(main) // 2):
+        raise ConvertError(f"{shown}: layers do not pair up: expected an MLP (-) after each attention (*), as *-*-")
+    for name in _NOT_IN_HYBRIDS:
+        if getattr(args, name):
+            raise ConvertError(f"{flag_of(name)}: Megatron's hybrid models do not compute with it what its GPTs do")
+    return len(main) // 2
 
 
 def _require_positions(args: Namespace) -> None:

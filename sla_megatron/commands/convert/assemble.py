@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from argparse import Namespace
 from collections import defaultdict
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor
 from .errors import ConvertError
 from .mapping import KEY, QUERY, VALUE, VOCABULARY, Entry, entries, qkv_rows
 from .source import Source
-
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+from .stored_keys import StoredKeys
 
 
 class Assembler:
@@ -21,10 +20,11 @@ class Assembler:
     Args:
         source: what has the parts.
         vocabulary_rows: rows of a vocabulary tensor, padding included.
+        args: of the Megatron model.
     """
 
-    def __init__(self, source: Source, vocabulary_rows: int) -> None:
-        self.source, self.vocabulary_rows = source, vocabulary_rows
+    def __init__(self, source: Source, vocabulary_rows: int, args: Namespace) -> None:
+        self.source, self.vocabulary_rows, self._keys = source, vocabulary_rows, StoredKeys(args)
         self._parts: dict[tuple[str, int | None], list[Entry]] = defaultdict(list)
         for entry in entries(source.config):
             self._parts[entry.megatron, entry.layer].append(entry)
@@ -36,13 +36,11 @@ class Assembler:
         Raises:
             ConvertError: if it is not part of the architecture.
         """
-        match = _LAYER.match(key)
-        if match is not None:
-            layer, key = int(match[1]), key.replace(match[0], "decoder.layers.")
-        parts = self._parts.get((key, layer))
+        name, layer = self._keys.name(key, layer)
+        parts = self._parts.get((name, layer))
         if parts is None:
             raise ConvertError(f"{self.source.path}: Megatron's tensor {key} has nothing to be made of")
-        self._unused.discard((key, layer))
+        self._unused.discard((name, layer))
         if parts[0].part == VOCABULARY:
             return self._vocabulary(parts[0])
         tensors = {part.part: self.source.get(part.hf) for part in parts}

@@ -4,6 +4,8 @@ sla-convert megatron-to-hf checkpoints exported --verify
 sla-convert hf-to-megatron exported checkpoints-again
 sla-convert prune exported pruned
 sla-convert dense-to-sla dense-checkpoints sla-checkpoints --sla-skip-distance 9
+sla-convert gpt-to-hybrid checkpoints hybrid-checkpoints --hybrid-layer-pattern '*-*-*-*-'
+sla-convert hybrid-to-gpt hybrid-checkpoints gpt-checkpoints
 sla-convert describe checkpoints
 sla-convert verify checkpoints exported
 """
@@ -77,6 +79,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_options(start, verify=False)
     start.set_defaults(command=_dense_to_sla)
 
+    hybrid = commands.add_parser("gpt-to-hybrid", help="a GPT's checkpoint to a hybrid model's: --load starts from it")
+    hybrid.add_argument("checkpoint", type=Path)
+    hybrid.add_argument("out", type=Path)
+    hybrid.add_argument(
+        "--hybrid-layer-pattern",
+        required=True,
+        metavar="PATTERN",
+        help="its i-th * and i-th - or E are the GPT's layer i, such as '*-*-' for two layers",
+    )
+    _add_overwrite(hybrid)
+    hybrid.set_defaults(command=_gpt_to_hybrid)
+
+    gpt = commands.add_parser("hybrid-to-gpt", help="the reverse, of attention and MLP (or expert) layers in turn")
+    gpt.add_argument("checkpoint", type=Path)
+    gpt.add_argument("out", type=Path)
+    _add_overwrite(gpt)
+    gpt.set_defaults(command=_hybrid_to_gpt)
+
     show = commands.add_parser("describe", help="the architecture of a checkpoint or folder, and how tensors map")
     show.add_argument("model", type=Path)
     _add_checkpoint_options(show)
@@ -123,10 +143,14 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_output_options(parser: argparse.ArgumentParser, verify: bool = True) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the result; default: as stored")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder, if a conversion made all of it")
+    _add_overwrite(parser)
     if verify:
         parser.add_argument("--verify", action="store_true", help="compare logits afterwards, as the verify command")
         parser.add_argument("--threshold", type=float, help="largest relative error of --verify; default 1e-5")
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder, if a conversion made all of it")
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -211,6 +235,26 @@ def _dense_to_sla(args: argparse.Namespace) -> int:
     source = WithSLA(dense, args.sla_skip_distance, args.sla_num_skip_groups, args.sla_layers, args.sla_kv_projection)
     hf_to_megatron(source, args.out, _dtype(args), args.overwrite)
     print(f"{args.out}: written; --load with the same --sla flags starts from it at iteration 0")
+    return 0
+
+
+def _gpt_to_hybrid(args: argparse.Namespace) -> int:
+    from .other_kind import gpt_to_hybrid
+    from .output import require_free
+
+    require_free(args.out, args.overwrite, [args.checkpoint])
+    gpt_to_hybrid(args.checkpoint, args.out, args.hybrid_layer_pattern, args.overwrite)
+    print(f"{args.out}: written; --load with --hybrid-layer-pattern starts from it at iteration 0")
+    return 0
+
+
+def _hybrid_to_gpt(args: argparse.Namespace) -> int:
+    from .other_kind import hybrid_to_gpt
+    from .output import require_free
+
+    require_free(args.out, args.overwrite, [args.checkpoint])
+    hybrid_to_gpt(args.checkpoint, args.out, args.overwrite)
+    print(f"{args.out}: written; --load of a GPT starts from it at iteration 0")
     return 0
 
 

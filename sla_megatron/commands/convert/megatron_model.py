@@ -86,22 +86,22 @@ def args_of(argv: Sequence[str], dtype: torch.dtype) -> Namespace:
 
 
 def build(args: Namespace) -> Any:
-    """The ``GPTModel`` of ``args``, all of it, in evaluation mode, in ``args.params_dtype``."""
+    """The ``GPTModel`` or ``HybridModel`` of ``args``, all of it, in evaluation mode, in ``args.params_dtype``."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+    from megatron.training.models.gpt import GPTModelConfig
 
-    from ...model.builder import SLAGPTModelBuilder, SLAGPTModelConfig, gpt_config_from_args
+    from ...model.builder import model_config_from_args
 
     # A copy: what a training run of ours writes into its arguments, for its checkpoints, is not to be found here.
-    config = gpt_config_from_args(copy.copy(args))
-    # Megatron does not hand the factor on; a run of ours does, and says so.
-    honoured = getattr(args, rope_scaling.HONOURED, False)
-    config.rope_scaling_factor = args.rope_scaling_factor if honoured else GPTModelConfig.rope_scaling_factor
+    config = model_config_from_args(copy.copy(args))
+    if isinstance(config, GPTModelConfig):
+        # Megatron does not hand the factor on; a run of ours does, and says so.
+        honoured = getattr(args, rope_scaling.HONOURED, False)
+        config.rope_scaling_factor = args.rope_scaling_factor if honoured else GPTModelConfig.rope_scaling_factor
     # Every weight is about to be overwritten.
     config.transformer.perform_initialization = False
-    builder = SLAGPTModelBuilder if isinstance(config, SLAGPTModelConfig) else GPTModelBuilder
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = builder(config).build_model(groups, pre_process=True, post_process=True)
+    model = config.get_builder_cls()(config).build_model(groups, pre_process=True, post_process=True)
     return model.to(args.params_dtype).eval()
 
 
@@ -139,19 +139,20 @@ def sharded_tensors(
     return state, tensors()
 
 
-def fill(model: Any, source: Any, vocabulary_rows: int) -> dict[str, Any]:
+def fill(model: Any, source: Any, vocabulary_rows: int, args: Namespace) -> dict[str, Any]:
     """Give ``model`` the weights of ``source``; returns what Megatron saves of it.
 
     Args:
         model: as :func:`build` made it.
         source: of the same architecture.
         vocabulary_rows: of the model, padding included.
+        args: that it was built of.
 
     Raises:
         ConvertError: if the model has a tensor that the source says nothing about.
     """
     state, tensors = sharded_tensors(model)
-    assembler = Assembler(source, vocabulary_rows)
+    assembler = Assembler(source, vocabulary_rows, args)
     with torch.no_grad():
         for key, layer, data, offsets in tensors:
             whole = assembler.tensor(key, layer)

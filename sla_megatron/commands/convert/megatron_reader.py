@@ -26,6 +26,7 @@ from .architecture import config_from_args
 from .errors import ConvertError
 from .mapping import GATE, KEY, QUERY, UP, VALUE, VOCABULARY, Entry, entries, qkv_rows
 from .stored_arguments import require_understood
+from .stored_keys import StoredKeys
 
 #: How the keys of layers that predict further tokens begin.
 _FURTHER = "mtp."
@@ -113,6 +114,7 @@ class MegatronSource:
         self.path, self.args = folder, args
         require_understood(Namespace(**vars(args) | {"mtp_num_layers": None}) if drop_mtp else args)
         self.config: Mapping[str, Any] = config_from_args(args, vocab_size)
+        self._keys = StoredKeys(args)
         self._reader = _Reader(folder)
         passed_over = _FURTHER if drop_mtp else ()
         stored = stored_tensors(folder, self._reader)
@@ -148,11 +150,7 @@ class MegatronSource:
 
     def _key(self, entry: Entry) -> tuple[str, int | None]:
         """The checkpoint's key, and which layer of it: layers of one shape are stored as one tensor."""
-        if entry.layer is None:
-            return entry.megatron, None
-        if entry.megatron in self._stored:
-            return entry.megatron, entry.layer
-        return entry.megatron.replace("decoder.layers.", f"decoder.layers.{entry.layer}."), None
+        return self._keys.place(entry.megatron, entry.layer, self._stored)
 
     def _whole(self, entry: Entry) -> Tensor:
         """The Megatron tensor that ``entry`` is part of; the last one is kept: its parts are asked for in turn."""
@@ -211,12 +209,14 @@ class MegatronSource:
 
 def stored_tensors(folder: Path, reader: FileSystemReader | None = None) -> dict[str, TensorStorageMetadata]:
     """The model's tensors in a checkpoint, by key.  Raises ``ConvertError`` for metadata that cannot be read."""
+    found = stored_metadata(folder, reader).items()
+    return {key: stored for key, stored in found if isinstance(stored, TensorStorageMetadata)}
+
+
+def stored_metadata(folder: Path, reader: FileSystemReader | None = None) -> dict[str, Any]:
+    """Likewise, of tensors and of whatever else is stored of a model."""
     try:
         metadata = (reader or FileSystemReader(folder)).read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, ValueError) as error:
         raise ConvertError(f"{folder / '.metadata'} cannot be read: {last_line(error)}") from error
-    return {
-        key: stored
-        for key, stored in metadata.state_dict_metadata.items()
-        if isinstance(stored, TensorStorageMetadata) and not key.startswith(_NO_WEIGHTS)
-    }
+    return {key: stored for key, stored in metadata.state_dict_metadata.items() if not key.startswith(_NO_WEIGHTS)}

@@ -53,7 +53,7 @@ def write_megatron(
             "checkpoint_version": 3.0,
             "iteration": 0,
             "num_floating_point_operations_so_far": 0,
-            "model": fill(model, source, rows),
+            "model": fill(model, source, rows, args),
         }
         release = folder / RELEASE
         release.mkdir()

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 #: Read by ``architecture.py``, into the fields of ``config.json``; values that these cannot say are refused there.
 MAPPED: str = """
-    num_layers hidden_size num_attention_heads num_query_groups group_query_attention ffn_hidden_size kv_channels
+    num_layers hybrid_layer_pattern hybrid_override_pattern is_hybrid_model
+    hidden_size num_attention_heads num_query_groups group_query_attention ffn_hidden_size kv_channels
     max_position_embeddings position_embedding_type use_rotary_position_embeddings add_position_embedding
     rotary_base rotary_percent rotary_interleaved rotary_seq_len_interpolation_factor
     use_rope_scaling rope_scaling_factor rope_scaling_factor_honoured
@@ -41,9 +42,6 @@ REFUSED: Mapping[str, str] = {
     "mtp_num_layers": "what is predicted beside the next token; --drop-mtp leaves these layers out",
     "heterogeneous_layers_config_path": "layers that differ",
     "heterogeneous_layers_config_encoded_json": "layers that differ",
-    "hybrid_layer_pattern": "layers of other kinds",
-    "hybrid_override_pattern": "layers of other kinds",
-    "is_hybrid_model": "layers of other kinds",
     "decoder_num_layers": "an encoder beside the decoder",
     "spec": "layers of the user's own",
     "yaml_cfg": "everything: the arguments do not say what model the file described",
@@ -57,7 +55,11 @@ REFUSED: Mapping[str, str] = {
 }
 
 #: Values of a refused argument that say what is the case anyway.
-FINE: Mapping[str, tuple[object, ...]] = {"rope_type": ("rope",)}
+FINE: Mapping[str, tuple[object, ...]] = {
+    "rope_type": ("rope",),
+    # Megatron's own hybrid layers, which its manual puts on every command line.
+    "spec": (["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],),
+}
 
 #: Argument -> names that are read only where it is set, or, for the position embedding, where that is another one than
 #: an export can have; then it is refused itself.

@@ -16,7 +16,9 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from ...common.errors import flag_of, last_line
+from ...common.patterns import kinds
 from ...common.silence import silence
+from ...flags.asked import hybrid_pattern
 from .errors import ConvertError
 from .megatron_model import build, sharded_state, sharded_tensors
 from .megatron_reader import MegatronSource, stored_tensors
@@ -125,7 +127,7 @@ _NOT_HERE: Mapping[str, str] = {
 
 
 def trained_model(source: MegatronSource) -> Any:
-    """The ``GPTModel`` of the checkpoint ``source``, in fp32, in evaluation mode.  Call within ``megatron_alone``.
+    """Megatron's model of the checkpoint ``source``, in fp32, in evaluation mode.  Call within ``megatron_alone``.
 
     Raises:
         ConvertError: where Megatron cannot build it on a CPU, or the weights are not those of the model.
@@ -155,6 +157,9 @@ def _args_here(stored: Namespace, path: Path) -> Namespace:
             if getattr(stored, name):
                 raise ConvertError(f"{path}: {flag_of(name)} cannot be compared on a CPU: its activation is another")
     args = Namespace(**{**vars(stored), **HERE, "attention_backend": AttnBackend.auto})
+    # One rank has all layers: where a pipeline's stages end does not count.
+    if (pattern := hybrid_pattern(stored)) is not None:
+        args.hybrid_layer_pattern = kinds(pattern)
     if getattr(args, "padded_vocab_size", None) is None:
         args.padded_vocab_size = stored_tensors(path)["embedding.word_embeddings.weight"].size[0]
     return args

@@ -17,7 +17,9 @@ from ...cpu.replacements import replacements
 from ...flags.arguments import PARSING
 from ...flags.checkpoint_settings import CHECKED_ON_LOADING
 from ...flags.fused_kernels import APEX, FUSED_GRADIENTS, FUSED_ROTARY
-from ...model import builder, transformer_block
+from ...flags.gpt_hybrid_load import ACROSS_KINDS
+from ...model import builder, hybrid_stack, transformer_block
+from ...model.mamba_parts import MAMBA_PARTS
 from ...model.recomputation import CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD
 from ...model.schedule_plan import BUILD_SCHEDULE_PLAN, SCHEDULE_NODES
 from ...model.transformer_block import BERT_MODEL, transformer_block_seam
@@ -32,12 +34,15 @@ from ...upstream.seams import OneOf, Reliance, Seam, SeamError, Wrapping
 ALWAYS = "in every run, with --sla or without"
 BLOCK = "with --sla or --core-attention sdpa, while a model is built"
 SLA = "with --sla"
+HYBRID = "with --hybrid-layer-pattern and --sla, or on the CPU without"
+MAMBA = "with Mamba layers in --hybrid-layer-pattern and without mamba_ssm or einops, while a model is built"
 ENCODER = "while a script of one's own builds a BertModel inside sla_transformer_blocks(sla, BertModel)"
 RECOMPUTATION = "with --sla, while a block runs under --recompute-granularity full"
 PLANS = "with --sla, from when the first block with --overlap-moe-expert-parallel-comm is built"
 PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is built"
 CORE_ATTENTION = "with --core-attention sdpa"
 LOCAL = "with --non-persistent-ckpt-type local, where checkpoints are loaded, with --sla or without"
+ACROSS = "where a hybrid model's checkpoint is loaded into a GPT, or a GPT's with numbered layers into a hybrid model"
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
 SAVE = "with --sla and --save, from our entry point, until upstream saves tokenizers itself"
 FSDP2 = "with --use-torch-fsdp2, from our entry point, with --sla or without"
@@ -90,12 +95,15 @@ def registry() -> list[Entry]:
     return [
         *_entries(BLOCK, [transformer_block_seam(sla), *builder.OVERRIDDEN]),
         *_entries(SLA, [QUERY_KEY_VALUE, ROLE, *transformer_block.OVERRIDDEN]),
+        *_entries(HYBRID, hybrid_stack.OVERRIDDEN),
         *_entries(ENCODER, [transformer_block_seam(sla, BERT_MODEL)]),
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD]),
         *(_entries(PLANS, [BUILD_SCHEDULE_PLAN, *SCHEDULE_NODES]) if has_schedule_nodes() else ()),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
         *_entries(CORE_ATTENTION, [*RELIED_ON, transformer_block.FURTHER_LAYERS]),
+        *_entries(MAMBA, MAMBA_PARTS),
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
+        *_entries(ACROSS, ACROSS_KINDS),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(SAVE, [SAVE_CONFIG]),
         *_entries(FSDP2, [LOCAL_TENSOR]),

@@ -87,7 +87,16 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ),
     ("--sla --context-parallel-size 2", 2, ("--context-parallel-size 2:", "--core-attention sdpa beside it, or")),
     ("--sla --multi-latent-attention", 1, ("--multi-latent-attention True:", "no multi-latent attention")),
-    ("--sla --hybrid-layer-pattern M*M*", 1, ("--hybrid-layer-pattern M*M*:", "no hybrid model")),
+    (
+        "--sla --hybrid-layer-pattern *-*-*-*- --sla-layers 4-5",
+        1,
+        ("--sla-layers 4-5:", "layers within 1-4 (attention layers of *-*-*-*-)"),
+    ),
+    (
+        "--sla --position-embedding-type rope --hybrid-layer-pattern *-*-*-*- --no-rope-freq ([0]*6+[1]*2)",
+        1,
+        ("--no-rope-freq 0 0 0 0 0 0 1 1:", "layer 4 reads layer 1's"),
+    ),
     ("--sla --linear-attention-freq 2", 1, ("--linear-attention-freq 2:", "no linear attention")),
     (
         "--sla --experimental-attention-variant dsa",
@@ -223,4 +232,18 @@ GOOD: dict[str, tuple[int, SLAConfig]] = {
     ),
     "--sla --position-embedding-type rope --mtp-num-layers 2": (1, SLAConfig(12, 12, (9,), 9)),
     "--sla --num-experts 4 --bf16 --use-distributed-optimizer --disable-bias-linear": (1, SLAConfig(12, 12, (9,), 9)),
+    # Of a hybrid model the attention layers count, and --num-layers does not.
+    "--sla --hybrid-layer-pattern *-*-*-*-": (1, SLAConfig(4, 12, (3,), 9)),
+    "--sla --hybrid-override-pattern **--E*": (1, SLAConfig(3, 12, (2,), 9)),
+    "--sla --hybrid-layer-pattern=-*|*-|**|-* --global-batch-size 2 --pipeline-model-parallel-size 2 "
+    "--sla-skip-distance 1 --sla-layers 3-5": (
+        2,
+        SLAConfig(5, 12, (1,), 9, (3, 4, 5)),
+    ),
+    "--sla --sla-kv-projection pruned --hybrid-layer-pattern *-*-*-*-": (1, SLAConfig(4, 12, (3,), 9, None, "pruned")),
+    # Layer 4 is an MLP: attention layers 1 and 4 are layers 1 and 7.
+    "--sla --position-embedding-type rope --hybrid-layer-pattern *-*-*-*- --no-rope-freq ([0]*3+[1]+[0]*4)": (
+        1,
+        SLAConfig(4, 12, (3,), 9),
+    ),
 }

@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.filterwarnings("i
 
 LAYERS, SEQUENCE, VOCABULARY = 6, 8, 32
 SKIPPING = SLAConfig(LAYERS, 4, (2, 3), 3)
+#: Of a hybrid model: layers of three kinds, of which Mamba's is no ``TransformerLayer``; three are attention.
+PATTERN = "*-M*-*"
 Event = tuple[Any, ...]
 
 
@@ -26,6 +28,7 @@ Event = tuple[Any, ...]
 def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """What is opened, checkpointed and run, as it happens."""
     from megatron.core import recompute, tensor_parallel
+    from megatron.core.models.hybrid import hybrid_block
     from megatron.core.transformer import transformer_block
 
     seen: list[Event] = []
@@ -41,7 +44,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
         return context
 
-    for module in (recompute, transformer_block):
+    for module in (recompute, transformer_block, hybrid_block):
         for kind in ("fp8", "fp4"):
             monkeypatch.setattr(module, f"get_{kind}_context", note(kind))
 
@@ -80,6 +83,21 @@ def models(one_rank: None) -> dict[str, Any]:
         torch.manual_seed(3)
         with sla_transformer_blocks(sla):
             built[name] = GPTModel(config(), get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE).train()
+    return built
+
+
+@pytest.fixture(scope="module")
+def hybrids(one_rank: None) -> dict[str, Any]:
+    """A dense hybrid model and one with skip-layer attention, of the same layers."""
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from sla_megatron import sla_hybrid_stack_spec
+    from tests.support.hybrid_layers import with_mean
+
+    dense, built = with_mean(config()), {}
+    for name, stack in (("dense", dense), ("sla", sla_hybrid_stack_spec(dense, SLAConfig(3, 4, (1, 2), 3), PATTERN))):
+        torch.manual_seed(3)
+        built[name] = HybridModel(config(), stack, VOCABULARY, SEQUENCE, hybrid_layer_pattern=PATTERN).train()
     return built
 
 
@@ -129,6 +147,21 @@ def test_contexts_are_upstreams(
     models: dict[str, Any], events: list[Event], recipe: str, ends: bool, method: str
 ) -> None:
     """Forward and recomputation; and the gradients are those without recomputation."""
+    assert_contexts_are_upstreams(models, events, recipe, ends, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("recipe", "ends"), [("delayed", False), ("mxfp8", True), ("mxfp8", False), ("nvfp4", False)])
+def test_so_they_are_with_layers_of_several_kinds(
+    hybrids: dict[str, Any], events: list[Event], recipe: str, ends: bool, method: str
+) -> None:
+    """Each layer's context is that of its number in the stack, whatever its kind."""
+    assert_contexts_are_upstreams(hybrids, events, recipe, ends, method)
+
+
+def assert_contexts_are_upstreams(
+    models: dict[str, Any], events: list[Event], recipe: str, ends: bool, method: str
+) -> None:
     settings = RECIPES[recipe] | (ENDS_IN_BF16 if ends else {})
     full = {"recompute_granularity": "full", **METHODS[method]}
     gradients(models["dense"], events, **settings, **full)

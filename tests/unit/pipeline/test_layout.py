@@ -163,3 +163,63 @@ def test_the_layers_of_a_stage_by_hand(megatron: None) -> None:
     layout = megatron_layout(12, 4, 2, **first_and_last(2, 2))
     assert layout.stages == ((1,), (2, 3), (4, 5), (6,), (7,), (8, 9), (10, 11), (12,))
     assert [layout.stages[layout.stage(3, chunk)] for chunk in (0, 1)] == [(6,), (12,)]
+
+
+# Of a hybrid model.
+
+#: Pattern, P, layers of the first and the last rank where they are given.
+PATTERNS: list[tuple[str, int, int | None, int | None]] = [
+    ("*-*-*-*-", 1, None, None),
+    ("*-*-|*-*-", 2, None, None),
+    ("*-|*-|*-|*-", 2, None, None),
+    ("*-*|--|-*|*-", 4, None, None),
+    ("||M*|", 2, None, None),
+    ("*-*-*-|-", 2, None, None),
+    ("M*-E", 2, None, None),
+    ("*-*-*-*-", 4, 1, 3),
+    ("*-*-*-*-", 2, 3, None),
+    ("*-*-*-*-", 2, None, 1),
+]
+
+
+@pytest.mark.parametrize(("pattern", "size", "first", "last"), PATTERNS)
+def test_the_stages_of_a_pattern_are_upstreams(
+    megatron_imported: None, pattern: str, size: int, first: int | None, last: int | None
+) -> None:
+    """Each rank's chunks, as upstream chooses them on that rank of a process group that torch pretends to have."""
+    import torch
+    from megatron.core.models.hybrid.hybrid_layer_allocation import select_pipeline_segment
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from sla_megatron.pipeline.megatron_layout import hybrid_layout
+
+    layout = hybrid_layout(pattern, size, first, last)
+    found = {}
+    for rank in range(size):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        for chunk in range(layout.num_chunks):
+            group, vp_stage = torch.distributed.group.WORLD, chunk if layout.num_chunks > 1 else None
+            # The last two say which ranks log.
+            kinds, offset = select_pipeline_segment(pattern, group, vp_stage, first, last, group, group)
+            found[layout.stage(rank, chunk)] = tuple(range(offset + 1, offset + len(kinds) + 1))
+        torch.distributed.destroy_process_group()
+    assert found == dict(enumerate(layout.stages))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size", "first", "last", "said"),
+    [
+        ("*-*", 2, None, None, r"the 3 layers of '\*-\*' do not divide over 2 pipeline ranks"),
+        ("*-*-", 2, 3, 2, "the -1 layers"),
+        ("*|*|*", 2, None, None, "3 virtual stages do not divide over 2 ranks"),
+        ("*-|*-", 2, 1, None, "says itself which layers the first and the last stage have"),
+    ],
+)
+def test_patterns_without_such_stages(
+    megatron_imported: None, pattern: str, size: int, first: int | None, last: int | None, said: str
+) -> None:
+    """A ValueError that shows what is wrong."""
+    from sla_megatron.pipeline.megatron_layout import hybrid_layout
+
+    with pytest.raises(ValueError, match=said):
+        hybrid_layout(pattern, size, first, last)
