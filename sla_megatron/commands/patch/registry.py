@@ -26,6 +26,7 @@ from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
 from ...pipeline.transport import SCHEDULE_HELPERS, SCHEDULES
 from ...training.checkpoint_writer import LOCAL_TENSOR, RESULTS_QUEUE, SAVE_CONFIG
+from ...upstream.adapters.checkpoint_interop import has_checkpoint_interop
 from ...upstream.adapters.schedule_nodes import has_schedule_nodes
 from ...upstream.compiled_helpers import COMPILE_HELPERS
 from ...upstream.seams import OneOf, Reliance, Seam, SeamError, Wrapping
@@ -103,7 +104,7 @@ def registry() -> list[Entry]:
         *_entries(CORE_ATTENTION, [*RELIED_ON, transformer_block.FURTHER_LAYERS]),
         *_entries(MAMBA, MAMBA_PARTS),
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
-        *_entries(ACROSS, ACROSS_KINDS),
+        *(_entries(ACROSS, ACROSS_KINDS) if has_checkpoint_interop() else ()),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(SAVE, [SAVE_CONFIG]),
         *_entries(FSDP2, [LOCAL_TENSOR]),
