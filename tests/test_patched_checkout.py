@@ -1,5 +1,5 @@
-"""Upstream's own ``pretrain_gpt.py`` and ``pretrain_hybrid.py``, patched, in real checkouts: they train as this project's
-entry point does.
+"""Upstream's own ``pretrain_gpt.py`` and ``pretrain_hybrid.py``, patched, in real checkouts: they train as this
+project's entry point does.
 
 Needs a clone of NVIDIA/Megatron-LM: ``MEGATRON_LM_REPO=/path/to/clone``, which is only read.
 """
@@ -124,7 +124,7 @@ def test_patched_it_trains_as_our_entry_point_does(checkout: Path, launch: Calla
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_patched_and_without_sla_it_is_upstream_s(checkout: Path, launch: Callable) -> None:
-    """The figures of the script as it is, which the patch leaves alone; a hybrid model needs Transformer Engine there."""
+    """The figures of the script as it is; that for hybrid models needs Transformer Engine without the patch."""
     words = argv(train_iters=STEPS)
     upstream, _ = launch("upstream", ["-c", UPSTREAM, *words, *CPU_FLAGS])
     assert sla_patch("apply", checkout) == 0
