@@ -1,4 +1,4 @@
-"""Pretrain a GPT with Megatron's own trainer, with ``--sla`` or without.
+"""Pretrain a GPT or a hybrid model with Megatron's own trainer, with ``--sla`` or without.
 
 One process for each rank, as Megatron's scripts; on a machine without a GPU it runs on gloo by itself:
 

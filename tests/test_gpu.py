@@ -5,6 +5,7 @@ With ``SLA_TEST_DEVICE=cpu`` these tests run on a processor, on gloo.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "recompute-selective": parity_case(**shared, recompute="selective"),
         "recompute-full": parity_case(**shared, recompute="uniform2"),
         "two-distances": parity_case(**shared, distances=[2, 1]),
+        "hybrid": parity_case(**shared, pattern="*-**-", distances=[2, 1]),
+        "hybrid-recompute-full": parity_case(**shared, pattern="-*-**", recompute="uniform3", projection="pruned"),
     }
     if request.param == "transformer_engine" or not gpu.ON_GPU:
         # Upstream has it for Transformer Engine alone.
@@ -130,3 +133,35 @@ def test_full_recomputation_in_fp8(recipe: str, tmp_path: Path) -> None:
         for what in ("loss", "grad_norm"):
             assert runs[name][what] == pytest.approx(runs["fp8"][what], rel=1e-3)
     assert runs["fp8"]["loss"] != runs["bf16"]["loss"]
+
+
+@pytest.mark.skipif(gpu.ON_GPU and not find_spec("mamba_ssm"), reason="no mamba_ssm")
+@pytest.mark.skipif(gpu.ON_GPU and "transformer_engine" not in gpu.IMPLEMENTATIONS, reason="no Transformer Engine")
+def test_hybrid_with_mamba(tmp_path: Path) -> None:
+    """Mamba layers pass K/V by: where no head skips it is upstream's run, and recomputation changes nothing.
+
+    Mamba's backward kernels add in no fixed order, so that the first loss alone is the same to the bit.  On the CPU,
+    which has none of them, the pattern has none, and upstream no hybrid model either.
+    """
+    flags = {"tensor_model_parallel_size": 1, "num_layers": None, "transformer_impl": gpu.IMPLEMENTATIONS[-1]}
+    flags |= {"no_gradient_accumulation_fusion": True, "no_persist_layer_norm": True, **NO_DROPOUT}
+    pattern = "M*-M*-" if gpu.ON_GPU else "*-*-"
+    flags |= {f"hybrid_layer_pattern={pattern}": True}
+    flags |= {"mamba_head_dim": 16, "mamba_state_dim": 16, "mamba_num_groups": 1}
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3}
+    requests = {
+        "off": {"argv": argv(**flags)},
+        "beyond": {"argv": argv(**flags, sla=True, sla_skip_distance=2)},
+        "sla": {"argv": argv(**flags, sla=True, sla_skip_distance=1)},
+        "uniform": {"argv": argv(**flags, **full, sla=True, sla_skip_distance=1)},
+    }
+    if gpu.ON_GPU:
+        requests["upstream"] = {"argv": argv(**flags), "entry": "upstream"}
+    runs = train(requests, 1, tmp_path)
+    assert {name: run["status"] for name, run in runs.items()} == dict.fromkeys(requests, 0)
+    pairs = [("beyond", "off"), ("uniform", "sla")] + ([("off", "upstream")] if gpu.ON_GPU else [])
+    for name, as_in in pairs:
+        assert runs[name]["loss"][0] == runs[as_in]["loss"][0]
+        for what in ("loss", "grad_norm"):
+            assert runs[name][what] == pytest.approx(runs[as_in][what], rel=1e-4), (name, what)
+    assert runs["sla"]["loss"] != pytest.approx(runs["off"]["loss"], rel=1e-4)

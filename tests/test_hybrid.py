@@ -127,8 +127,7 @@ SPLITS: dict[tuple[str, str], tuple[Layout, dict[str, Any]]] = {
         split("*-*|--|-*|*-", 2),
         FULL | {"recompute_method": "block", "recompute_num_layers": 1},
     ),
-    ("uneven", "last-without-attention"): (split("*-*---**|-", 2), {}),
-    # Stages without layers too.
+    # Stages without layers too, and a last one without attention.
     ("uneven", "pp2v3-empty"): (split("*-*--||-*|*||-", 2), {}),
     ("scattered", "pp4"): (split("-|*|-|*-*-", 4), {}),
     ("scattered", "tp2pp2"): (split("-*-|*-*-", 2, tensor=2), {}),
@@ -137,7 +136,6 @@ SPLITS: dict[tuple[str, str], tuple[Layout, dict[str, Any]]] = {
         split("-*-*|-*-", 2),
         FULL | {"recompute_method": "uniform", "recompute_num_layers": 3},
     ),
-    ("experts", "pp2"): (split("*E|*E", 2), {}),
     ("experts", "ep2pp2"): (split("*E|*E", 2), {"expert_model_parallel_size": 2}),
     ("mean", "pp2-uniform"): (
         split("M*-|M*-", 2),
@@ -145,6 +143,9 @@ SPLITS: dict[tuple[str, str], tuple[Layout, dict[str, Any]]] = {
     ),
 }
 REPEATED = ("uneven", "pp2v2")
+#: Of a script of one's own; the others are of the entry point.
+OWN_SCRIPT = "pairs.pp2v2"
+OF_SLA = ("sla_skip_distance", "sla_num_skip_groups", "sla_kv_projection")
 
 
 def flags_of(name: str, layout: Layout, **flags: Any) -> list[str]:
@@ -154,7 +155,8 @@ def flags_of(name: str, layout: Layout, **flags: Any) -> list[str]:
     return argv(**model | base | {"lr_warmup_iters": 1} | layout.argv() | flags)
 
 
-def _requests(folder: Path) -> dict[str, dict[str, Any]]:
+def _whole(folder: Path) -> dict[str, list[str]]:
+    """Flags of the runs without a pipeline."""
     requests = {}
     for name, (pattern, _) in MODELS.items():
         starts = {}
@@ -165,19 +167,36 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
             starts = {"load": folder / f"{name}.gpt", "ckpt_step": 1, "finetune": True}
         saves = {"save": folder / name, "save_interval": 1}
         requests[f"{name}.pp1"] = flags_of(name, split(pattern, 1), **saves, **starts)
+    whole = split(MODELS["scattered"][0], 1)
+    requests["dense"] = flags_of("scattered", whole, sla=None, **dict.fromkeys(OF_SLA))
+    # Far beyond the last attention layer, though not beyond the last layer of the stack.
+    requests["beyond"] = flags_of("scattered", whole, sla_skip_distance=[4])
+    return requests
+
+
+def _divided(folder: Path, world_size: int) -> dict[str, list[str]]:
+    """Flags of the runs of :data:`SPLITS` that are on so many ranks."""
+    requests = {}
     for (name, layout), (stages, flags) in SPLITS.items():
-        start = {"load": folder / name, "ckpt_step": 1, "finetune": True}
-        requests[f"{name}.{layout}"] = flags_of(name, stages, **start, **flags)
-    requests["repeated"] = requests[".".join(REPEATED)]
-    return {name: {"argv": flags, "pipeline": True} for name, flags in requests.items()}
+        ranks = stages.pipeline * stages.ranks * flags.get("expert_model_parallel_size", 1)
+        if ranks == world_size:
+            start = {"load": folder / name, "ckpt_step": 1, "finetune": True}
+            requests[f"{name}.{layout}"] = flags_of(name, stages, **start, **flags)
+    if ".".join(REPEATED) in requests:
+        requests["repeated"] = requests[".".join(REPEATED)]
+    return requests
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Megatron's own trainer, all runs in one group of four gloo ranks."""
+    """Megatron's own trainer, in a group of two gloo ranks and one of four."""
     folder = tmp_path_factory.mktemp("hybrid")
     runs = Runs(folder)
-    runs.add(_requests(folder), 4, folder / "ranks")
+    for world_size, flags in ((2, _whole(folder) | _divided(folder, 2)), (4, _divided(folder, 4))):
+        requests = {name: {"argv": words, "pipeline": True} for name, words in flags.items()}
+        if OWN_SCRIPT in requests:
+            requests[OWN_SCRIPT]["entry"] = "own-hybrid"
+        runs.add(requests, world_size, folder / str(world_size))
     return runs
 
 
@@ -196,6 +215,12 @@ def test_is_the_gpt_whose_checkpoint_it_loads(runs: Runs, name: str) -> None:
     renamed = {name_in_gpt(parameter): gradient for parameter, gradient in gradients.items()}
     assert len(expected) == len(gradients)
     assert_same_gradients(renamed, expected)
+
+
+def test_where_nothing_skips_it_is_the_dense_model(runs: Runs) -> None:
+    """Bit for bit; with heads that skip it is another."""
+    assert runs.figures("beyond") == runs.figures("dense")
+    assert runs.figures("dense")["loss"] != runs.figures("scattered.pp1")["loss"]
 
 
 @pytest.mark.parametrize(("name", "layout"), SPLITS)
@@ -241,7 +266,7 @@ def test_the_plan_says_so(name: str, layout: str) -> None:
         columns = [plan.hop_columns(hop, rank) for hop in range(len(stages.stages) - 1)]
         found = [MicrobatchShape(*sizes).payload_elements(one) for one in columns]
         assert found == hop_elements(model, stages, rank)
-    assert plan.moves_nothing == (layout == "last-without-attention")
+    assert not plan.moves_nothing
 
 
 def test_repeats_bit_for_bit(runs: Runs) -> None:
@@ -252,6 +277,11 @@ def test_repeats_bit_for_bit(runs: Runs) -> None:
 def test_nothing_is_left_after_a_step(runs: Runs) -> None:
     """K/V were shared, and none is alive after a step."""
     for name, ranks in runs.answers.items():
-        assert sum(answer["num_shared"] for answer in ranks) > 0, name
+        assert (sum(answer["num_shared"] for answer in ranks) > 0) == (name not in ("dense", "beyond")), name
         assert [answer["alive"] for answer in ranks] == [0] * len(ranks), name
         assert {step["left"] for answer in ranks for step in answer["steps"]} == {0}, name
+
+
+def test_what_skips_is_said_of_attention_layers(runs: Runs) -> None:
+    """The nine layers of the stack have four of these; the nearest distance is 1."""
+    assert "in attention layers 2-4 of 4; " in runs.answers["uneven.pp1"][0]["stdout"]

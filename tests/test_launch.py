@@ -16,6 +16,8 @@ from tests.support.launch import ROOT
 
 #: What a shell, an unquoted expansion or a sloppy printout would change.
 AWKWARD = ["a b", "it's", '"quoted"', "$HOME", "*", "", "back\\slash", "two\nlines", "ends in a line\n", "#", "--x=a b"]
+# Layers of a hybrid model, which match names of files here.
+AWKWARD += ["--hybrid-layer-pattern", "*-|M*E|-", "--hybrid-override-pattern=*", "--hybrid-layer-pattern=-*|*-"]
 
 #: A Python that prints how it was called, in place of training.
 FAKE_PYTHON = """#!{python}
@@ -103,6 +105,8 @@ def test_every_line_of_a_users_own_file(tmp_path: Path) -> None:
         "--data-path=/a folder/with $HOME and `touch here` # not a comment\n"
         "\t--split 99,1,0\n"
         "--spec * $(touch here)\n"
+        "--hybrid-layer-pattern *-|*. # with files of such names here\n"
+        "--hybrid-override-pattern=*\n"
         "--no-line-end"
     )
     for name in ("./mine.flags", "mine.flags", str(tmp_path / "mine.flags")):
@@ -111,14 +115,15 @@ def test_every_line_of_a_users_own_file(tmp_path: Path) -> None:
         assert json.loads(done.stdout)[8:] == [
             *("--sla", "--sla-skip-distance", "3", "9"),
             "--data-path=/a folder/with $HOME and `touch here` # not a comment",
-            *("--split", "99,1,0", "--spec", "*", "$(touch", "here)", "--no-line-end", "last"),
+            *("--split", "99,1,0", "--spec", "*", "$(touch", "here)"),
+            *("--hybrid-layer-pattern", "*-|*.", "--hybrid-override-pattern=*", "--no-line-end", "last"),
         ]
     assert [path.name for path in tmp_path.iterdir()] == ["mine.flags"]
 
 
 def test_bash_and_sh_read_the_same() -> None:
     """The launchers are written for one or the other."""
-    presets = "13b 8k sla-pruned recompute"
+    presets = "13b gpt2-124m-hybrid 8k sla-pruned recompute"
     in_sh, in_bash = (arguments_of(presets, shell) for shell in ("sh", "bash"))
     assert (in_sh.returncode, in_sh.stdout) == (in_bash.returncode, in_bash.stdout) != (0, "[]\n")
     assert json.loads(in_sh.stdout)[-1] == "last"

@@ -111,6 +111,49 @@ def test_interleaved_run_with_everything(sla_plan: SlaPlan, tmp_path: Path) -> N
     assert "arguments" not in done.stdout
 
 
+def test_hybrid_model_with_layers_that_run_on_gpus_alone(sla_plan: SlaPlan, tmp_path: Path) -> None:
+    """Attention layer 1 is read by 3, over hops 0 to 2, past a stage without attention, and layer 2 by 4."""
+    pattern = "M*-|E--|-*G|*-|--|*-"
+    argv = "--sla --pipeline-model-parallel-size 3 --global-batch-size 6 --sla-skip-distance 2 --num-experts 4"
+    argv += " --disable-bias-linear --link-gb-per-s 50 --compute-tflops 400 --suggest"
+    done = sla_plan(*argv.split(), f"--hybrid-layer-pattern={pattern}", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    group = 2 * 4096 * 128 * 2
+    # On a ring of three ranks stages 0 and 3 are one's, and 2 and 5.
+    assert [hop["kv_bytes"] for hop in found["hops"]] == [0] * 5
+    assert found["run"]["hybrid_layer_pattern"] == pattern
+    assert found["run"]["attention_layers"] == [2, 8, 10, 14]
+    assert {rank["resident_bytes"] > 0 for rank in found["ranks"]} == {True, False}
+    assert all(one["hybrid_layer_pattern"].replace("|", "") == "M*-E---*G*---*-" for one in found["suggestions"])
+
+    argv = f"{argv.replace('size 3', 'size 6')} --hybrid-layer-pattern={pattern}"
+    done = sla_plan(*argv.split(), "--json", str(tmp_path / "plan.json"))
+    crossing = [hop["kv"] for hop in json.loads((tmp_path / "plan.json").read_text())["hops"]]
+    first = {"layer": 1, "reader": 3, "groups": [1, 2, 3, 5, 6, 7], "stack_layer": 2, "stack_reader": 10}
+    second = first | {"layer": 2, "reader": 4, "stack_layer": 8, "stack_reader": 14}
+    assert crossing == [[first], [first], [first, second], [second], [second]]
+    assert done.stdout.startswith(f"Model: 15 layers {pattern}, 4 of attention, hidden size 2048")
+    rows = re.findall(r"^ +(\d) +\d -> \d +16.00 MiB +(\S+ \S+) .* (\S+: \S+|no K/V)$", done.stdout, re.MULTILINE)
+    size = f"{6 * group / 2**20:.2f} MiB"
+    double = f"{12 * group / 2**20:.2f} MiB"
+    shown = [("0", size, "1: 1-3,5-7"), ("1", size, "1: 1-3,5-7"), ("2", double, "1-2: 1-3,5-7")]
+    assert rows == [*shown, ("3", size, "2: 1-3,5-7"), ("4", size, "2: 1-3,5-7")]
+    assert "attention layers: groups" in done.stdout and "The first: --hybrid-layer-pattern='" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("pattern", "line"),
+    [
+        ("*-|*-", "--hybrid-layer-pattern *-|*-: expected no | without a pipeline"),
+        ("---", "--hybrid-layer-pattern ---: expected at least one attention layer"),
+        ("*-*- --pipeline-model-parallel-size 3", "--hybrid-layer-pattern *-*-: expected a | at each stage's end"),
+    ],
+)
+def test_a_pattern_without_a_plan(sla_plan: SlaPlan, pattern: str, line: str) -> None:
+    assert line in error_line(sla_plan("--sla", *f"--hybrid-layer-pattern={pattern}".split()))
+
+
 def test_thousands_of_gpus_uneven_stages_and_experts_as_json(sla_plan: SlaPlan) -> None:
     argv = "--sla --disable-bias-linear --tensor-model-parallel-size 8 --pipeline-model-parallel-size 6"
     argv += " --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --num-layers 22"

@@ -48,7 +48,7 @@ def runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     requests |= {name: argv(**common, **start, train_iters=STEPS, **flags) for name, flags in RUNS.items()}
     return train_on_all_ranks(
         {
-            name: {"argv": flags, "entry": "upstream" if name == "dense" else EXAMPLE, "pipeline": name != "dense"}
+            name: {"argv": flags, "entry": "sla" if name == "dense" else EXAMPLE, "pipeline": name != "dense"}
             for name, flags in requests.items()
         },
         2,

@@ -27,6 +27,7 @@ from ..cpu.backend import another_machine, cpu_backend_is_active
 from ..cpu.flags import fit_to_cpu
 from ..upstream.megatron_version import require_megatron
 from ..upstream.seams import Reliance
+from . import hybrid
 from .checkpoint_settings import adopt_checkpoint_args, check_settings_on_loading, require_same_settings
 from .core_attention import resolve_core_attention
 from .entry_point import refuse_unhonoured
@@ -134,7 +135,11 @@ def _with_sla(extra_args_provider: ArgumentsProvider | None, parser: ArgumentPar
         parser = extra_args_provider(parser)
 
     def refuse(message: str) -> NoReturn:
-        raise refusal(parser, message)
+        error = refusal(parser, message)
+        if isinstance(error, FlagError) and error.value is None and error.flag in map(flag_of, hybrid.NAMES):
+            # argparse takes a pattern that begins with an MLP for a flag.
+            raise FlagError(error.flag, None, f"a pattern; one that begins with - behind an =, {error.flag}=-*-*")
+        raise error
 
     # argparse's own prints Megatron's usage, of two thousand lines.
     parser.error = refuse

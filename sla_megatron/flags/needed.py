@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import OFF
+from .hybrid import NOT_INSTALLED as NEEDED_BY_LAYERS
 from .rows import Row
 
 
@@ -31,6 +32,7 @@ _NEEDS_NVRX = "the package nvidia-resiliency-ext, which is not installed"
 
 #: Packages that Megatron imports when it gets there.
 NOT_INSTALLED = (
+    *NEEDED_BY_LAYERS,
     Row(
         "optimizer",
         ("adam", "sgd"),

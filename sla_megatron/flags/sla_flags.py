@@ -23,7 +23,8 @@ def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
         nargs="*",
         metavar="N",
         help="Skip distance in layers: skip heads of layer l read K/V of layer l - N. With several, the j-th skip "
-        "group uses the (j mod count)-th. Default: round(0.75 * layers).",
+        "group uses the (j mod count)-th. Of a hybrid model attention layers alone count, here and in --sla-layers. "
+        "Default: round(0.75 * layers).",
     )
     group.add_argument(
         "--sla-num-skip-groups",

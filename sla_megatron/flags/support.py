@@ -17,6 +17,12 @@ _BYTES = "tests/test_pipeline.py::test_bytes_on_the_wire_are_the_lower_bound"
 _PIPELINE_OPTIONS = "tests/test_pipeline_options.py::test_as_without_a_pipeline"
 _HOWEVER = "tests/test_pipeline_options.py::test_however_it_is_run"
 
+_HYBRID = (
+    "tests/test_hybrid.py::test_is_the_gpt_whose_checkpoint_it_loads",
+    "tests/test_hybrid.py::test_trains_as_without_a_pipeline",
+    "tests/test_hybrid.py::test_bytes_on_the_wire_are_the_lower_bound",
+)
+
 # Flags that go with others.
 _PP2 = "--pipeline-model-parallel-size 2"
 _VPP = f"{_PP2} --num-virtual-stages-per-pipeline-rank 3 --global-batch-size 4"
@@ -289,6 +295,43 @@ WORKS = (
             "tests/test_pipeline_checkpoints.py::test_goes_on_in_another_layout",
             "tests/test_resume.py::test_sigkill_between_saves",
         ),
+    ),
+    Family(
+        "hybrid models of attention, MLP and expert layers",
+        (
+            "--hybrid-layer-pattern *-*-*-*-",
+            f"--hybrid-layer-pattern=-*|*-|**|-* {_PP2} --global-batch-size 4",
+            f"--hybrid-layer-pattern *-*-|--|-*|*- {_FULL} --pipeline-model-parallel-size 4 --global-batch-size 4",
+            f"--hybrid-layer-pattern *E*-*E*- {_ALL_TO_ALL} {_PP2}",
+            "--hybrid-layer-pattern *-*-*-*- --tensor-model-parallel-size 2 --sequence-parallel",
+        ),
+        _HYBRID,
+        limits=(
+            "--hybrid-layer-pattern *-D-",
+            "--hybrid-override-pattern *-+-",
+            "--hybrid-layer-pattern=--E-",
+            "--hybrid-override-pattern=----",
+            f"--hybrid-layer-pattern *-*- {_TE} --qk-layernorm",
+            f"--hybrid-layer-pattern *-*- {_ROPE} --use-rope-scaling",
+            f"--hybrid-layer-pattern *-*-/*- {_ROPE}",
+            "--hybrid-layer-pattern *-|*-",
+            f"--hybrid-layer-pattern *-*-* {_PP2}",
+            f"--hybrid-layer-pattern *E*E {_OVERLAPPED}",
+            "CUDA_DEVICE_MAX_CONNECTIONS=8 --hybrid-layer-pattern *-*- --use-torch-fsdp2 "
+            "--no-gradient-accumulation-fusion --untie-embeddings-and-output-weights",
+            "--hybrid-layer-pattern *-*- --inprocess-restart",
+            f"--hybrid-layer-pattern *-*- {_GRAPH}",
+            f"--hybrid-layer-pattern *-*- {_TE} --fine-grained-activation-offloading --offload-modules attn_proj",
+        ),
+    ),
+    Family(
+        "hybrid models with Mamba layers and gated delta networks",
+        (
+            "--hybrid-layer-pattern M*-M*- --mamba-num-heads 8 --bf16",
+            "--hybrid-layer-pattern GG*-|GG*- --pipeline-model-parallel-size 2",
+        ),
+        (),
+        ("tests/test_gpu.py::test_hybrid_with_mamba",),
     ),
     Family(
         "restart in the process",

@@ -11,7 +11,8 @@ from argparse import Namespace
 
 from ..common.errors import OFF, flag_of
 from ..cpu.backend import cpu_backend_is_active
-from .asked import is_local
+from .asked import hybrid_pattern, is_local
+from .hybrid import HYBRID
 from .rows import Row
 from .unhonoured_layers import LAYERS
 from .unhonoured_positions import DOCUMENTS, POSITIONS
@@ -52,7 +53,12 @@ _NO_EFFECT = (
     Row("create_all_gather_group", OFF, "no such flag: a model built in this way does not heed it"),
     Row("rampup_batch_size", OFF, "--step-batch-size-schedule in its place: Megatron ignores this one"),
     Row("exit_signal_handler_for_dataloader", OFF, "--exit-signal-handler in its place: nothing heeds this one"),
-    Row("mtp_hybrid_override_pattern", OFF, "--mtp-num-layers in its place: Megatron ignores this one in a GPT"),
+    Row(
+        "mtp_hybrid_override_pattern",
+        OFF,
+        "--mtp-num-layers in its place: Megatron ignores this one in a GPT",
+        lambda args: hybrid_pattern(args) is None,
+    ),
     Row("decoder_num_layers", OFF, "--num-layers in its place"),
     Row("apply_residual_connection_post_layernorm", OFF, _HEEDED_BY_NOTHING),
     Row("openai_gelu", OFF, _HEEDED_BY_NOTHING),
@@ -173,4 +179,4 @@ _FAILS_LATE = (
 )
 
 #: All of them, in the order in which they are asked.
-ROWS: tuple[Row, ...] = (*_NO_EFFECT, *POSITIONS, *DOCUMENTS, *LAYERS, *_FAILS_LATE)
+ROWS: tuple[Row, ...] = (*_NO_EFFECT, *HYBRID, *POSITIONS, *DOCUMENTS, *LAYERS, *_FAILS_LATE)

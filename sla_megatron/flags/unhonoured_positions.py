@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from ..common.errors import OFF
 from . import rope_scaling
-from .asked import PACKING, has_torch_attention, packs_documents, step_is_a_graph
+from .asked import PACKING, has_torch_attention, hybrid_pattern, packs_documents, step_is_a_graph
 from .rows import Row
 
 _NEEDS_ROPE = "--position-embedding-type rope beside it"
@@ -25,7 +25,9 @@ def _not_yarn(args: Namespace) -> bool:
 
 
 def _attention_of_te(args: Namespace) -> bool:
-    names_local = getattr(args.attention_backend, "name", None) == "local" and not args.num_experts
+    names_local = getattr(args.attention_backend, "name", None) == "local"
+    # With experts, or in a hybrid model, Megatron builds no local attention for it.
+    names_local = names_local and not args.num_experts and hybrid_pattern(args) is None
     return args.transformer_impl == "transformer_engine" and not names_local
 
 

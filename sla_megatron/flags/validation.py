@@ -13,6 +13,8 @@ from ..common.errors import OFF, FlagError, Refusal, flag_of, refuse
 from ..pipeline.schedule import Schedule
 from . import dev
 from .asked import hybrid_pattern, layer_numbers
+from .hybrid import WITH_SLA
+from .rows import refuse_rows
 
 #: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
 SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
@@ -80,6 +82,8 @@ def num_query_groups(args: Namespace) -> int:
 def refuse_unsupported(args: Namespace) -> None:
     """Raise :class:`FlagError` for a Megatron option that does not go with ``--sla``; needs no validated arguments."""
     if args.sla:
+        # First: validation makes other options of a pattern's symbols.
+        refuse_rows(args, WITH_SLA)
         refuse(args, (*_REFUSED, *_REFUSED_FROM_0_20, *dev.REFUSED))
         dev.refuse_overlap_of_experts(args)
 

@@ -21,6 +21,7 @@ from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfi
 
 from ..attention.sla_config import SLAConfig
 from ..common.errors import FlagError, one_line_errors
+from ..common.patterns import kinds
 from ..cpu.backend import cpu_backend_is_active
 from ..flags import rope_scaling
 from ..flags.asked import has_torch_attention, is_local
@@ -28,7 +29,7 @@ from ..flags.sla_flags import MEGATRON, SDPA
 from ..flags.validation import sla_config_from_args
 from ..upstream.adapters.model_configs import config_of_class
 from ..upstream.seams import Reliance
-from .hybrid_specs import local_hybrid_stack_spec
+from .hybrid_specs import LOCAL_KINDS, local_hybrid_stack_spec
 from .hybrid_stack import sla_hybrid_stack_spec, torch_attention_in_stack
 from .mamba_parts import built_with_mamba
 from .transformer_block import sla_transformer_blocks
@@ -92,6 +93,7 @@ def hybrid_config_from_args(args: Namespace, **kwargs: Any) -> HybridModelConfig
     too; upstream has none.  Otherwise it returns upstream's own result.  ``kwargs`` go to upstream's function.
 
     Raises:
+        FlagError: for layers that a model without Transformer Engine has not.
         ValueError: with ``--sla`` and a ``model_config_cls``, as for ModelOpt: SLA needs a class of its own.
     """
     is_own = sla_config_from_args(args) is not None or has_torch_attention(args)
@@ -100,7 +102,17 @@ def hybrid_config_from_args(args: Namespace, **kwargs: Any) -> HybridModelConfig
     _require_own_class(args, kwargs)
     model_config = config_of_class(upstream_hybrid_config_from_args, SLAHybridModelConfig, args, **kwargs)
     _set_attention(model_config, args)
+    if is_without_engine(model_config) and set(kinds(args.hybrid_layer_pattern)) - set(LOCAL_KINDS):
+        accepted = f"layers of {' '.join(LOCAL_KINDS)} with --transformer-impl local"
+        raise FlagError("--hybrid-layer-pattern", args.hybrid_layer_pattern, accepted)
     return model_config
+
+
+def is_without_engine(model_config: HybridModelConfig) -> bool:
+    """Whether its stack is the local one: upstream's documentation has users name upstream's, which is never that."""
+    given = model_config.hybrid_stack_spec
+    is_upstreams = given is None or given is upstream_hybrid_stack_spec
+    return model_config.transformer.transformer_impl == "local" and is_upstreams
 
 
 def _require_own_class(args: Namespace, kwargs: dict[str, Any]) -> None:
@@ -189,8 +201,7 @@ class SLAHybridModelBuilder(HybridModelBuilder):
     def _stack_spec(self, vp_stage: int | None) -> ModuleSpec:
         config = self._model_config
         spec = config.hybrid_stack_spec or upstream_hybrid_stack_spec
-        if config.transformer.transformer_impl == "local" and spec is upstream_hybrid_stack_spec:
-            # Upstream's documentation has users name that one.
+        if is_without_engine(config):
             spec = local_hybrid_stack_spec(config.transformer)
         if config.core_attention == SDPA:
             spec = torch_attention_in_stack(spec)

@@ -31,6 +31,9 @@ _ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 _MAMBA_KEYS = {"norm.": "mixer.in_proj.layer_norm_"}
 
+#: The kinds of layers that the local spec has.
+LOCAL_KINDS = "*-EM"
+
 
 def local_hybrid_stack_spec(config: TransformerConfig) -> ModuleSpec:
     """Of a stack of attention, MLP, expert and Mamba layers, for ``--transformer-impl local``."""

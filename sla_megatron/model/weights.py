@@ -5,7 +5,16 @@ Layers count from 0; ``config`` is Megatron's ``TransformerConfig``.
 
 from __future__ import annotations
 
+import copy
+
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def of_kinds(config: TransformerConfig, kinds: str) -> TransformerConfig:
+    """``config`` of a hybrid model, for the functions below: its layers have experts where ``kinds`` has an ``E``."""
+    config = copy.copy(config)
+    config.moe_layer_freq = [int(kind == "E") for kind in kinds]
+    return config
 
 
 def mlp_weights(config: TransformerConfig, layer: int, experts: int | None = None) -> int:

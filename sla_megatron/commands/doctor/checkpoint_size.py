@@ -9,6 +9,7 @@ import copy
 from argparse import Namespace
 from typing import Any
 
+from ...common.patterns import kinds
 from .finding import Skipped
 
 #: Bytes of an element, by the type's name.
@@ -26,13 +27,12 @@ def parameter_count(args: Namespace, vocabulary: int | None) -> int:
         Skipped: for a model that is not counted here.
     """
     from ...model.report import pruned_parameters
-    from ...model.weights import mlp_parameters
 
     model = model_config(args, vocabulary)
     config = model.transformer
     if config.multi_latent_attention:
         raise Skipped("parameters are not estimated with multi-latent attention")
-    hidden, norm = config.hidden_size, _norm_width(config)
+    hidden = config.hidden_size
     rows = model.vocab_size
     if model.should_pad_vocab:
         multiple = model.make_vocab_size_divisible_by * config.tensor_model_parallel_size
@@ -40,27 +40,48 @@ def parameter_count(args: Namespace, vocabulary: int | None) -> int:
     count = rows * hidden * (1 if model.share_embeddings_and_output_weights else 2)
     if model.position_embedding_type == "learned_absolute":
         count += model.seq_length * hidden
-    for layer in range(config.num_layers):
-        count += _attention(config) + mlp_parameters(config, layer) + 2 * norm * hidden
+    pattern = getattr(model, "hybrid_layer_pattern", None)
+    count += _gpt_layers(config) if pattern is None else _hybrid_layers(config, kinds(pattern))
+    left_out = pruned_parameters(model) if getattr(model, "sla", None) is not None else 0
+    return count + _norm_width(config) * hidden - left_out
+
+
+def _gpt_layers(config: Any) -> int:
+    from ...model.weights import mlp_parameters
+
+    hidden, norm = config.hidden_size, _norm_width(config)
+    count = sum(mlp_parameters(config, layer) for layer in range(config.num_layers))
+    count += config.num_layers * (_attention(config) + 2 * norm * hidden)
     if config.mtp_num_layers:
         # Each has the kind of the last layer, norms of the hidden state, the embedding and the result, and a matrix
         # that joins the first two.
         further = _attention(config) + mlp_parameters(config, config.num_layers - 1) + 5 * norm * hidden
         count += (further + 2 * hidden * hidden) * (1 if config.mtp_use_repeated_layer else config.mtp_num_layers)
-    left_out = pruned_parameters(model) if getattr(model, "sla", None) is not None else 0
-    return count + norm * hidden - left_out
+    return count
+
+
+def _hybrid_layers(config: Any, layers: str) -> int:
+    """Each layer is of one kind, behind one norm."""
+    from ...model.weights import mlp_parameters, of_kinds
+
+    if "G" in layers:
+        raise Skipped("parameters are not estimated with gated delta networks")
+    config = of_kinds(config, layers)
+    count = len(layers) * _norm_width(config) * config.hidden_size
+    count += layers.count("*") * _attention(config) + layers.count("M") * _mamba(config)
+    return count + sum(mlp_parameters(config, layer) for layer, kind in enumerate(layers) if kind in "-E")
 
 
 def model_config(args: Namespace, vocabulary: int | None) -> Any:
     """The job's model, as its own configuration describes it."""
-    from ...model.builder import gpt_config_from_args
+    from ...model.builder import model_config_from_args
 
     args = copy.copy(args)
     if args.padded_vocab_size is None and vocabulary is not None:
         args.vocab_size = vocabulary
     if args.padded_vocab_size is None and args.vocab_size is None:
         raise Skipped("the size of the vocabulary is not known")
-    return gpt_config_from_args(args)
+    return model_config_from_args(args)
 
 
 def checkpoint_bytes(args: Namespace, parameters: int) -> int:
@@ -94,6 +115,14 @@ def _attention(config: Any) -> int:
     if config.qk_layernorm and not config.qk_l2_norm:
         count += 2 * head * _norm_width(config)
     return count
+
+
+def _mamba(config: Any) -> int:
+    """Projections in and out, a convolution of four tokens, a norm, and three numbers a head."""
+    hidden, state = config.hidden_size, 2 * config.mamba_num_groups * config.mamba_state_dim
+    heads = config.mamba_num_heads or 2 * hidden // config.mamba_head_dim
+    inner = heads * config.mamba_head_dim
+    return hidden * (2 * inner + state + heads) + 5 * (inner + state) + 3 * heads + inner + inner * hidden
 
 
 def _norm_width(config: Any) -> int:

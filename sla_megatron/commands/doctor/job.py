@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ...common.errors import FlagError, StartError
+from ...common.patterns import attention_layers
 from ...cpu.device import add_device_arg
 from .finding import Fault
 from .flags import add_doctor_args
@@ -67,6 +68,13 @@ def sizes(args: Namespace) -> str:
     """How the world size divides; it does, or Megatron's validation would have raised."""
     microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     return (
-        f"world size {args.world_size}: {sharding(args)}; {args.num_layers} layers, {args.num_attention_heads} heads; "
+        f"world size {args.world_size}: {sharding(args)}; {_layers(args)}, {args.num_attention_heads} heads; "
         f"{args.global_batch_size} samples a step, {microbatches} microbatches of {args.micro_batch_size} a pipeline"
+    )
+
+
+def _layers(args: Namespace) -> str:
+    pattern = args.hybrid_layer_pattern
+    return f"{args.num_layers} layers" + (
+        f" {pattern}, {len(attention_layers(pattern))} of attention" if pattern else ""
     )

@@ -102,9 +102,9 @@ def build(args: Namespace) -> list[Any]:
     from megatron.core.utils import get_model_config
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from ...model.builder import gpt_config_from_args
+    from ...model.builder import model_config_from_args
 
-    config = gpt_config_from_args(args)
+    config = model_config_from_args(args)
     # There is no optimizer that would gather parameters.
     ddp = replace(
         pretrain_cfg_container_from_args(args, config).ddp, overlap_param_gather=False, align_param_gather=False

@@ -6,6 +6,7 @@ import copy
 from argparse import Namespace
 
 from ...common.errors import FlagError
+from ...common.patterns import kinds
 from .finding import Skipped
 
 #: Sides of a rank's matrices are multiples of it, as tensor cores and every kind of fp8 accept.
@@ -35,6 +36,9 @@ def tiny_args(args: Namespace) -> Namespace:
     )
     if args.num_experts:
         tiny.moe_ffn_hidden_size = _UNIT * (args.expert_tensor_parallel_size or tensor)
+    if "M" in kinds(args.hybrid_layer_pattern or ""):
+        # As few as the groups allow, which ranks share.
+        tiny.mamba_num_heads = args.mamba_num_groups
     for name, size in (("moe_shared_expert_intermediate_size", _UNIT * tensor), ("moe_latent_size", HIDDEN)):
         if getattr(args, name, None):
             setattr(tiny, name, size)
@@ -78,7 +82,11 @@ def on_one_process(args: Namespace) -> Namespace:
         batch_p2p_comm=True,
         nccl_communicator_config_path=None,
     )
+    if args.hybrid_layer_pattern is not None:
+        one.hybrid_layer_pattern = kinds(args.hybrid_layer_pattern)
     if cpu_backend_is_active():
+        if on_gpus := sorted(set(one.hybrid_layer_pattern or "") & set("MG")):
+            raise Skipped(f"needs a GPU: layers of {' and '.join(on_gpus)}")
         try:
             fit_to_cpu(one)
         except FlagError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ...attention.numbering import LayerNumbers
 from .figures import Figures
 from .job import Job
 from .predict import Prediction
@@ -17,7 +18,7 @@ def as_json(figures: Figures) -> str:
     """The same figures as ``report.report``, exact."""
     found = {
         "run": _run(figures.job),
-        "hops": [_hop(hop) for hop in figures.hops],
+        "hops": [_hop(hop, figures.job.work.numbers) for hop in figures.hops],
         "ranks": [vars(rank) for rank in figures.ranks],
         "totals": _totals(figures.job, figures.totals),
         "virtual_stages": [vars(one) | {"local_to_rank": one.kv_bytes == 0} for one in figures.stages],
@@ -33,6 +34,8 @@ def _run(job: Job) -> dict[str, Any]:
     return {
         "description": job.description,
         "num_layers": layout.num_layers,
+        "hybrid_layer_pattern": job.pattern or None,
+        "attention_layers": list(job.work.numbers.attention),
         "num_gpus": job.num_gpus,
         "tensor_parallel_size": shape.tensor_parallel_size,
         "context_parallel_size": shape.context_parallel_size,
@@ -46,7 +49,8 @@ def _run(job: Job) -> dict[str, Any]:
     }
 
 
-def _hop(hop: HopTraffic) -> dict[str, Any]:
+def _hop(hop: HopTraffic, numbers: LayerNumbers) -> dict[str, Any]:
+    """Layers are counted as ``--sla-layers`` counts them, and once more in the stack of all layers."""
     return {
         "hop": hop.hop,
         "source_rank": hop.source_rank,
@@ -55,7 +59,13 @@ def _hop(hop: HopTraffic) -> dict[str, Any]:
         "kv_bytes": hop.kv_bytes,
         "payload_bytes": hop.payload_bytes,
         "kv": [
-            {"layer": shared.source, "reader": reader, "groups": list(groups)}
+            {
+                "layer": shared.source,
+                "reader": reader,
+                "groups": list(groups),
+                "stack_layer": numbers.in_stack(shared.source),
+                "stack_reader": numbers.in_stack(reader),
+            }
             for shared, groups in hop.shared
             for reader in shared.readers
         ],
@@ -107,4 +117,5 @@ def _layout(one: Layout) -> dict[str, Any]:
         "step_seconds": None if one.prediction is None else one.prediction.sla.step_time,
         "overhead": None if one.prediction is None else one.prediction.overhead,
         "is_given": one.is_given,
+        "hybrid_layer_pattern": one.job.pattern or None,
     }

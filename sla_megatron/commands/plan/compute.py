@@ -2,14 +2,17 @@
 
 Legend: ``q`` sequence length, ``b`` microbatch size, ``h`` hidden size, ``H`` query heads, ``d`` head size, ``G``
 projected K/V groups, ``T`` tensor-parallel and ``C`` context-parallel size.  Matrix multiplications only, two
-operations for each multiply-add, attention counted as causal: what Megatron's own throughput figure counts.
+operations for each multiply-add, attention counted as causal: what Megatron's own throughput figure counts.  Layers are
+those of the stack; in a hybrid model each is of one kind.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
+from ...attention.numbering import LayerNumbers
 from ...attention.sla_config import SLAConfig
 from ...pipeline.layout import PipelineLayout
 from ...pipeline.payload import MicrobatchShape
@@ -30,6 +33,8 @@ class ModelWork:
         vocabulary: rows of the output layer, padding included; 0 where the flags do not tell.
         recompute: what a backward pass computes again: nothing, attention without its projections, or whole layers.
         recomputed_layers: of each virtual stage, how many layers ``"full"`` recomputes; ``None``: all.
+        kinds: of a hybrid model each layer's symbol, as its pattern has them; of a GPT ``""``.
+        mixers: symbol of a kind of layer that mixes tokens without attention -> forward operations a token.
     """
 
     num_heads: int
@@ -39,6 +44,13 @@ class ModelWork:
     vocabulary: int = 0
     recompute: Literal["none", "attention", "full"] = "none"
     recomputed_layers: int | None = None
+    kinds: str = ""
+    mixers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> LayerNumbers:
+        """Which of the layers have attention."""
+        return LayerNumbers.of_pattern(self.kinds) if self.kinds else LayerNumbers.of_gpt(len(self.mlp_weights))
 
 
 def stage_operations(
@@ -53,15 +65,18 @@ def stage_operations(
     last_stage = layout.num_stages - 1
     further_stage = last_stage if layout.further_stage is None else layout.further_stage
     further, further_again = _further_layers(work, shape, layout, sla)
+    projected = {
+        layer: sla.num_query_groups if dense else len(sla.projected_groups(number))
+        for number, layer in enumerate(work.numbers.attention, start=1)
+    }
     stages = []
     for stage, layers in enumerate(layout.stages):
-        groups = [sla.num_query_groups if dense else len(sla.projected_groups(layer)) for layer in layers]
-        forwards = [_layer(work, shape, layer, count) for layer, count in zip(layers, groups, strict=True)]
+        forwards = [_layer(work, shape, layer, projected.get(layer)) for layer in layers]
         forward, again = sum(forwards), 0
         if work.recompute == "full":
             again = sum(forwards[: work.recomputed_layers])
         elif work.recompute == "attention":
-            again = len(forwards) * _attention(work, shape)
+            again = len(projected.keys() & set(layers)) * _attention(work, shape)
         if stage == further_stage:
             forward, again = forward + further, again + further_again
         if stage == last_stage:
@@ -79,12 +94,17 @@ def _further_layers(work: ModelWork, shape: MicrobatchShape, layout: PipelineLay
     return layout.further_tokens * one, layout.further_tokens * again
 
 
-def _layer(work: ModelWork, shape: MicrobatchShape, layer: int, projected_groups: int) -> int:
-    """Forward operations of one layer for one microbatch, over all of its GPUs."""
+def _layer(work: ModelWork, shape: MicrobatchShape, layer: int, projected_groups: int | None) -> float:
+    """Forward operations of one layer for one microbatch, over all of its GPUs; no attention where ``None`` groups are
+    projected."""
+    tokens = shape.sequence_length * shape.microbatch_size
+    mixing = work.mixers.get(work.kinds[layer - 1], 0) if work.kinds else 0
+    others = tokens * (2 * work.mlp_weights[layer - 1] + mixing)
+    if projected_groups is None:
+        return others
     # Query (its gate beside it) and output projections, key and value projections.
     heads = work.num_heads * (2 + work.output_gate) + 2 * projected_groups
-    weights = shape.hidden_size * work.head_size * heads + work.mlp_weights[layer - 1]
-    return 2 * shape.sequence_length * shape.microbatch_size * weights + _attention(work, shape)
+    return others + 2 * tokens * shape.hidden_size * work.head_size * heads + _attention(work, shape)
 
 
 def _attention(work: ModelWork, shape: MicrobatchShape) -> int:

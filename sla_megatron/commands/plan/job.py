@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...attention.declared import declare
-from ...attention.numbering import LayerNumbers
 from ...attention.sla_config import SLAConfig
 from ...common.errors import StartError
 from ...pipeline.declarations import Declarations
@@ -38,7 +37,6 @@ class Job:
         expert_gpus: GPUs over which the experts of a stage are spread; the world size is a multiple of it times ``P``.
         communication: how interleaved transfers meet compute; 1F1B never overlaps.
         description: skip-layer attention in one line.
-        numbers: which layers have attention; ``None``: all.
     """
 
     sla: SLAConfig
@@ -52,13 +50,11 @@ class Job:
     expert_gpus: int = 1
     communication: Communication = Communication(overlap=True)
     description: str = ""
-    numbers: LayerNumbers | None = None
 
     @cached_property
     def declared(self) -> Declarations:
         """The tensors that cross layers, all that the bytes come from."""
-        numbers = self.numbers or LayerNumbers.of_gpt(self.sla.num_layers)
-        return declare(self.sla, numbers, self.shape.tensor_parallel_size, self.work.head_size)
+        return declare(self.sla, self.work.numbers, self.shape.tensor_parallel_size, self.work.head_size)
 
     @cached_property
     def plan(self) -> RoutePlan:
@@ -72,6 +68,12 @@ class Job:
         for rank in range(self.shape.tensor_parallel_size):
             kinds.setdefault(tuple(route.tensor.widths[rank] for route in self.plan.routes), rank)
         return tuple(kinds.values())
+
+    @property
+    def pattern(self) -> str:
+        """Of a hybrid model, its ``--hybrid-layer-pattern`` with a ``|`` where this layout has one; else ``""``."""
+        kinds = self.work.kinds
+        return "|".join("".join(kinds[layer - 1] for layer in stage) for stage in self.layout.stages) if kinds else ""
 
     @property
     def data_parallel_size(self) -> int:

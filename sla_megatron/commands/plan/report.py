@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -41,8 +42,9 @@ def summary(job: Job) -> str:
     held = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     chunks = "1F1B" if layout.num_chunks == 1 else f"interleaved 1F1B, {layout.num_chunks} virtual stages a rank"
     lines = [
-        f"Model: {layout.num_layers} layers, hidden size {shape.hidden_size}, {job.sla.num_query_groups} K/V groups of "
-        f"{job.work.head_size}, sequence {shape.sequence_length}, microbatch {shape.microbatch_size}, "
+        f"Model: {layout.num_layers} layers{_kinds(job)}, hidden size {shape.hidden_size}, "
+        f"{job.sla.num_query_groups} K/V groups of {job.work.head_size}, sequence {shape.sequence_length}, "
+        f"microbatch {shape.microbatch_size}, "
         f"{job.element_bytes} bytes an element",
         f"SLA: {job.description}",
         f"GPUs: {job.num_gpus} = TP {shape.tensor_parallel_size} x CP {shape.context_parallel_size} x "
@@ -52,6 +54,10 @@ def summary(job: Job) -> str:
         f"Pipeline: {chunks}; {held} layers a stage; {schedule.num_microbatches} microbatches a step",
     ]
     return "\n".join(lines)
+
+
+def _kinds(job: Job) -> str:
+    return f" {job.pattern}, {job.sla.num_layers} of attention" if job.pattern else ""
 
 
 def hop_table(job: Job, hops: Sequence[HopTraffic]) -> str:
@@ -72,7 +78,9 @@ def hop_table(job: Job, hops: Sequence[HopTraffic]) -> str:
     if len(job.tensor_ranks) > 1:
         title += " (K/V: of the tensor-parallel rank that holds most; they differ)"
     return f"{title}\n" + table(
-        ("hop", "ranks", "hidden", "K/V", "payload", "/ dense", "layers: groups"), rows, left=(6,)
+        ("hop", "ranks", "hidden", "K/V", "payload", "/ dense", f"{'attention ' * bool(job.pattern)}layers: groups"),
+        rows,
+        left=(6,),
     )
 
 
@@ -121,6 +129,7 @@ def virtual_stage_table(job: Job, stages: Sequence[VirtualStages]) -> str:
     ]
     title = (
         f"Virtual stages a rank that split {job.layout.num_layers} layers evenly over PP {size} (* this run's number)"
+        + (", with a | in the pattern after each" if job.pattern else "")
     )
     return f"{title}\n" + table(("stages", "layers each", "K/V on the wire a microbatch", "runs"), rows, left=(2, 3))
 
@@ -172,7 +181,9 @@ def layout_table(layouts: Sequence[Layout]) -> str:
     header = ("place", "PP", "stages a rank", "DP", "microbatches", "K/V on the wire a microbatch", "most resident K/V")
     by = "step time" if has_rates else "K/V on the wire, then resident K/V"
     title = f"Layouts of two pipeline ranks or more, by {by} (* this run's); memory for weights is not weighed"
-    return f"{title}\n" + table(header + (("step", "overhead") if has_rates else ()), rows)
+    pattern = layouts[0].job.pattern
+    first = f"\nThe first: --hybrid-layer-pattern={shlex.quote(pattern)}" if pattern else ""
+    return f"{title}\n" + table(header + (("step", "overhead") if has_rates else ()), rows) + first
 
 
 def assumptions(job: Job, simulated: bool) -> str:
@@ -189,6 +200,10 @@ def assumptions(job: Job, simulated: bool) -> str:
             "Not modelled: gradient reduction, optimizer, data loading, embeddings, copies that pack and unpack K/V.",
             "Interleaved transfers meet compute as upstream's do: what arrives overlaps, what leaves is waited for.",
         ]
+        if job.pattern and set(job.pattern) & set(job.work.mixers):
+            lines.append(
+                "Mamba layers and gated delta networks are as much work as Megatron's throughput figure counts."
+            )
         if not job.work.vocabulary:
             lines.append("Not modelled: the output layer, whose size no flag tells (--vocab-size would).")
     return "\n".join(lines)

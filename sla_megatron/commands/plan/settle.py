@@ -6,12 +6,14 @@ from argparse import Namespace
 from typing import Any
 from warnings import catch_warnings
 
+from ...common.patterns import kinds
 from ...common.silence import silence
 from ...cpu.device import add_device_arg, megatron_device
 from ...pipeline.payload import MicrobatchShape
 from .compute import ModelWork
 from .flags import add_plan_args
 from .job import Job, PlanError
+from .mixers import mixers
 from .program import Communication
 
 #: What the tokenizers that bring their own vocabulary hold, as far as a plan can know.
@@ -31,9 +33,11 @@ def settled_job() -> Job:
         from megatron.training.argument_utils import core_transformer_config_from_args
 
         from ...flags.arguments import fewest_gpus, megatron_refusals, settled_args
+        from ...flags.hybrid import HYBRID
+        from ...flags.rows import refuse_rows
         from ...flags.validation import sla_config_from_args, training_batch_sizes
         from ...model.report import describe
-        from ...pipeline.megatron_layout import pipeline_layout
+        from ...pipeline.megatron_layout import hybrid_layout, pipeline_layout
 
         def check(args: Namespace) -> None:
             if not args.sla:
@@ -45,6 +49,8 @@ def settled_job() -> Job:
             args.sla_plan_overlap = args.overlap_p2p_comm
             # Megatron's default, which needs Transformer Engine here and changes no figure.
             args.apply_rope_fusion = False
+            # Of a pattern that Megatron builds otherwise than it says there is no plan.
+            refuse_rows(args, HYBRID)
 
         args = settled_args(
             lambda parser: add_plan_args(add_device_arg(parser)),
@@ -55,10 +61,12 @@ def settled_job() -> Job:
         )
         with silence(), megatron_refusals():
             config = core_transformer_config_from_args(args)
-        sla = sla_config_from_args(args)
+        sla, pattern = sla_config_from_args(args), args.hybrid_layer_pattern
+        ends = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+        size = args.pipeline_model_parallel_size
         return Job(
             sla=sla,
-            layout=pipeline_layout(config),
+            layout=pipeline_layout(config) if pattern is None else hybrid_layout(pattern, size, *ends),
             shape=microbatch_shape(args),
             work=model_work(args, config),
             element_bytes=config.pipeline_dtype.itemsize,
@@ -67,7 +75,7 @@ def settled_job() -> Job:
             group_size=args.microbatch_group_size_per_vp_stage,
             expert_gpus=args.expert_model_parallel_size * args.expert_tensor_parallel_size,
             communication=Communication(args.sla_plan_overlap, args.overlap_p2p_comm_warmup_flush),
-            description=describe(sla),
+            description=describe(sla, is_hybrid=pattern is not None),
         )
 
 
@@ -85,21 +93,28 @@ def microbatch_shape(args: Namespace) -> MicrobatchShape:
 
 def model_work(args: Namespace, config: Any) -> ModelWork:
     """What decides a model's compute, of Megatron's validated arguments and the ``TransformerConfig`` made of them."""
-    from ...model.weights import mlp_weights
+    from ...model.weights import mlp_weights, of_kinds
 
     recompute = "none"
     if args.recompute_granularity == "full":
         recompute = "full"
     elif args.recompute_granularity == "selective" and "core_attn" in (args.recompute_modules or ["core_attn"]):
         recompute = "attention"
+    layers = kinds(args.hybrid_layer_pattern or "")
+    found = of_kinds(config, layers) if layers else config
+    weights = [mlp_weights(found, layer, args.moe_router_topk) for layer in range(args.num_layers)]
     return ModelWork(
         num_heads=args.num_attention_heads,
         head_size=args.kv_channels,
-        mlp_weights=tuple(mlp_weights(config, layer, args.moe_router_topk) for layer in range(args.num_layers)),
+        mlp_weights=tuple(
+            size if layers[layer : layer + 1] in ("", "-", "E") else 0 for layer, size in enumerate(weights)
+        ),
         output_gate=bool(args.attention_output_gate),
         vocabulary=_vocabulary(args),
         recompute=recompute,
         recomputed_layers=args.recompute_num_layers if args.recompute_method == "block" else None,
+        kinds=layers,
+        mixers=mixers(config),
     )
 
 

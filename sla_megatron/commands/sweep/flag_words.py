@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import StartError
+from ...common.patterns import attention_layers
 from ...common.presets import preset_flags
 from .errors import GridError, SweepError
 
@@ -84,7 +85,7 @@ class Shape:
     """What a sweep reads off a run's flags.
 
     Attributes:
-        num_layers: ``L``.
+        num_layers: ``L``; of a hybrid model its attention layers.
         num_heads: ``H``.
         num_groups: ``G``, the K/V groups.
         context: tokens a sample.
@@ -111,6 +112,7 @@ class Shape:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for name in ("num-layers", "num-attention-heads", "num-query-groups", "seq-length", "global-batch-size"):
             parser.add_argument(f"--{name}", nargs="?", const="")
+        parser.add_argument("--hybrid-layer-pattern", "--hybrid-override-pattern", dest="pattern", nargs="?")
         parser.add_argument("--group-query-attention", action="store_true")
         parser.add_argument("--log-interval", nargs="?", const="", default="100")
         parser.add_argument("--save-interval", nargs="?", const="")
@@ -124,7 +126,7 @@ class Shape:
 
         heads = count("num_attention_heads")
         return cls(
-            num_layers=count("num_layers"),
+            num_layers=len(attention_layers(found.pattern)) if found.pattern else count("num_layers"),
             num_heads=heads,
             num_groups=count("num_query_groups") if found.group_query_attention else heads,
             context=count("seq_length"),

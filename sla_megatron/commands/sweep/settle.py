@@ -56,9 +56,11 @@ def _settled(run: Run, processes: int | None) -> Namespace:
 
 def _require_the_grids(run: Run, args: Namespace) -> None:
     """That Megatron reads off the flags what the sweep read, and that there is a loss to compare."""
+    from ...flags.validation import num_attention_layers
+
     shape = run.shape
     pairs = {
-        "--num-layers": (shape.num_layers, args.num_layers),
+        "--num-layers": (shape.num_layers, num_attention_layers(args)),
         "--seq-length": (shape.context, args.seq_length),
         "--global-batch-size": (shape.global_batch_size, args.global_batch_size),
         "--train-iters": (run.iterations, args.train_iters),

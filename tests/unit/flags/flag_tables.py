@@ -97,6 +97,16 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         1,
         ("--no-rope-freq 0 0 0 0 0 0 1 1:", "layer 4 reads layer 1's"),
     ),
+    (
+        "--hybrid-layer-pattern -*-*",
+        1,
+        ("--hybrid-layer-pattern", "begins with - behind an =, --hybrid-layer-pattern=-*"),
+    ),
+    (
+        "--sla --hybrid-layer-pattern *-*-*-*- --sla-layers 3 --sla-skip-distance 3",
+        1,
+        ("--sla-layers 3:", "beyond the distance 3: 4-4"),
+    ),
     ("--sla --linear-attention-freq 2", 1, ("--linear-attention-freq 2:", "no linear attention")),
     (
         "--sla --experimental-attention-variant dsa",
@@ -234,7 +244,7 @@ GOOD: dict[str, tuple[int, SLAConfig]] = {
     "--sla --num-experts 4 --bf16 --use-distributed-optimizer --disable-bias-linear": (1, SLAConfig(12, 12, (9,), 9)),
     # Of a hybrid model the attention layers count, and --num-layers does not.
     "--sla --hybrid-layer-pattern *-*-*-*-": (1, SLAConfig(4, 12, (3,), 9)),
-    "--sla --hybrid-override-pattern **--E*": (1, SLAConfig(3, 12, (2,), 9)),
+    "--sla --hybrid-override-pattern **--*": (1, SLAConfig(3, 12, (2,), 9)),
     "--sla --hybrid-layer-pattern=-*|*-|**|-* --global-batch-size 2 --pipeline-model-parallel-size 2 "
     "--sla-skip-distance 1 --sla-layers 3-5": (
         2,

@@ -89,10 +89,11 @@ def _raises_with_sla() -> dict[int, range]:
 
 
 def _rows_of_validation() -> set[Row]:
-    from sla_megatron.flags import dev, validation
+    from sla_megatron.flags import dev, hybrid, validation
 
     tables = (*validation._REFUSED, *validation._REFUSED_FROM_0_20, *dev.REFUSED)
-    return {(flag_of(name), accepted) for name, _, accepted in tables} | set(_raises_with_sla())
+    rows = {(flag_of(name), accepted) for name, _, accepted in tables} | set(_raises_with_sla())
+    return rows | {(flag_of(row.name), row.accepted) for row in hybrid.WITH_SLA}
 
 
 def _row(error: FlagError) -> Row | None:

@@ -28,6 +28,9 @@ NO_GPU = "without a GPU"
 MASK = "--reset-attention-mask"
 PACKED = "--dataloader-inter-document-masking"
 SDPA_PACKED = f"{PACKED} --core-attention sdpa"
+HYBRID = "--hybrid-layer-pattern *-*-"
+HYBRID_EXPERTS = "--hybrid-layer-pattern *E*E --num-experts 4 --disable-bias-linear"
+UNHEEDED = "expected no such flag with --hybrid-layer-pattern: Megatron's HybridModel does not heed it"
 FSDP2 = "--use-torch-fsdp2 --untie-embeddings-and-output-weights"
 
 #: Flags -> the line, as it begins; on the CPU, in a model that is whole without them.
@@ -76,6 +79,25 @@ REFUSED: dict[str, str] = {
     f"{ROPE} --reset-position-ids": "--reset-position-ids True: expected --reset-attention-mask beside it: only",
     f"{MASK} --window-size 4,0": f"{MASK} True: expected no --window-size beside it: it makes a mask of its own",
     f"{MASK} --no-create-attention-mask-in-dataloader": f"{MASK} True: expected no --no-create-attention-mask",
+    # Of hybrid models.
+    f"{HYBRID} {ROPE} --use-rope-scaling": f"--use-rope-scaling True: {UNHEEDED}",
+    f"{HYBRID} {ROPE} --rotary-interleaved": f"--rotary-interleaved True: {UNHEEDED}",
+    f"{HYBRID} --position-embedding-type relative": "--position-embedding-type relative: expected learned_absolute, "
+    "rope or yarn: Megatron's HybridModel does not heed it",
+    f"{HYBRID} --mtp-num-layers 1": "--mtp-num-layers 1: expected no --mtp-num-layers with --hybrid-layer-pattern",
+    f"{HYBRID} --mtp-hybrid-override-pattern M": "--mtp-hybrid-override-pattern M: expected no such flag",
+    f"{HYBRID}/*-": "--hybrid-layer-pattern *-*-/*-: expected no /: layers that predict further tokens",
+    "--hybrid-layer-pattern *-|*-": "--hybrid-layer-pattern *-|*-: expected no | without a pipeline",
+    "--hybrid-override-pattern *-*-*- --pipeline-model-parallel-size 4": "--hybrid-override-pattern *-*-*-: expected "
+    "a | at each stage's end, or layers that divide",
+    f"{HYBRID} --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1 "
+    "--decoder-last-pipeline-num-layers 2": "--hybrid-layer-pattern *-*-: expected a | at each stage's end, or layers",
+    "--hybrid-layer-pattern *E*-": "--hybrid-layer-pattern *E*-: expected --num-experts beside it, for E",
+    f"{HYBRID} --num-experts 4 --disable-bias-linear": "--num-experts 4: expected an E in --hybrid-layer-pattern",
+    f"{HYBRID_EXPERTS} --moe-layer-freq 2": "--moe-layer-freq 2: expected an E in --hybrid-layer-pattern for each",
+    f"{HYBRID_EXPERTS} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --bf16 "
+    "--overlap-moe-expert-parallel-comm": "--overlap-moe-expert-parallel-comm True: expected no such flag with --hyb",
+    "--hybrid-layer-pattern M*M*": f"--hybrid-layer-pattern M*M*: expected no M or G {NO_GPU}",
     # They end a run when it has started, or do not end it.
     "--moe-use-upcycling --num-experts 4 --disable-bias-linear": "--moe-use-upcycling True: expected no",
     f"{ROPE} --mtp-num-layers 1 --pipeline-model-parallel-size 2": "--mtp-num-layers 1: expected --untie-embeddings-an",
@@ -123,8 +145,12 @@ REFUSED: dict[str, str] = {
     "--bf16 --fp32-residual-connection": "--fp32-residual-connection True: expected no --fp32-residual-connection wi",
 }
 
-#: The same, of what this entry point alone does not do.
+#: The same, of what this entry point alone does not do, or is refused in other words with --sla.
 ENTRY_POINT: dict[str, str] = {
+    f"{HYBRID} --linear-attention-freq 2": f"--linear-attention-freq 2: {UNHEEDED}",
+    f"{HYBRID} --heterogeneous-layers-config-path x": f"--heterogeneous-layers-config-path x: {UNHEEDED}",
+    f"{HYBRID} --heterogeneous-layers-config-encoded-json {{}}": "--heterogeneous-layers-config-encoded-json {}: "
+    f"{UNHEEDED}",
     "--position-embedding-type mrope --mrope-section 1 1 2": "--position-embedding-type mrope: expected rope: batches",
     "--dataloader-type external": "--dataloader-type external: expected single or cyclic",
     "--perform-rl-step": "--perform-rl-step True: expected no reinforcement learning",
@@ -135,6 +161,14 @@ GRAPH = "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"
 
 #: The same, of jobs for GPUs.
 ON_GPUS: dict[str, str] = {
+    f"{HYBRID} --qk-layernorm": "--qk-layernorm True: expected --transformer-impl local beside it: what Megatron",
+    f"{HYBRID} --spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --qk-layernorm": (
+        "--qk-layernorm True: expected --transformer-impl local beside it"
+    ),
+    "--hybrid-layer-pattern M-*-": "--hybrid-layer-pattern M-*-: expected heads of M, 2 x --hidden-size",
+    f"{HYBRID} --attention-backend local": "--attention-backend local: expected another, or --transformer-impl local",
+    f"{HYBRID} --qk-l2-norm": f"--qk-l2-norm True: {UNHEEDED}",
+    f"{HYBRID} {MASK}": f"{MASK} True: expected --transformer-impl local: Transformer Engine's attention is",
     MASK: f"{MASK} True: expected --transformer-impl local: Transformer Engine's attention is causal over all",
     f"{MASK} --attention-backend local --num-experts 4 --disable-bias-linear": f"{MASK} True: expected --transf",
     "--num-experts 4": "--num-experts 4: expected --disable-bias-linear or --no-bias-gelu-fusion beside it",
@@ -172,6 +206,14 @@ PACKAGES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+#: Package that layers of hybrid models run on -> pattern, and what the line says; they run on GPUs alone.
+LAYERS_PACKAGES: dict[str, tuple[str, str]] = {
+    "mamba_ssm": ("M-*-", "the package mamba-ssm for M, which is not installed"),
+    "causal_conv1d": ("M-*-", "the package causal-conv1d for M, which is not installed"),
+    "einops": ("M-*-", "the package einops for M, which is not installed"),
+    "fla": ("G-*-", "the package flash-linear-attention for G, which is not installed"),
+}
+
 #: What looks like one of these, and is fine.
 FINE = (
     f"{ROPE} --use-rope-scaling --rope-scaling-factor 32 --rotary-base 500000 --rotary-percent 0.5",
@@ -193,6 +235,11 @@ FINE = (
     "--global-batch-size 4",
     f"{FSDP2} --load checkpoints --no-load-optim",
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6||t*6|L --global-batch-size 4",
+    f"{HYBRID} --qk-layernorm",
+    f"{HYBRID} {ROPE} --rotary-base 500000",
+    HYBRID_EXPERTS,
+    "--hybrid-layer-pattern *-|-*-|-|* --pipeline-model-parallel-size 2 --global-batch-size 4",
+    f"{HYBRID}* --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1 --global-batch-size 4",
 )
 
 
@@ -300,6 +347,32 @@ def test_a_package_that_is_there(trained: Callable[..., str], monkeypatch: pytes
     )
     for flags, line in (row for rows in PACKAGES.values() for row in rows):
         assert "not installed" not in trained(flags), line
+
+
+def _find_packages(patch: pytest.MonkeyPatch, missing: str | None) -> None:
+    """All packages of layers are found but ``missing``."""
+    find = importlib.util.find_spec
+    found = {name: None if name == missing else find("json") for name in LAYERS_PACKAGES}
+    patch.setattr(
+        importlib.util, "find_spec", lambda name, *more: found.get(name) if name in found else find(name, *more)
+    )
+
+
+@pytest.mark.parametrize("package", LAYERS_PACKAGES)
+def test_a_package_of_layers_that_is_missing(
+    examined: Callable[..., str], monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """Of Megatron's own layers: a specification of one's own may have others."""
+    pattern, needed = LAYERS_PACKAGES[package]
+    heads = "--mamba-num-heads 8"
+    _find_packages(monkeypatch, package)
+    for sla in ("", "--sla "):
+        line = examined(f"{sla}{heads} --hybrid-layer-pattern {pattern}", on_cpu=False)
+        assert line == f"--hybrid-layer-pattern {pattern}: expected {needed}"
+    spec = "--spec megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec"
+    assert examined(f"--hybrid-layer-pattern {pattern} {spec}", on_cpu=False) == ""
+    _find_packages(monkeypatch, None)
+    assert examined(f"{heads} --hybrid-layer-pattern {pattern}", on_cpu=False) == ""
 
 
 @pytest.mark.parametrize("flags", FINE)

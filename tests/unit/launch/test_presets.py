@@ -28,6 +28,8 @@ LAUNCH_README = (ROOT / "launch" / "README.md").read_text()
 MODELS = {"gpt2-124m": 124e6, "gpt2-350m": 350e6, "gpt2-774m": 774e6, "1b": 1e9, "7b": 7e9, "13b": 13e9}
 #: Their experts are counted too.
 MODELS |= {"gpt2-124m-8e": 520e6, "8x7b": 46.7e9}
+#: A hybrid model -> the GPT that it is.
+HYBRIDS = {f"{model}-hybrid": model for model in ("gpt2-124m", "gpt2-350m", "gpt2-774m")}
 CONTEXTS = {"1k": 1024, "2k": 2048, "4k": 4096, "8k": 8192, "16k": 16384, "16k-cp2": 16384}
 VARIANTS = ("", "sla", "sla-pruned")
 
@@ -119,6 +121,20 @@ def test_combination(
     assert totals(job).kv == 0
 
 
+@pytest.mark.parametrize("model", HYBRIDS)
+def test_a_hybrid_model_is_the_gpt(settle: Callable[..., Namespace], model: str) -> None:
+    """All else is as the GPT has it: an attention layer and an MLP layer for each of its layers."""
+    hybrid, gpt = (vars(settle(flags_of(f"{name} 16k sla-pruned"), 8)) for name in (model, HYBRIDS[model]))
+    depth = gpt["num_layers"]
+    assert {name: value for name, value in hybrid.items() if gpt[name] != value} == {
+        "num_layers": 2 * depth,
+        "encoder_num_layers": 2 * depth,
+        "hybrid_layer_pattern": "*-" * depth,
+    }
+    # The distance and the layers of SLA are counted in layers of attention, as in the GPT.
+    assert hybrid["sla_skip_distance"] == [depth * 3 // 4]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_readme_says_what_the_model_is(settle: Callable[..., Namespace], model: str) -> None:
     """Each cell of the README's table is what the flags settle to."""
@@ -195,6 +211,8 @@ def test_parameters_are_those_of_the_name() -> None:
 
     with megatron_alone():
         found = {(model, names): parameters(f"{model} {names}") for model in MODELS for names in ("1k", "16k")}
+        for model in HYBRIDS:
+            assert parameters(f"{model} 1k") == found[HYBRIDS[model], "1k"]
         for model, size in MODELS.items():
             assert found[model, "1k"] == pytest.approx(size, rel=0.1)
             assert found[model, "16k"] == pytest.approx(size, rel=0.1)

@@ -1,9 +1,10 @@
-"""What arguments say of the model: the rope scaling factor, and that each stage must be handed a mask."""
+"""What arguments say of the model: its kind, the rope scaling factor, and that each stage must be handed a mask."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -39,6 +40,60 @@ def test_the_rope_scaling_factor_is_forwarded_and_marked(settled: Callable[[str]
     unscaled = settled(f"{sla} {ROPE}")
     assert gpt_config_from_args(unscaled).rope_scaling is False
     assert not hasattr(unscaled, "rope_scaling_factor_honoured")
+
+
+PATTERN = "--hybrid-layer-pattern *-*-"
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_gpu", "kind"),
+    [
+        ("", True, "GPTModelConfig"),
+        ("--sla", True, "SLAGPTModelConfig"),
+        # Upstream's own result where nothing was asked of us; it has no hybrid model for the CPU.
+        (PATTERN, True, "HybridModelConfig"),
+        (PATTERN, False, "SLAHybridModelConfig"),
+        (f"{PATTERN} --core-attention sdpa", True, "SLAHybridModelConfig"),
+        (f"{PATTERN} --sla", True, "SLAHybridModelConfig"),
+        (f"{PATTERN} --sla --reset-attention-mask", False, "SLAHybridModelConfig"),
+    ],
+)
+def test_the_kind_of_model(settled: Callable[[str], Namespace], flags: str, has_gpu: bool, kind: str) -> None:
+    """With ``--hybrid-layer-pattern`` a hybrid one, whose ``sla`` counts attention layers; else a GPT."""
+    from sla_megatron import model_config_from_args
+    from sla_megatron.cpu.backend import another_machine
+
+    args = settled(flags)
+    with another_machine() if has_gpu else nullcontext():
+        config = model_config_from_args(args)
+    assert type(config).__name__ == kind
+    sla = getattr(config, "sla", None)
+    assert (sla is not None) == ("--sla" in flags)
+    assert sla is None or sla.num_layers == (2 if PATTERN in flags else config.transformer.num_layers)
+    assert getattr(config, "needs_masks", False) == ("mask" in flags)
+
+
+def test_layers_that_need_transformer_engine_are_refused(settled: Callable[[str], Namespace]) -> None:
+    """Where the model has none; layers of a spec of one's own are one's own business."""
+    from sla_megatron import FlagError, hybrid_config_from_args
+
+    args = settled(f"--sla {PATTERN}")
+    args.hybrid_layer_pattern = "*-G*"
+    expected = r"--hybrid-layer-pattern \*-G\*: expected layers of \* - E M with --transformer-impl local"
+    with pytest.raises(FlagError, match=expected):
+        hybrid_config_from_args(args)
+    args.spec = ["tests.support.hybrid_layers", "STACK"]
+    assert hybrid_config_from_args(args).hybrid_stack_spec.params
+
+
+@pytest.mark.parametrize("flags", ["--sla", "--core-attention sdpa"])
+def test_a_class_of_somebody_elses_is_refused(settled: Callable[[str], Namespace], flags: str) -> None:
+    from megatron.training.models.hybrid import HybridModelConfig
+
+    from sla_megatron import hybrid_config_from_args
+
+    with pytest.raises(ValueError, match=f"{flags.split()[0]} builds .*, not one of HybridModelConfig"):
+        hybrid_config_from_args(settled(f"{PATTERN} {flags}"), model_config_cls=HybridModelConfig)
 
 
 @pytest.mark.parametrize("core_attention", ["megatron", "sdpa"])

@@ -319,6 +319,17 @@ def test_alone_the_layout_is_one_stage(job_args: JobArgs) -> None:
         tiny.on_one_process(one)
 
 
+def test_alone_a_hybrid_model_is_one_stage_too(job_args: JobArgs) -> None:
+    args = job_args(pipeline_model_parallel_size=2, hybrid_layer_pattern="*-|*-*|-|*", transformer_impl="local")
+    assert "PP 2 x VPP 2; 7 layers *-|*-*|-|*, 4 of attention, 4 heads" in job.sizes(args)
+    text = layout.layout(args, torch.distributed.HashStore(), 60, launched=False)
+    assert text.startswith("one process, not the job's layout: loss 4.")
+    assert args.hybrid_layer_pattern == "*-|*-*|-|*"
+    args.hybrid_layer_pattern = "M-|G-*|-|*"
+    with pytest.raises(Skipped, match="needs a GPU: layers of G and M"):
+        tiny.on_one_process(args)
+
+
 def test_losses_and_gradients_must_be_finite() -> None:
     chunk = torch.nn.Linear(2, 1)
     assert "weight has no gradient" in fault_of(layout.checked_gradients, [chunk])

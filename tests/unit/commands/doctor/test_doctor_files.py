@@ -251,6 +251,8 @@ _GQA = {"group_query_attention": True, "num_query_groups": 2, "num_attention_hea
 _LLAMA = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True}
 _MOE = {"num_experts": 4, "moe_ffn_hidden_size": 48, "moe_layer_freq": "[0,1,1,0]", "moe_router_topk": 2}
 
+_MOE_HYBRID = {name: value for name, value in _MOE.items() if name != "moe_layer_freq"}
+
 MODELS = {
     "dense": {},
     "sla": {"sla": True, "add_qkv_bias": True, "disable_bias_linear": True},
@@ -258,6 +260,13 @@ MODELS = {
     "llama": {**_GQA, **_LLAMA, "untie_embeddings_and_output_weights": True, "qk_layernorm": True, "kv_channels": 8},
     "experts": {**_LLAMA, **_MOE, "moe_shared_expert_intermediate_size": 24},
     "further-tokens": {**_LLAMA, "mtp_num_layers": 2, "sla": True},
+    "hybrid": {**_LLAMA, **_MOE_HYBRID, "hybrid_layer_pattern": "*-*E*"},
+    "hybrid-pruned": {
+        "sla": True,
+        "sla_kv_projection": "pruned",
+        "qk_layernorm": True,
+        "hybrid_layer_pattern": "**-*-*",
+    },
     "one-layer-for-further-tokens": {**_LLAMA, **_MOE, "mtp_num_layers": 2, "mtp_use_repeated_layer": True},
 }
 
@@ -273,6 +282,22 @@ def test_parameters_are_counted_as_they_are(settled: Callable[..., Namespace], f
     with megatron_alone():
         built = sum(parameter.numel() for parameter in build(args).parameters())
     assert counted == built
+
+
+def test_parameters_of_layers_that_run_on_gpus_alone(settled: Callable[..., Namespace]) -> None:
+    """Of Mamba layers, as Megatron builds them; of gated delta networks there is no count."""
+    from sla_megatron.commands.convert.megatron_model import build, megatron_alone
+
+    args = settled(sla=True, hybrid_layer_pattern="*-*-")
+    vars(args).update(padded_vocab_size=128, mamba_head_dim=16, mamba_num_groups=2, hybrid_layer_pattern="M-*M")
+    for heads in (None, 16):
+        args.mamba_num_heads = heads
+        with megatron_alone():
+            built = sum(parameter.numel() for parameter in build(args).parameters())
+        assert checkpoint_size.parameter_count(args, 127) == built
+    args.hybrid_layer_pattern = "G-*M"
+    with pytest.raises(Skipped, match="gated delta networks"):
+        checkpoint_size.parameter_count(args, 127)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,9 @@ def test_json_holds_the_exact_figures() -> None:
     found = json.loads(as_json(Figures.of(of, RATES, with_suggestions=True)))
     assert found["run"]["tensor_parallel_ranks_differ"] is True
     assert [hop["kv_bytes"] for hop in found["hops"]] == [hop.kv_bytes for hop in hop_traffic(of)]
-    assert found["hops"][0]["kv"] == [{"layer": m, "reader": m + 9, "groups": [1, 2, 3]} for m in (1, 2, 3)]
+    assert found["hops"][0]["kv"] == [
+        {"layer": m, "reader": m + 9, "groups": [1, 2, 3], "stack_layer": m, "stack_reader": m + 9} for m in (1, 2, 3)
+    ]
     assert found["ranks"] == [vars(one) for one in rank_memory(of)]
     microbatch, step = found["totals"]["microbatch"], found["totals"]["step"]
     assert microbatch["kv_bytes"] == totals(of).kv

@@ -17,6 +17,7 @@ from sla_megatron.commands.plan.compute import ModelWork, stage_operations
 from sla_megatron.commands.plan.program import WAIT, Communication
 from sla_megatron.commands.plan.timeline import Durations, Timeline, simulate
 from sla_megatron.pipeline.layout import PipelineLayout
+from sla_megatron.pipeline.megatron_layout import hybrid_layout
 from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.schedule import Pass, Schedule
 
@@ -235,6 +236,46 @@ def test_operations_are_what_megatron_counts(megatron: None) -> None:
         found = stage_operations(WORK, SHAPE, replace(LAYOUT, further_tokens=further), skipping())
         theirs = num_floating_point_operations(args, SHAPE.microbatch_size)
         assert sum(map(sum, found)) == theirs - further * 6 * 128 * 3 * 32
+
+
+@pytest.mark.parametrize("pattern", ["*-*-*-*-", "M*-|G*E-", "*E*-"])
+def test_operations_of_a_hybrid_are_what_megatron_counts(megatron: None, pattern: str) -> None:
+    """Its own throughput figure: attention, MLPs, the experts that a token meets, Mamba, gated delta networks."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.training import num_floating_point_operations
+
+    from sla_megatron.commands.convert.megatron_model import args_of
+    from sla_megatron.commands.plan.settle import model_work
+
+    words = "--hidden-size 64 --num-attention-heads 8 --group-query-attention --num-query-groups 4 --swiglu"
+    words += " --kv-channels 8 --ffn-hidden-size 96 --seq-length 64 --max-position-embeddings 64 --vocab-size 256"
+    words += " --tokenizer-type NullTokenizer --micro-batch-size 2 --mamba-head-dim 32 --linear-num-key-heads 4"
+    if "E" in pattern:
+        words += (
+            " --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 80 --moe-shared-expert-intermediate-size 48"
+        )
+    args = args_of([*words.split(), f"--hybrid-layer-pattern={pattern.replace('|', '')}"], torch.float32)
+    vars(args).update(padded_vocab_size=256, hybrid_layer_pattern=pattern)
+    work = model_work(args, core_transformer_config_from_args(args))
+    shape = MicrobatchShape(sequence_length=64, microbatch_size=2, hidden_size=64)
+    sla = SLAConfig(pattern.count("*"), GROUPS, (1,), 3)
+    layout = hybrid_layout(pattern, pattern.count("|") + 1)
+    assert sum(map(sum, stage_operations(work, shape, layout, sla))) == num_floating_point_operations(args, 2)
+
+
+def test_only_attention_layers_of_a_hybrid_are_pruned_and_recomputed_as_such() -> None:
+    """Attention layer 4 is layer 5, in the second stage, after an MLP that has no projections to leave out."""
+    layout = PipelineLayout.of_sizes(2, [3, 3])
+    work = replace(WORK, kinds="***-*-", mlp_weights=(0, 0, 0, 4096, 0, 4096))
+    dense = stage_operations(work, SHAPE, layout, skipping(), dense=True)
+    pruned = stage_operations(work, SHAPE, layout, skipping("pruned"))
+    attention = 2 * 128 * (32 * 64 + 2 * 32 * 32 + 64 * 32) + 4 * 2 * (64 * 64 // 2) * 64
+    logits = 2 * 128 * 32 * 256
+    assert [f for f, _ in dense] == [3 * attention, attention + 2 * 2 * 128 * 4096 + logits]
+    assert [d - f for (d, _), (f, _) in zip(dense, pruned, strict=True)] == [0, 2 * 128 * 32 * 2 * 3 * 8]
+    again = stage_operations(replace(work, recompute="attention"), SHAPE, layout, skipping(), dense=True)
+    scores = 2 * 2 * 64**2 * 8 * 8
+    assert [b - c for (_, b), (_, c) in zip(again, dense, strict=True)] == [3 * scores, scores]
 
 
 def test_recomputed_attention() -> None:

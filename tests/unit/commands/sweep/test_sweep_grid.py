@@ -185,6 +185,15 @@ def test_megatron_accepts_the_grid(tmp_path: Path) -> None:
     check_runs(runs_of(tmp_path, GRID))
 
 
+def test_of_a_hybrid_model_attention_layers_count(tmp_path: Path) -> None:
+    """Four of nine, of which three quarters are three."""
+    text = changed("--num-layers 8 --hidden-size 64", "--hidden-size 64 --hybrid-layer-pattern=-*-*-*--*")
+    text = text.replace("[1, 2]\n", "1\n").replace("context: [16, 32]", "context: 16")
+    runs = [run for run in runs_of(tmp_path, text) if run.size == "h64-l8"]
+    assert [run.setting.distances for run in runs] == [(), (2,), (3,), (1, 2)]
+    check_runs(runs)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
