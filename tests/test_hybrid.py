@@ -143,6 +143,8 @@ SPLITS: dict[tuple[str, str], tuple[Layout, dict[str, Any]]] = {
     ),
 }
 REPEATED = ("uneven", "pp2v2")
+#: Of a script of one's own; the others are of the entry point.
+OWN_SCRIPT = "pairs.pp2v2"
 OF_SLA = ("sla_skip_distance", "sla_num_skip_groups", "sla_kv_projection")
 
 
@@ -192,6 +194,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs = Runs(folder)
     for world_size, flags in ((2, _whole(folder) | _divided(folder, 2)), (4, _divided(folder, 4))):
         requests = {name: {"argv": words, "pipeline": True} for name, words in flags.items()}
+        if OWN_SCRIPT in requests:
+            requests[OWN_SCRIPT]["entry"] = "own-hybrid"
         runs.add(requests, world_size, folder / str(world_size))
     return runs
 
@@ -276,3 +280,8 @@ def test_nothing_is_left_after_a_step(runs: Runs) -> None:
         assert (sum(answer["num_shared"] for answer in ranks) > 0) == (name not in ("dense", "beyond")), name
         assert [answer["alive"] for answer in ranks] == [0] * len(ranks), name
         assert {step["left"] for answer in ranks for step in answer["steps"]} == {0}, name
+
+
+def test_what_skips_is_said_of_attention_layers(runs: Runs) -> None:
+    """The nine layers of the stack have four of these; the nearest distance is 1."""
+    assert "in attention layers 2-4 of 4; " in runs.answers["uneven.pp1"][0]["stdout"]

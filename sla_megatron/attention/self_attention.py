@@ -50,8 +50,8 @@ class SLASelfAttention(SelfAttention):
     """Upstream's ``SelfAttention`` with skip groups.
 
     Args:
-        sla: the model's skip-layer attention.
-        numbers: which layers of the stack have attention, where not all have; the other arguments are upstream's.
+        sla: the model's skip-layer attention; the other arguments are upstream's.
+        numbers: of a hybrid model, which layers of its stack are attention; in a GPT all are.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class SLASelfAttention(SelfAttention):
         numbers: LayerNumbers | None = None,
         **kwargs: Any,
     ) -> None:
-        layer = (numbers or LayerNumbers.of_gpt(sla.num_layers)).among_attention(layer_number)
+        number = layer_number if numbers is None else numbers.among_attention(layer_number)
         pruned_away = 0
         if sla.kv_projection == "pruned":
-            pruned_away = 2 * config.kv_channels * (sla.num_query_groups - len(sla.live_groups(layer)))
+            pruned_away = 2 * config.kv_channels * (sla.num_query_groups - len(sla.live_groups(number)))
             submodules = replace(submodules, linear_qkv=_with_fewer_rows(submodules.linear_qkv, pruned_away))
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.linear_qkv_out_dim -= pruned_away
-        self.role = LayerRole.of(sla, layer, self.world_size, get_pg_rank(self.tp_group))
+        self.role = LayerRole.of(sla, number, self.world_size, get_pg_rank(self.tp_group))
         # A layer that keeps all of its K/V has the dense one's projection.
         self._pruned = pruned_away > 0
         queries = self.num_attention_heads_per_partition // self.num_query_groups_per_partition

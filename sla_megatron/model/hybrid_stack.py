@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..attention.declared import declare
 from ..attention.numbering import LayerNumbers
 from ..attention.sla_config import SLAConfig
+from ..pipeline.declarations import Declarations
 from ..pipeline.megatron_layout import hybrid_layout
 from ..upstream.seams import Reliance
 from .crossing import CrossLayerBlock
@@ -67,9 +69,29 @@ class NormedHybridStack(HybridStack):
 
 
 class CrossLayerHybridStack(CrossLayerBlock, NormedHybridStack):
-    """Upstream's ``HybridStack``, whose layers make tensors that later ones read."""
+    """Upstream's ``HybridStack``, whose layers share whatever tensors are declared.
+
+    Args:
+        declared: the tensors that its layers hand over and receive; they name layers by their numbers in the stack.
+        pattern: the whole model's ``--hybrid-layer-pattern``.
+        vp_stage: which model chunk of its rank this is; the other arguments are upstream's, by name.
+    """
 
     checkpoint_seams = (HYBRID_CHECKPOINTED_FORWARD,)
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        declared: Declarations,
+        pattern: str,
+        vp_stage: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, **kwargs)
+        ends = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+        layout = partial(hybrid_layout, pattern, config.pipeline_model_parallel_size, *ends)
+        self.join_pipeline(declared, layout, vp_stage or 0)
 
 
 class SLAHybridStack(CrossLayerHybridStack):
@@ -79,7 +101,7 @@ class SLAHybridStack(CrossLayerHybridStack):
         submodules: upstream's, with upstream's self-attention, which is replaced (``layer_specs.py``).
         sla: the model's skip-layer attention; its layers are the attention layers.
         pattern: the whole model's ``--hybrid-layer-pattern``.
-        vp_stage: which model chunk of its rank this is; the other arguments are upstream's, by name.
+        pg_collection: upstream's, as the other arguments, by name.
     """
 
     def __init__(
@@ -89,16 +111,19 @@ class SLAHybridStack(CrossLayerHybridStack):
         submodules: HybridStackSubmodules,
         sla: SLAConfig,
         pattern: str,
-        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection,
         **kwargs: Any,
     ) -> None:
         numbers = LayerNumbers.of_pattern(pattern)
         attention = sla_layer_spec(submodules.attention_layer, sla, numbers)
-        super().__init__(config, submodules=replace(submodules, attention_layer=attention), **kwargs)
-        ends = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
-        layout = partial(hybrid_layout, pattern, config.pipeline_model_parallel_size, *ends)
-        declared = declare(sla, numbers, get_pg_size(self.pg_collection.tp), config.kv_channels)
-        self.join_pipeline(declared, layout, vp_stage or 0)
+        super().__init__(
+            config,
+            submodules=replace(submodules, attention_layer=attention),
+            declared=declare(sla, numbers, get_pg_size(pg_collection.tp), config.kv_channels),
+            pattern=pattern,
+            pg_collection=pg_collection,
+            **kwargs,
+        )
 
 
 def sla_hybrid_stack_spec(spec: ModuleSpec, sla: SLAConfig, pattern: str, vp_stage: int | None = None) -> ModuleSpec:
@@ -118,17 +143,30 @@ def sla_hybrid_stack_spec(spec: ModuleSpec, sla: SLAConfig, pattern: str, vp_sta
             layers than ``sla``.
         SeamError: if upstream changed.
     """
-    HYBRID_CHECKPOINTED_FORWARD.require()  # A changed upstream is found now, not in the first step.
-    if spec.module not in (HybridStack, NormedHybridStack):
-        raise ValueError(
-            "skip-layer attention replaces megatron.core.models.hybrid.hybrid_block.HybridStack; this spec has "
-            f"{getattr(spec.module, '__qualname__', spec.module)} in its place"
-        )
     found = len(LayerNumbers.of_pattern(pattern).attention)
     if found != sla.num_layers:
         raise ValueError(f"the pattern {pattern!r} has {found} attention layers, expected {sla.num_layers}")
-    params = {**(spec.params or {}), "sla": sla, "pattern": pattern, "vp_stage": vp_stage}
-    return replace(spec, module=SLAHybridStack, params=params)
+    return _with_stack(spec, SLAHybridStack, sla=sla, pattern=pattern, vp_stage=vp_stage)
+
+
+def cross_layer_hybrid_stack_spec(
+    spec: ModuleSpec, declared: Declarations, pattern: str, vp_stage: int | None = None
+) -> ModuleSpec:
+    """``spec``, of a hybrid model's stack, whose layers can share what is ``declared``; nothing is modified.
+
+    The arguments and errors are those of :func:`sla_hybrid_stack_spec`; ``docs/cross-layer-tensors.md`` is about it.
+    """
+    return _with_stack(spec, CrossLayerHybridStack, declared=declared, pattern=pattern, vp_stage=vp_stage)
+
+
+def _with_stack(spec: ModuleSpec, stack: type, **params: Any) -> ModuleSpec:
+    HYBRID_CHECKPOINTED_FORWARD.require()  # A changed upstream is found now, not in the first step.
+    if spec.module not in (HybridStack, NormedHybridStack):
+        raise ValueError(
+            f"{stack.__name__} replaces megatron.core.models.hybrid.hybrid_block.HybridStack; this spec has "
+            f"{getattr(spec.module, '__qualname__', spec.module)} in its place"
+        )
+    return replace(spec, module=stack, params={**(spec.params or {}), **params})
 
 
 def torch_attention_in_stack(spec: ModuleSpec) -> ModuleSpec:

@@ -22,19 +22,19 @@ Spec = ModuleSpec | TransformerBlockSubmodules
 def sla_layer_spec(spec: Spec, sla: SLAConfig, numbers: LayerNumbers | None = None) -> Spec:
     """``spec`` with each layer's self-attention module swapped; everything else is shared, nothing is modified.
 
-    What has skip-layer attention for the same ``sla`` and ``numbers`` stays as it is.
+    What has skip-layer attention for the same ``sla`` stays as it is.
 
     Args:
         spec: a layer's ``ModuleSpec`` or a block's ``TransformerBlockSubmodules``: local, Transformer Engine or MoE.
         sla: what skip-layer attention means in this model.
-        numbers: which layers of the stack have attention; ``None``: all, as in a GPT.
+        numbers: of a hybrid model, which layers of its stack are attention.
 
     Raises:
         ValueError: where a layer's self-attention is not upstream's ``SelfAttention`` (multi-latent attention, say).
         SeamError: if upstream's ``SelfAttention`` changed.
     """
     QUERY_KEY_VALUE.require()
-    params = {"sla": sla, "numbers": numbers or LayerNumbers.of_gpt(sla.num_layers)}
+    params: dict[str, Any] = {"sla": sla} if numbers is None else {"sla": sla, "numbers": numbers}
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[_sla_layer(layer, params) for layer in spec.layer_specs])
     return _sla_layer(spec, params)
@@ -42,7 +42,7 @@ def sla_layer_spec(spec: Spec, sla: SLAConfig, numbers: LayerNumbers | None = No
 
 def _sla_layer(layer: ModuleSpec, params: dict[str, Any]) -> ModuleSpec:
     attention = getattr(layer.submodules, "self_attention", None)
-    if getattr(attention, "module", None) is SLASelfAttention and attention.params | params == attention.params:
+    if getattr(attention, "module", None) is SLASelfAttention and attention.params.items() >= params.items():
         return layer
     if not isinstance(attention, ModuleSpec) or attention.module is not SelfAttention:
         found = attention.module if isinstance(attention, ModuleSpec) else attention
@@ -50,7 +50,7 @@ def _sla_layer(layer: ModuleSpec, params: dict[str, Any]) -> ModuleSpec:
             f"skip-layer attention replaces megatron.core.transformer.attention.SelfAttention; this layer spec has "
             f"{getattr(found, '__qualname__', found)} in its place"
         )
-    sla_attention = replace(attention, module=SLASelfAttention, params=attention.params | params)
+    sla_attention = replace(attention, module=SLASelfAttention, params={**attention.params, **params})
     return replace(layer, submodules=replace(layer.submodules, self_attention=sla_attention))
 
 

@@ -5,7 +5,7 @@ Megatron's models name their block's class; while one is built, that name is our
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from megatron.core.utils import get_pg_size
 from ..attention.declared import declare
 from ..attention.numbering import LayerNumbers
 from ..attention.sla_config import SLAConfig
+from ..pipeline.declarations import Declarations
 from ..pipeline.megatron_layout import pipeline_layout
 from ..upstream.seams import Reliance, Seam, replaced
 from .crossing import CrossLayerBlock
@@ -43,6 +44,34 @@ class CrossLayerTransformerBlock(CrossLayerBlock, TransformerBlock):
 
     checkpoint_seams = (CHECKPOINTED_FORWARD,)
 
+    def share(self, declared: Declarations) -> None:
+        """Have the layers share ``declared``, and the ends of this stage carry them.  Raises as ``join_pipeline``."""
+        self.join_pipeline(declared, partial(pipeline_layout, self.config), self.vp_stage or 0)
+        if self.config.overlap_moe_expert_parallel_comm:
+            install_sharing_in_plans()
+
+
+class DeclaredTransformerBlock(CrossLayerTransformerBlock):
+    """Upstream's ``TransformerBlock``, whose layers share whatever tensors are declared.
+
+    Args:
+        spec: of a layer or of the block.
+        declared: the tensors that its layers hand over and receive.
+        layer_spec: makes, of ``spec``, the one that is built; the other arguments are upstream's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: Spec,
+        *args: Any,
+        declared: Declarations,
+        layer_spec: Callable[[Spec], Spec] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, spec if layer_spec is None else layer_spec(spec), *args, **kwargs)
+        self.share(declared)
+
 
 class SLATransformerBlock(CrossLayerTransformerBlock):
     """Upstream's ``TransformerBlock``, whose forward is one microbatch of shared K/V.
@@ -54,12 +83,8 @@ class SLATransformerBlock(CrossLayerTransformerBlock):
 
     def __init__(self, config: TransformerConfig, spec: Spec, *args: Any, sla: SLAConfig, **kwargs: Any) -> None:
         super().__init__(config, sla_layer_spec(spec, sla), *args, **kwargs)
-        declared = declare(
-            sla, LayerNumbers.of_gpt(sla.num_layers), get_pg_size(self.pg_collection.tp), config.kv_channels
-        )
-        self.join_pipeline(declared, partial(pipeline_layout, config), self.vp_stage or 0)
-        if config.overlap_moe_expert_parallel_comm:
-            install_sharing_in_plans()
+        numbers, tensor_size = LayerNumbers.of_gpt(sla.num_layers), get_pg_size(self.pg_collection.tp)
+        self.share(declare(sla, numbers, tensor_size, config.kv_channels))
 
 
 def torch_attention_block(config: TransformerConfig, spec: Spec, *args: Any, block: Any, **kwargs: Any) -> Any:
@@ -81,11 +106,15 @@ def transformer_block_seam(sla: SLAConfig | None, module: str = GPT_MODEL, torch
         torch_attention: whether its core attention is torch's.
     """
     block: Any = TransformerBlock if sla is None else partial(SLATransformerBlock, sla=sla)
+    return _block_seam(module, partial(torch_attention_block, block=block) if torch_attention else block)
+
+
+def _block_seam(module: str, block: Any) -> Seam:
     return Seam(
         f"{module}:TransformerBlock",
         "the model names its block's class there; only while an SLA model, or one with torch's attention, is built",
         ("config", "spec", "post_layer_norm", "pre_process", "post_process", "pg_collection", "vp_stage"),
-        stand_in=partial(torch_attention_block, block=block) if torch_attention else block,
+        stand_in=block,
     )
 
 
@@ -133,4 +162,26 @@ def sla_transformer_blocks(
     if torch_attention and module == GPT_MODEL:
         seams.append(FURTHER_LAYERS)
     with replaced(seams):
+        yield
+
+
+@contextmanager
+def cross_layer_blocks(
+    declared: Declarations, layer_spec: Callable[[Spec], Spec] | None = None, model: type | None = None
+) -> Iterator[None]:
+    """Within the block, ``GPTModel(...)`` builds its decoder so that its layers can share what is declared.
+
+    ``docs/cross-layer-tensors.md`` is about it.
+
+    Args:
+        declared: the tensors that layers hand over and receive (``pipeline/waiting.py``).
+        layer_spec: makes, of the layer or block spec that the model is given, the one that is built; ``None``: that.
+        model: another of Megatron's models whose block is a ``TransformerBlock``, in place of ``GPTModel``.
+
+    Raises:
+        SeamError: where upstream changed, or the module of ``model`` does not name its block's class.
+    """
+    CHECKPOINTED_FORWARD.require()
+    module = GPT_MODEL if model is None else model.__module__
+    with replaced([_block_seam(module, partial(DeclaredTransformerBlock, declared=declared, layer_spec=layer_spec))]):
         yield

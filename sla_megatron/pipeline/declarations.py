@@ -55,6 +55,10 @@ class CrossLayerTensor:
         if self.unit < 1 or not self.widths or min(self.widths) < 0:
             raise ValueError(f"{self.name}: widths {self.widths} of {self.unit} elements are no sizes")
 
+    def __hash__(self) -> int:
+        # Asked for with every payload; names are unique.
+        return hash(self.name)
+
 
 @dataclass(frozen=True, repr=False)
 class Declarations:

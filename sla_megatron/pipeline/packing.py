@@ -179,5 +179,5 @@ def _require_shape(what: str, tensor: Tensor, expected: tuple[int, ...]) -> None
     if tuple(tensor.shape) != expected:
         raise RuntimeError(
             f"{what} between pipeline stages: shape {tuple(tensor.shape)}, expected {expected} from --seq-length, "
-            "--micro-batch-size and the model; batches of other sizes are not supported with --sla"
+            "--micro-batch-size and the model; what crosses layers has one size in all microbatches"
         )

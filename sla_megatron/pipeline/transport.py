@@ -41,7 +41,7 @@ def carrying_tensors(upstream: Callable[..., Any]) -> Callable[..., Any]:
             return upstream(**arguments)
         for name in ("p2p_communicator", "adjust_tensor_shapes_fn"):
             if arguments.get(name) is not None:
-                raise RuntimeError(f"the schedule was given a {name}, which does not go with --sla")
+                raise RuntimeError(f"the schedule was given a {name}, which does not go with tensors that cross layers")
         groups = arguments.get("pg_collection") or schedules._build_default_pg_collection()
         config, forward_only = get_model_config(chunk), arguments.get("forward_only", False)
         schedule = _schedule(block.route_plan, config, arguments["num_microbatches"], forward_only)

@@ -111,21 +111,39 @@ def enter_sla() -> None:
 
 def enter_upstream() -> None:
     """The trainer with upstream's own parsing and model builder: no ``--sla`` code but the data reading."""
-    from megatron.core.enums import ModelType
-    from megatron.training import argument_utils, pretrain
+    from megatron.training import argument_utils
     from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args()
+    kind = "gpt" if args.hybrid_layer_pattern is None else "hybrid"
+    _pretrain(args, getattr(argument_utils, f"{kind}_config_from_args")(args))
+
+
+def enter_own_hybrid() -> None:
+    """A script of one's own that trains hybrid models, which has two of its functions from here."""
+    from sla_megatron import hybrid_config_from_args, parse_and_validate_args
+
+    args = parse_and_validate_args()
+    _pretrain(args, hybrid_config_from_args(args))
+
+
+def _pretrain(args: Any, model: Any) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from sla_megatron.training.data import train_valid_test_datasets
     from sla_megatron.training.loss import forward_step
 
-    args = parse_and_validate_args()
-    kind = "gpt" if args.hybrid_layer_pattern is None else "hybrid"
-    model = getattr(argument_utils, f"{kind}_config_from_args")(args)
-    config = argument_utils.pretrain_cfg_container_from_args(args, model)
+    config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, train_valid_test_datasets, ModelType.encoder_or_decoder, forward_step)
 
 
-ENTRIES: dict[str, Callable[[], None]] = {"sla": enter_sla, "upstream": enter_upstream}
+ENTRIES: dict[str, Callable[[], None]] = {
+    "sla": enter_sla,
+    "upstream": enter_upstream,
+    "own-hybrid": enter_own_hybrid,
+}
 
 
 class Listener:

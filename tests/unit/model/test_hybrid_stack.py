@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,7 +74,9 @@ def test_another_stack_or_another_number_of_layers_is_refused() -> None:
         """Somebody's."""
 
     other = ModuleSpec(OtherStack, submodules=hybrid_stack_spec.submodules)
-    with pytest.raises(ValueError, match=r"replaces .*hybrid_block\.HybridStack; this spec has .*OtherStack in its"):
+    with pytest.raises(
+        ValueError, match=r"SLAHybridStack replaces .*hybrid_block\.HybridStack; this spec has .*OtherStack in its"
+    ):
         sla_hybrid_stack_spec(other, SLA, PATTERN)
     with pytest.raises(ValueError, match=r"the pattern '\*-\*-\*-' has 3 attention layers, expected 2"):
         sla_hybrid_stack_spec(hybrid_stack_spec, SLA, "*-*-*-")
@@ -174,3 +177,34 @@ def test_a_stage_without_layers_returns_no_input() -> None:
     assert returned[HybridStack] is arrived
     assert returned[NormedHybridStack] is not arrived
     assert torch.equal(returned[NormedHybridStack], arrived)
+
+
+def test_layers_share_what_is_declared() -> None:
+    """A value residual, of which neither the stack nor what carries it knows: the loss and gradients of the GPT's."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from examples.value_residual.model import value_residual, with_value_residual
+    from sla_megatron.model.hybrid_specs import local_hybrid_stack_spec
+    from sla_megatron.model.hybrid_stack import cross_layer_hybrid_stack_spec
+    from sla_megatron.pipeline.declarations import CrossLayerTensor, Declarations
+
+    pattern, settings = "*-*-*-", config(6, is_hybrid_model=True)
+    first = CrossLayerTensor("first values", source=1, readers=(3, 5), widths=(4,), unit=4)
+    local = local_hybrid_stack_spec(settings)
+    ours = replace(local.submodules, attention_layer=with_value_residual(local.submodules.attention_layer))
+    spec = cross_layer_hybrid_stack_spec(replace(local, submodules=ours), Declarations(6, (first,)), pattern)
+    torch.manual_seed(3)
+    hybrid = HybridModel(settings, spec, VOCABULARY, SEQUENCE, hybrid_layer_pattern=pattern)
+    with value_residual(config(3)):
+        gpt = GPTModel(config(3), get_gpt_layer_local_spec(), VOCABULARY, SEQUENCE, position_embedding_type="none")
+    # Both have the same parameters, in the same order.
+    for theirs, mine in zip(gpt.parameters(), hybrid.parameters(), strict=True):
+        theirs.data.copy_(mine.data)
+    tokens = torch.randint(VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(5))
+    losses = [model(tokens, None, None, labels=tokens.roll(1)).mean() for model in (gpt.train(), hybrid.train())]
+    sum(losses).backward()
+    assert losses[0] == losses[1]
+    for theirs, mine in zip(gpt.parameters(), hybrid.parameters(), strict=True):
+        assert torch.equal(theirs.grad, mine.grad)

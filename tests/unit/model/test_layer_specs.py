@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from sla_megatron.attention.numbering import LayerNumbers
 from sla_megatron.attention.sla_config import SLAConfig
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -47,7 +46,7 @@ def assert_only_attention_differs(ours: Any, upstream: Any) -> None:
         assert name == "self_attention" or getattr(ours.submodules, name) is value
     attention, its_upstream = ours.submodules.self_attention, upstream.submodules.self_attention
     assert (attention.module, its_upstream.module) == (SLASelfAttention, SelfAttention)
-    assert attention.params == {**its_upstream.params, "sla": SLA, "numbers": LayerNumbers.of_gpt(SLA.num_layers)}
+    assert attention.params == {**its_upstream.params, "sla": SLA}
     assert attention.submodules is its_upstream.submodules
 
 
@@ -94,11 +93,7 @@ def test_an_encoder_s_layer() -> None:
 
     assert_only_attention_differs(sla_layer_spec(bert_layer_local_spec, SLA), bert_layer_local_spec)
     both = sla_layer_spec(torch_attention_spec(bert_layer_local_spec), SLA).submodules.self_attention
-    assert both.params == {
-        "attn_mask_type": AttnMaskType.padding,
-        "sla": SLA,
-        "numbers": LayerNumbers.of_gpt(SLA.num_layers),
-    }
+    assert both.params == {"attn_mask_type": AttnMaskType.padding, "sla": SLA}
     assert both.submodules.core_attention is TorchAttention
 
 

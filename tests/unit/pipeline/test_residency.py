@@ -58,7 +58,7 @@ def replay(plan: SLAPlan, schedule: Schedule, rank: int, tensor_parallel_rank: i
 
 
 @given(runs())
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_resident_groups(run: tuple[SLAPlan, Schedule]) -> None:
     """The peak is the replay's on every rank, in training and evaluation, and after the last pass nothing is left."""
     plan, schedule = run

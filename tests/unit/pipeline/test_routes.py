@@ -121,7 +121,7 @@ class Ring:
 
 
 @given(route_plans(), st.integers(1, 3))
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_every_read_finds_its_kv(plan: SLAPlan, microbatches: int) -> None:
     """Played through on a ring of ranks: all is there when it is read, nothing comes in vain, nothing is left."""
     order = [(stage, m) for stage in range(plan.layout.num_stages) for m in range(microbatches)]
@@ -134,7 +134,7 @@ def test_every_read_finds_its_kv(plan: SLAPlan, microbatches: int) -> None:
 
 
 @given(route_plans())
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_the_hops_are_the_spec_s(plan: SLAPlan) -> None:
     """Each K/V crosses the ``(c - a) mod P`` hops after its source's stage and no others; their total agrees."""
     hops, resident = formula(plan, every_group(plan))
@@ -215,7 +215,7 @@ def test_tensor_parallel_ranks_together_move_the_model(plan: SLAPlan) -> None:
 
 
 @given(route_plans())
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_both_ends_of_a_hop_have_the_same_order(plan: SLAPlan) -> None:
     """By source layer and reader, keys before values; what one stage sends is what the next expects, on every rank."""
     distance = plan.sla.distance_of_group
