@@ -92,7 +92,7 @@ def _unheeded(name: str, fine: tuple = OFF, instead: str = "") -> Row:
 #: With ``--sla`` and without.
 HYBRID: tuple[Row, ...] = (
     *_of_pattern(
-        "no /: layers that predict further tokens are not part of this entry point in a hybrid model",
+        "no /: layers that predict further tokens were not tried in a hybrid model",
         lambda args: FURTHER_TOKENS in hybrid_pattern(args),
     ),
     *_of_pattern(
