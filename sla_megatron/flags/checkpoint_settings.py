@@ -55,13 +55,14 @@ def require_same_settings(args: Namespace) -> None:
 
     Even then ``--sla-kv-projection pruned`` must match: the weights have other shapes.  Raises :class:`FlagError`.
     """
-    saved = _saved_args(args, "load")
-    may_change = args.finetune
+    load_arg, may_change = "load", args.finetune
+    saved = _saved_args(args, load_arg)
     if saved is None:
         # Megatron treats --pretrained-checkpoint as the start of a new run, as with --finetune.
-        saved, may_change = _saved_args(args, "pretrained_checkpoint"), True
+        load_arg, may_change = "pretrained_checkpoint", True
+        saved = _saved_args(args, load_arg)
     if saved is not None:
-        load_across_kinds(args, saved)
+        load_across_kinds(args, saved, load_arg)
         _refuse_others(args, saved, may_change)
 
 

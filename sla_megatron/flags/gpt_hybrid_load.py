@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 
-from ..common.errors import FlagError
+from ..common.errors import FlagError, flag_of
 from ..common.layer_pairs import EXPERTS, MLP, LayerPairs
 from ..common.patterns import kinds
 from ..upstream.seams import Reliance, SeamError, Wrapping, wrap_once
@@ -187,10 +187,15 @@ def megatron_loads_across_kinds() -> bool:
     return True
 
 
-def load_across_kinds(args: Namespace, saved: Namespace) -> None:
+def load_across_kinds(args: Namespace, saved: Namespace, load_arg: str = "load") -> None:
     """See to it that a run of ``args`` can load a checkpoint of ``saved``, where one is a GPT, the other hybrid.
 
     Nothing is touched where both are of one kind, or upstream's own loading will do.
+
+    Args:
+        args: settled.
+        saved: the arguments that the checkpoint holds.
+        load_arg: which of ``args`` names it.
 
     Raises:
         FlagError: where the layers are not each other's, or Megatron cannot load them.
@@ -200,14 +205,14 @@ def load_across_kinds(args: Namespace, saved: Namespace) -> None:
         raise FlagError("--hybrid-layer-pattern", ours, f"the layers of {theirs}, as in the checkpoint that is loaded")
     if bool(ours) == bool(theirs):
         return
-    path = args.load or args.pretrained_checkpoint
+    flag, path = flag_of(load_arg), getattr(args, load_arg)
     if not megatron_loads_across_kinds():
         kind, command = ("hybrid", "hybrid-to-gpt") if theirs else ("GPT", "gpt-to-hybrid")
         raise FlagError(
-            "--load", path, f"no {kind}'s checkpoint with this Megatron, but what sla-convert {command} makes of it"
+            flag, path, f"no {kind}'s checkpoint with this Megatron, but what sla-convert {command} makes of it"
         )
-    pairs = _paired(args, saved, path)
-    _refuse_unreadable(args, saved, path)
+    pairs = _paired(args, saved, flag, path)
+    _refuse_unreadable(args, saved, flag, path)
     if not pairs.alternate and os.environ.get("RANK", "0") == "0":
         print(
             f"sla-megatron: warning: in {ours or theirs} not every attention is followed by its MLP: the weights of "
@@ -218,15 +223,15 @@ def load_across_kinds(args: Namespace, saved: Namespace) -> None:
         wrap_once(ACROSS_KINDS)
 
 
-def _paired(args: Namespace, saved: Namespace, path: str) -> LayerPairs:
+def _paired(args: Namespace, saved: Namespace, flag: str, path: str) -> LayerPairs:
     """The layers of the hybrid side, which are those of the GPT.  Raises :class:`FlagError` where they are not."""
     ours, theirs = hybrid_pattern(args), hybrid_pattern(saved)
     gpt = saved if ours else args
     try:
         pairs = LayerPairs.of(ours or theirs)
     except ValueError as error:
-        flag, value = ("--hybrid-layer-pattern", ours) if ours else ("--load", path)
-        raise FlagError(flag, value, f"{error}, to be loaded across kinds of models") from None
+        named = ("--hybrid-layer-pattern", ours) if ours else (flag, path)
+        raise FlagError(*named, f"{error}, to be loaded across kinds of models") from None
     if ours:
         if pairs.mlp_kinds != mlp_kinds(gpt):
             raise FlagError(
@@ -234,16 +239,16 @@ def _paired(args: Namespace, saved: Namespace, path: str) -> LayerPairs:
                 ours,
                 f"an attention layer (*) and an MLP (-, E) for each of {mlp_kinds(gpt)}, the GPT's in {path}",
             )
+        if getattr(saved, "mtp_num_layers", None) and not args.finetune:
+            raise FlagError(flag, path, "a GPT without --mtp-num-layers, or --finetune, to leave these layers behind")
         return pairs
     if pairs.alone:
-        raise FlagError(
-            "--load", path, f"a checkpoint of attention and MLPs alone for a GPT; {theirs} has Mamba layers"
-        )
+        raise FlagError(flag, path, f"a checkpoint of attention and MLPs alone for a GPT; {theirs} has Mamba layers")
     if len(pairs.mlp_kinds) != args.num_layers:
         raise FlagError("--num-layers", args.num_layers, f"{len(pairs.mlp_kinds)}, as {theirs} in {path} has pairs of")
     if pairs.mlp_kinds != mlp_kinds(gpt):
         raise FlagError(
-            "--load",
+            flag,
             path,
             f"a checkpoint of the MLPs (-, E) {mlp_kinds(gpt)}; those of {theirs} are {pairs.mlp_kinds}",
         )
@@ -252,7 +257,7 @@ def _paired(args: Namespace, saved: Namespace, path: str) -> LayerPairs:
     return pairs
 
 
-def _refuse_unreadable(args: Namespace, saved: Namespace, path: str) -> None:
+def _refuse_unreadable(args: Namespace, saved: Namespace, flag: str, path: str) -> None:
     """Raise :class:`FlagError` for ways to store weights and optimizer that cannot be read by another model."""
     if Across.of(args, saved) is not None and args.ckpt_format != "torch_dist":
         raise FlagError("--ckpt-format", args.ckpt_format, f"torch_dist, to load {path} into another kind of model")
@@ -262,7 +267,7 @@ def _refuse_unreadable(args: Namespace, saved: Namespace, path: str) -> None:
     loads = not (args.no_load_optim or getattr(saved, "no_save_optim", False))
     if is_by_buffers and args.use_distributed_optimizer and loads:
         raise FlagError(
-            "--load",
+            flag,
             path,
             "a checkpoint saved with --dist-ckpt-optim-fully-reshardable, or --no-load-optim beside it: another kind "
             "of model lays the optimizer's buffers out otherwise",

@@ -325,7 +325,7 @@ WORKS = (
         ),
     ),
     Family(
-        "hybrid models with Mamba layers and gated delta networks",
+        "hybrid models with Mamba layers, or with gated delta networks, of which no test runs one",
         (
             "--hybrid-layer-pattern M*-M*- --mamba-num-heads 8 --bf16",
             "--hybrid-layer-pattern GG*-|GG*- --pipeline-model-parallel-size 2",

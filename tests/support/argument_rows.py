@@ -261,7 +261,7 @@ REFUSED_AS_STORED = {
     "heterogeneous": Row(
         {}, {"heterogeneous_layers_config_encoded_json": "{}"}, "--heterogeneous-layers-config-encoded-json"
     ),
-    "hybrid": Row({}, {"hybrid_layer_pattern": "M*M*"}, _no_field("hybrid-layer-pattern", r"M\*M\*")),
+    "hybrid": Row({}, {"hybrid_layer_pattern": "M*M*"}, r"--hybrid-layer-pattern M\*M\*: .* no Mamba layers"),
     "dense-grouped-gemm": Row({}, {"use_grouped_gemm_for_dense_mlp": True}, "--use-grouped-gemm-for-dense-mlp True"),
     "spec": Row({}, {"spec": ["some.module", "spec"]}, _no_field("spec", r"\['some.module', 'spec'\]")),
     "yaml": Row({}, {"yaml_cfg": "model.yaml"}, _no_field("yaml-cfg", "model.yaml")),

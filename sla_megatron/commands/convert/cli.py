@@ -79,6 +79,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_options(start, verify=False)
     start.set_defaults(command=_dense_to_sla)
 
+    _add_kinds(commands)
+
+    show = commands.add_parser("describe", help="the architecture of a checkpoint or folder, and how tensors map")
+    show.add_argument("model", type=Path)
+    _add_checkpoint_options(show)
+    show.set_defaults(command=_describe)
+
+    check = commands.add_parser("verify", help="compare logits of a checkpoint and a folder on random tokens")
+    check.add_argument("checkpoint", type=Path)
+    check.add_argument("hf", type=Path)
+    _add_checkpoint_options(check)
+    check.set_defaults(command=lambda args: _compare(args, _checkpoint(args, args.checkpoint), args.hf))
+    check.add_argument("--threshold", type=float, help="largest relative error; default 1e-5")
+    return parser
+
+
+def _add_kinds(commands: Any) -> None:
     hybrid = commands.add_parser("gpt-to-hybrid", help="a GPT's checkpoint to a hybrid model's: --load starts from it")
     hybrid.add_argument("checkpoint", type=Path)
     hybrid.add_argument("out", type=Path)
@@ -96,19 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     gpt.add_argument("out", type=Path)
     _add_overwrite(gpt)
     gpt.set_defaults(command=_hybrid_to_gpt)
-
-    show = commands.add_parser("describe", help="the architecture of a checkpoint or folder, and how tensors map")
-    show.add_argument("model", type=Path)
-    _add_checkpoint_options(show)
-    show.set_defaults(command=_describe)
-
-    check = commands.add_parser("verify", help="compare logits of a checkpoint and a folder on random tokens")
-    check.add_argument("checkpoint", type=Path)
-    check.add_argument("hf", type=Path)
-    _add_checkpoint_options(check)
-    check.set_defaults(command=lambda args: _compare(args, _checkpoint(args, args.checkpoint), args.hf))
-    check.add_argument("--threshold", type=float, help="largest relative error; default 1e-5")
-    return parser
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):
@@ -227,13 +231,18 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _dense_to_sla(args: argparse.Namespace) -> int:
+    from ...common.patterns import kinds
+    from ...flags.asked import hybrid_pattern
     from .commands import WithSLA, hf_to_megatron
     from .output import require_free
 
     require_free(args.out, args.overwrite, [args.checkpoint])
     dense = _checkpoint(args, args.checkpoint)
     source = WithSLA(dense, args.sla_skip_distance, args.sla_num_skip_groups, args.sla_layers, args.sla_kv_projection)
-    hf_to_megatron(source, args.out, _dtype(args), args.overwrite)
+    # A hybrid model stays one.
+    pattern = hybrid_pattern(dense.args)
+    flags = ("--hybrid-layer-pattern", kinds(pattern)) if pattern else ()
+    hf_to_megatron(source, args.out, _dtype(args), args.overwrite, flags)
     print(f"{args.out}: written; --load with the same --sla flags starts from it at iteration 0")
     return 0
 

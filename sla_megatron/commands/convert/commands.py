@@ -41,6 +41,7 @@ from .output import finished_folder
 from .prune import live_rows
 from .source import Source
 from .stored_arguments import completed
+from .stored_keys import StoredKeys
 from .tokenizer import carry_tokenizer, vocabulary_size, with_model
 from .tokenizer_place import placed
 from .weight_files import read_json
@@ -281,8 +282,11 @@ def describe(source: Source) -> str:
     lines.append(f"  skip-layer attention: {skipping}, layers {compact_ranges(sla.consumer_layers) or 'none'}")
     rows = list(entries(config))
     width = max(len(entry.hf) for entry in rows)
+    keys = StoredKeys(source.args or Namespace())
     for entry in rows:
-        where = entry.megatron if entry.layer is None else f"{entry.megatron} [{entry.layer}]"
+        # Of a GPT, as if it held all layers as one tensor.
+        key, layer = keys.place(entry.megatron, entry.layer, (entry.megatron,))
+        where = key if layer is None else f"{key} [{layer}]"
         shape = "x".join(map(str, entry.shape))
         lines.append(f"{entry.hf:{width}}  {shape:>14}  {entry.part:10}  {where}")
     return "\n".join(lines)

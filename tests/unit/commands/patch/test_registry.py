@@ -138,6 +138,7 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
 
     from sla_megatron.attention.sla_config import SLAConfig
     from sla_megatron.flags.checkpoint_settings import CHECKED_ON_LOADING, check_settings_on_loading
+    from sla_megatron.flags.gpt_hybrid_load import ACROSS_KINDS, load_across_kinds
     from sla_megatron.model.mamba_parts import MAMBA_PARTS
     from sla_megatron.model.recomputation import CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD
     from sla_megatron.model.schedule_plan import BUILD_SCHEDULE_PLAN, install_sharing_in_plans
@@ -155,10 +156,13 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
         # What is wrapped stays so for the rest of the process; here, until upstream's own is put back.
         sla = SLAConfig(4, 4, (3,), 3)
         wrapped = [*SCHEDULES, BUILD_SCHEDULE_PLAN, CHECKED_ON_LOADING, SAVE_CONFIG, LOCAL_TENSOR]
+        wrapped += ACROSS_KINDS
+        run = Namespace(num_layers=1, load="hybrid", no_load_optim=True, ckpt_format="torch_dist", mtp_num_layers=None)
         with cpu_backend(), sla_transformer_blocks(sla, torch_attention=True), as_before(wrapped):
             install_transport()
             install_sharing_in_plans()
             check_settings_on_loading(Namespace(non_persistent_ckpt_type="local"))
+            load_across_kinds(run, Namespace(hybrid_layer_pattern="*-"))
             carry_tokenizer_along(Namespace(save="checkpoints", sla=True, ckpt_format="torch_dist"))
             find_sharded_parameters(Namespace(use_torch_fsdp2=True))
             # Each is installed for a while, at a time of its own.
