@@ -7,6 +7,8 @@ PYTHON ?=
 QUICKSTART_ARGS ?=
 # Passed on to pytest, such as PYTEST_ARGS="-k quickstart -x".
 PYTEST_ARGS ?=
+# Whose Megatron `make test-upstream` runs, a checkout of Megatron-LM, such as DIR=~/Megatron-LM.
+DIR ?=
 # How long `make gpu-report` may take, and what is passed on to it, such as GPU_REPORT_ARGS="--rows checks loss".
 MINUTES ?= 10
 GPU_REPORT_ARGS ?=
@@ -15,7 +17,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 
-.PHONY: help venv quickstart test lint gpu-check gpu-report clean
+.PHONY: help venv quickstart test test-upstream lint gpu-check gpu-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +32,9 @@ quickstart: $(STAMP) ## train a dense and an SLA GPT on real text, compare them 
 
 test: $(STAMP) ## run the tests that need no GPU
 	@$(RUN) pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+test-upstream: $(STAMP) ## run those of parity and pipelines with the Megatron of a checkout (DIR=/path/to/it)
+	@$(RUN) tests.support.upstream $(DIR) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, formatting, and which folder imports which
 	@$(RUN) ruff check .

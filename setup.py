@@ -12,7 +12,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[1]
 INSTALL_REQUIRES = [
     "torch>=2.6",
     # The wheel carries megatron.training.  The names that are replaced are checked at run time: 0.18 lacks some.
-    "megatron-core[training]>=0.19,<0.20",
+    "megatron-core[training]>=0.19,<0.21",
     "datasets",
     "sentencepiece",
     # Exports are models of transformers 5, whose caches they use.

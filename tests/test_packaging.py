@@ -14,8 +14,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sla_megatron.upstream.flavours import FLAVOURS, SUPPORTED
+
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["help", "venv", "quickstart", "test", "lint", "gpu-check", "gpu-report", "clean"]
+TARGETS = ["help", "venv", "quickstart", "test", "test-upstream", "lint", "gpu-check", "gpu-report", "clean"]
 
 
 def setup_constant(name: str) -> object:
@@ -54,11 +56,20 @@ def test_every_requirement_is_pinned_to_a_version_it_accepts(extra: str) -> None
         assert requirement.specifier.contains(version, prereleases=True), requirement
 
 
-def test_megatron_is_a_single_minor_version() -> None:
+def test_the_range_of_megatron_is_what_every_seam_was_checked_with() -> None:
+    """In ``setup.py``, in what is said of a version that is refused, in the README and beside the patches."""
     megatron = next(r for r in map(Requirement, setup_constant("INSTALL_REQUIRES")) if "megatron" in r.name)
     assert "training" in megatron.extras
-    accepted = ["0.18.0", "0.19.0", "0.19.9", "0.20.0"]
-    assert list(megatron.specifier.filter(accepted)) == ["0.19.0", "0.19.9"]
+    minors = [line.minor for line in FLAVOURS if line.name == line.minor]
+    candidates = [f"0.{minor}.{patch}" for minor in range(15, 30) for patch in (0, 9)]
+    accepted = list(megatron.specifier.filter(candidates))
+    assert accepted == [f"{minor}.{patch}" for minor in minors for patch in (0, 9)]
+    assert set(re.findall(r"(0\.\d+)\.x \(", SUPPORTED)) == set(minors)
+    first = (ROOT / "README.md").read_text().split("```")[0]
+    assert re.search(rf"megatron-core {' and '.join(map(re.escape, minors))}, and .* branch dev", first)
+    table = re.findall(r"^\|.*\.patch.*$", (ROOT / "patches" / "README.md").read_text(), re.MULTILINE)
+    assert all(any(re.search(rf"\b{re.escape(line.name)}\b", row) for row in table) for line in FLAVOURS)
+    assert {line.name for line in FLAVOURS} == {*minors, "dev"}
 
 
 # launch/find-python.sh
@@ -164,7 +175,7 @@ def test_make_alone_lists_every_target() -> None:
     assert phony[1].split() == TARGETS
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "gpu-check", "gpu-report"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-upstream", "lint", "gpu-check", "gpu-report"])
 def test_targets_make_the_environment_first(target: str, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     commands = make("--dry-run", target, f"VENV={venv}").splitlines()

@@ -1,11 +1,11 @@
-"""Upstream's own ``pretrain_gpt.py``, patched, in real checkouts: it trains as this project's entry point does.
+"""Upstream's own ``pretrain_gpt.py`` and ``pretrain_hybrid.py``, patched, in real checkouts: they train as this
+project's entry point does.
 
 Needs a clone of NVIDIA/Megatron-LM: ``MEGATRON_LM_REPO=/path/to/clone``, which is only read.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -16,22 +16,21 @@ from pathlib import Path
 
 import pytest
 
-from sla_megatron.upstream.megatron_version import CHECKED_WITH, VERSION_FILE, minor_of, version_in
+from sla_megatron.upstream.megatron_version import CHECKED_WITH
 from tests.support.launch import start_ranks, wait_for_ranks
-from tests.support.runs import CPU_FLAGS, ITERATIONS, argv
+from tests.support.runs import CPU_FLAGS, argv
+from tests.support.upstream import REVISIONS, check_out, compiled_helpers
 
 REPOSITORY = os.environ.get("MEGATRON_LM_REPO")
 
 needs_clone = pytest.mark.skipif(not REPOSITORY, reason="MEGATRON_LM_REPO names no clone of NVIDIA/Megatron-LM")
 
-#: Those that the project says it was checked with.
-REVISIONS = {"0.19": "core_v0.19.0", "0.20": "d98e8a64ddf34856e74b24714e3bedb2f5a39553"}
-
+STEPS = 3
 SLA = {"sla": True, "sla_skip_distance": 2, "sla_num_skip_groups": 2}
-RUNS = {
-    "sla": argv(**SLA),
-    "pipeline": argv(**SLA, tensor_model_parallel_size=1, pipeline_model_parallel_size=2),
-}
+PIPELINE = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}
+
+#: Script -> what it builds 4 layers of attention of.  Dropout would be drawn by a hybrid model's layers in other turns.
+SCRIPTS = {"pretrain_gpt.py": {}, "pretrain_hybrid.py": {"num_layers": None, "hybrid_layer_pattern": "*-" * 4}}
 
 #: This project's entry point, on the Megatron of a checkout.
 OURS = """
@@ -63,13 +62,9 @@ def sla_patch(command: str, folder: Path) -> int:
 def checkout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clean checkout of one supported version, with the dataset helpers that Megatron would compile."""
     folder = tmp_path_factory.mktemp(request.param) / "Megatron-LM"
-    git(".", "clone", "--quiet", "--shared", "--no-checkout", REPOSITORY, str(folder))
-    try:
-        git(folder, "checkout", "--quiet", REVISIONS[request.param])
-    except subprocess.CalledProcessError:
+    if not check_out(Path(REPOSITORY), REVISIONS[request.param], folder):
         pytest.skip(f"{REPOSITORY} does not have {REVISIONS[request.param]}")
-    installed = Path(importlib.util.find_spec("megatron.core").origin).parent / "datasets"
-    for helpers in installed.glob("helpers_cpp*.so"):
+    for helpers in compiled_helpers():
         # Not copied with its time: make compiles what is older than its source.
         shutil.copyfile(helpers, folder / "megatron/core/datasets" / helpers.name)
     assert git(folder, "status", "--porcelain") == ""
@@ -84,10 +79,13 @@ def launch(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
     def run(name: str, command: list[str]) -> tuple[list[str], str]:
         folder = tmp_path / name
+        compiled = checkout / "megatron/training/__pycache__"
+        shutil.rmtree(compiled, ignore_errors=True)
         wait_for_ranks(start_ranks([word.format(checkout=str(checkout)) for word in command], 2, folder), folder, 500)
         log = "".join((folder / f"rank{rank}.log").read_text() for rank in (0, 1))
         figures = re.findall(r"(?:lm loss|grad norm|lm loss value): *([0-9.E+-]+)", log)
-        assert len(figures) == 2 * ITERATIONS + 2, "each step's, validation's and test's"
+        assert len(figures) == 2 * STEPS + 2, "each step's, validation's and test's"
+        assert compiled.is_dir(), "the checkout's Megatron ran, not the wheel's"
         return figures, log
 
     return run
@@ -95,29 +93,47 @@ def launch(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 def test_the_revisions_are_those_that_are_stated() -> None:
     """Tags by name, commits by their first digits."""
-    assert [minor for minor, checked in CHECKED_WITH.items() if REVISIONS[minor][:8] in checked] == list(REVISIONS)
+    assert [line for line, checked in CHECKED_WITH.items() if REVISIONS[line][:8] in checked] == list(REVISIONS)
 
 
 @needs_clone
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_patched_it_trains_as_before_and_as_our_entry_point_does(checkout: Path, launch: Callable) -> None:
-    """Without --sla upstream's figures; with it ours, tensor-parallel and in a pipeline; taken back, a clean tree."""
-    minor, patched = minor_of(version_in(checkout / VERSION_FILE)), "{checkout}/pretrain_gpt.py"
-    upstream, _ = launch("upstream", ["-c", UPSTREAM, *argv(), *CPU_FLAGS])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_patched_it_trains_as_our_entry_point_does(checkout: Path, launch: Callable, script: str) -> None:
+    """With --sla and without, tensor-parallel and in a pipeline; taken back, a clean tree."""
+    model = SCRIPTS[script] | {"train_iters": STEPS}
+    runs = {"dense": {}, "sla": SLA, "pipeline": SLA | PIPELINE}
+    patched = f"{{checkout}}/{script}"
     assert [sla_patch(command, checkout) for command in ("check", "apply", "apply", "check")] == [1, 0, 0, 0]
-    assert git(checkout, "status", "--porcelain") == " M pretrain_gpt.py\n"
-    dense, log = launch("dense", [patched, *argv()])
+    assert git(checkout, "status", "--porcelain") == "".join(f" M {name}\n" for name in SCRIPTS)
+    found = {}
+    try:
+        for name, flags in runs.items():
+            words = argv(**model | flags)
+            found[name], log = launch(name, [patched, *words])
+            assert ("sla-megatron: distance 2; 2 of 4 K/V groups skip" in log) == (name != "dense")
+            assert found[name] == launch(f"{name}-ours", ["-c", OURS, *words])[0]
+    finally:
+        assert sla_patch("revert", checkout) == 0
+    assert found["dense"] not in (found["sla"], found["pipeline"])
+    assert git(checkout, "status", "--porcelain") == ""
+
+
+@needs_clone
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_patched_and_without_sla_it_is_upstream_s(checkout: Path, launch: Callable) -> None:
+    """The figures of the script as it is; that for hybrid models needs Transformer Engine without the patch."""
+    words = argv(train_iters=STEPS)
+    upstream, _ = launch("upstream", ["-c", UPSTREAM, *words, *CPU_FLAGS])
+    assert sla_patch("apply", checkout) == 0
+    try:
+        dense, log = launch("dense", ["{checkout}/pretrain_gpt.py", *words])
+    finally:
+        assert sla_patch("revert", checkout) == 0
     assert dense == upstream
     assert "K/V" not in log
-    for name, flags in RUNS.items():
-        figures, log = launch(name, [patched, *flags])
-        assert re.search(rf"Megatron-Core version \.+ {re.escape(minor)}\.", log), "the checkout's, not the wheel's"
-        assert "sla-megatron: distance 2; 2 of 4 K/V groups skip" in log
-        assert figures == launch(f"{name}-ours", ["-c", OURS, *flags])[0]
-        assert figures != dense
-    assert sla_patch("revert", checkout) == 0
-    assert git(checkout, "status", "--porcelain") == ""
 
 
 @needs_clone

@@ -137,8 +137,25 @@ class Runs:
         return found
 
 
+def _asked(requests: dict[str, dict[str, Any]], items: Iterable[pytest.Item]) -> dict[str, dict[str, Any]]:
+    """Those of ``requests`` that the chosen tests of this file look at (``-k``): all of them take minutes."""
+    chosen = [getattr(item, "callspec", None) for item in items if item.path == Path(__file__)]
+    if None in chosen:
+        return requests
+    cases = {(one.params["model"], one.params["layout"]) for one in chosen}
+    models = {model for model, _ in cases}
+    if models & (DOCUMENT_MODELS.keys() | PACKED_MODELS.keys()):
+        models |= {"one-mask", *PACKED_MODELS.values()}
+
+    def is_asked(name: str) -> bool:
+        model, layout, *_ = name.removeprefix("documents.").removeprefix("packed.").split(".")
+        return (model, layout) in cases or (layout in ("seed", "pp1") and model in models)
+
+    return {name: one for name, one in requests.items() if is_asked(name)}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("pipeline")
     once = {"train_iters": 1, "eval_iters": 0, "save_interval": 1, "tensor_model_parallel_size": 1}
     # In the same processes as what starts from them.
@@ -156,8 +173,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     apart = _documents(folder, ("pp1", "pp2v2"))
     one_mask = [word for word in apart["documents.sla.pp1"]["argv"] if not word.startswith("--reset-")]
     apart["documents.one-mask.pp1"] = {"argv": one_mask, "pipeline": True}
-    runs.add(seeds | plain | _requests(folder, TWO_RANKS) | apart, 2, folder / "two")
-    runs.add(_requests(folder, FOUR_RANKS) | _documents(folder, ("pp4", "tp2pp2v2", "cp2pp2v2")), 4, folder / "four")
+    two = seeds | plain | _requests(folder, TWO_RANKS) | apart
+    four = _requests(folder, FOUR_RANKS) | _documents(folder, ("pp4", "tp2pp2v2", "cp2pp2v2"))
+    runs.add(_asked(two, request.session.items), 2, folder / "two")
+    if four := _asked(four, request.session.items):
+        runs.add(four, 4, folder / "four")
     return runs
 
 

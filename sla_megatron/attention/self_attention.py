@@ -25,19 +25,31 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from ..pipeline.waiting import current
-from ..upstream.seams import Reliance
+from ..upstream.seams import OneOf, Reliance
 from .mixing import mix
 from .mixing_plan import LayerPlan, OwnHeads, projection_plan
 from .numbering import LayerNumbers
 from .roles import LayerRole
 from .sla_config import SLAConfig
 
-QUERY_KEY_VALUE = Reliance(
+_QUERY_KEY_VALUE = (
     "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors",
     "overridden by SLASelfAttention, which takes the place of SelfAttention in the layer spec; its steps after the "
     "projection are spelled out",
-    ("self", "hidden_states", "key_value_states", "output_gate", "split_qkv"),
-    sources={"53c73e30c0289e33": "0.19.0 to 0.19.2", "99d3f9539b11aafe": "main at d98e8a64"},
+)
+
+QUERY_KEY_VALUE = OneOf(
+    Reliance(
+        *_QUERY_KEY_VALUE,
+        ("self", "hidden_states", "key_value_states", "output_gate", "split_qkv"),
+        sources={"53c73e30c0289e33": "0.19.0 to 0.19.2", "99d3f9539b11aafe": "main at d98e8a64"},
+    ),
+    # Since upstream's #4841: a gate for each head (flags/validation.py refuses it).
+    Reliance(
+        *_QUERY_KEY_VALUE,
+        ("self", "hidden_states", "key_value_states", "output_gate", "head_wise_gate", "split_qkv"),
+        sources={"f9ec1aabf083ecde": "dev at d48bd6be"},
+    ),
 )
 
 #: Called with whatever it is given, so that no signature is assumed.
@@ -88,6 +100,8 @@ class SLASelfAttention(SelfAttention):
         key_value_states: Tensor | None = None,
         output_gate: bool = False,
         split_qkv: bool = True,
+        *,
+        head_wise_gate: bool = False,
     ) -> tuple[Tensor, ...]:
         """Query ``[s, b, heads, d]``, key and value ``[s, b, groups, d]`` with skip groups replaced, any gate.
 
@@ -95,6 +109,8 @@ class SLASelfAttention(SelfAttention):
         """
         if not split_qkv:
             raise RuntimeError("skip-layer attention needs query, key and value apart: no --fused-single-qkv-rope")
+        if head_wise_gate:
+            raise RuntimeError("skip-layer attention has no gate for each head: no --head-wise-attn-gate")
         has_role = bool(self.role.puts or self.role.takes)
         normalises = any(not isinstance(norm, IdentityOp | None) for norm in (self.q_layernorm, self.k_layernorm))
         if has_role and not (normalises or output_gate or self.config.test_mode):

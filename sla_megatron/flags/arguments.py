@@ -40,7 +40,8 @@ PARSING = Reliance(
     "megatron.training.arguments:parse_and_validate_args",
     "its steps are spelled out here, to settle the --sla flags between two of them",
     ("extra_args_provider", "ignore_unknown_args", "args_defaults"),
-    sources={"c2bc7af545b664d3": "0.19.0 to 0.19.2, and main at d98e8a64"},
+    # They differ in where a line ends.
+    sources={"c2bc7af545b664d3": "0.19.0 to 0.19.2, and main at d98e8a64", "7299fd0582632c1f": "dev at d48bd6be"},
 )
 
 

@@ -19,7 +19,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 
 from ..attention.sla_config import compact_ranges
 from ..common.errors import FlagError, flag_of, one_line_errors
-from ..upstream.seams import Wrapping, wrap_once
+from ..upstream.seams import OneOf, Wrapping, wrap_once
 from .gpt_hybrid_load import adopt_layers, load_across_kinds
 from .rope_scaling import adopt_rope_scaling, require_same_rope_scaling
 from .validation import SLA_SETTINGS, sla_config_from_args
@@ -124,12 +124,18 @@ def _checked_on_loading(check: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-#: The only place that sees what a local checkpoint, one on each node's own disk, was trained with.
-CHECKED_ON_LOADING = Wrapping(
+_CHECKED_ON_LOADING = (
     "megatron.training.checkpointing:check_checkpoint_args",
     "called with a checkpoint's arguments before its weights are used; compares the SLA settings too",
-    ("checkpoint_args", "skip_args"),
-    wrap=_checked_on_loading,
+)
+
+#: The only place that sees what a local checkpoint, one on each node's own disk, was trained with.  Upstream's #5792,
+#: which dev lacks, has it leave arguments out.
+CHECKED_ON_LOADING = OneOf(
+    *(
+        Wrapping(*_CHECKED_ON_LOADING, parameters, wrap=_checked_on_loading)
+        for parameters in (("checkpoint_args", "skip_args"), ("checkpoint_args",))
+    )
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..common.errors import OFF, Refusal, refuse
+from . import dev
 from .data_splits import require_data_of_each_part
 from .needed import AT_START, NOT_INSTALLED
 from .rows import refuse_rows
@@ -31,7 +32,7 @@ def require_pretraining(args: Namespace, packages: bool = True) -> None:
 
     ``packages``: so too what needs a package that is not installed here.
     """
-    refuse(args, _NOT_HERE)
+    refuse(args, (*_NOT_HERE, *dev.NOT_HERE))
     refuse_unhonoured(args, packages)
 
 

@@ -42,8 +42,20 @@ class Family:
         return self.flags if self.is_refused else self.limits
 
 
-#: Flags that a Megatron of this project's range lacks: it has them from 0.20 on.
-FROM_0_20 = ("--enable-mhc-connections",)
+#: Flags that a Megatron of this project's range lacks, it has them from 0.20 on or in the branch dev alone; and whether
+#: they have values.
+OF_OTHER_VERSIONS = {
+    "--enable-mhc-connections": False,
+    "--enable-hyper-connections": False,
+    "--head-wise-attn-gate": False,
+    "--rotary-base-per-layer": True,
+    "--moe-n-hash-layers": True,
+    "--dynamic-context-parallel": False,
+    "--sequence-packing-scheduler": True,
+    "--use-varlen-dataset": False,
+    "--pad-packed-seq-alignment": True,
+    "--sft-mock-dataset-config-json": True,
+}
 
 #: At most five: a test counts.
 REFUSED = (
@@ -57,6 +69,10 @@ REFUSED = (
             "--heterogeneous-layers-config-path layers.json",
             "--heterogeneous-layers-config-encoded-json {}",
             "--enable-mhc-connections",
+            "--enable-hyper-connections",
+            "--head-wise-attn-gate",
+            "--rotary-base-per-layer 1e4 1e4 1e4 1e4",
+            "--moe-n-hash-layers 1",
         ),
     ),
     Family(
@@ -72,6 +88,11 @@ REFUSED = (
             "--dataloader-type external",
             "--titles-data-path titles",
             "--vision-pretraining",
+            "--dynamic-context-parallel",
+            "--sequence-packing-scheduler dp_balanced",
+            "--use-varlen-dataset",
+            "--pad-packed-seq-alignment 8",
+            "--sft-mock-dataset-config-json {}",
         ),
     ),
 )

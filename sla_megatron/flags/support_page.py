@@ -20,7 +20,7 @@ from ..common.errors import FlagError, StartError
 from ..common.files import write_whole
 from ..common.silence import silence
 from ..cpu.device import add_device_arg, megatron_device
-from .families import FROM_0_20, UNTESTED, Family
+from .families import OF_OTHER_VERSIONS, UNTESTED, Family
 from .support import FAMILIES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
@@ -122,7 +122,7 @@ def refusal(flags: str) -> StartError | None:
     before = dict(os.environ)
     os.environ.update(variables)
     try:
-        args = settled_args(_with_later_flags, check=check, will_run_here=False, argv=argv, silent=True)
+        args = settled_args(_with_flags_of_others, check=check, will_run_here=False, argv=argv, silent=True)
         with silence(), megatron_refusals():
             core_transformer_config_from_args(args)
     except StartError as error:
@@ -133,11 +133,11 @@ def refusal(flags: str) -> StartError | None:
     return None
 
 
-def _with_later_flags(parser: ArgumentParser) -> ArgumentParser:
-    """``parser`` with the flags that a later Megatron has, unless this one has them."""
-    for flag in FROM_0_20:
+def _with_flags_of_others(parser: ArgumentParser) -> ArgumentParser:
+    """``parser`` with the flags that another Megatron has, unless this one has them."""
+    for flag, has_value in OF_OTHER_VERSIONS.items():
         if flag not in parser._option_string_actions:
-            parser.add_argument(flag, action="store_true")
+            parser.add_argument(flag, **({"nargs": "+"} if has_value else {"action": "store_true"}))
     return add_device_arg(parser)
 
 

@@ -11,6 +11,7 @@ from argparse import Namespace
 from ..attention.sla_config import SLAConfig, compact_ranges, default_num_skip_groups, default_skip_distance
 from ..common.errors import OFF, FlagError, Refusal, flag_of, refuse
 from ..pipeline.schedule import Schedule
+from . import dev
 from .asked import hybrid_pattern, layer_numbers
 from .hybrid import WITH_SLA
 from .rows import refuse_rows
@@ -83,7 +84,8 @@ def refuse_unsupported(args: Namespace) -> None:
     if args.sla:
         # First: validation makes other options of a pattern's symbols.
         refuse_rows(args, WITH_SLA)
-        refuse(args, (*_REFUSED, *_REFUSED_FROM_0_20))
+        refuse(args, (*_REFUSED, *_REFUSED_FROM_0_20, *dev.REFUSED))
+        dev.refuse_overlap_of_experts(args)
 
 
 def resolve_sla_args(args: Namespace) -> None:

@@ -27,6 +27,7 @@ from ..flags import rope_scaling
 from ..flags.asked import has_torch_attention, is_local
 from ..flags.sla_flags import MEGATRON, SDPA
 from ..flags.validation import sla_config_from_args
+from ..upstream.adapters.model_configs import config_of_class
 from ..upstream.seams import Reliance
 from .hybrid_specs import LOCAL_KINDS, local_hybrid_stack_spec
 from .hybrid_stack import sla_hybrid_stack_spec, torch_attention_in_stack
@@ -77,7 +78,7 @@ def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:
     if sla_config_from_args(args) is None and not has_torch_attention(args):
         return _with_rope_scaling(upstream_gpt_config_from_args(args, **kwargs), args)
     _require_own_class(args, kwargs)
-    model_config = upstream_gpt_config_from_args(args, model_config_cls=SLAGPTModelConfig, **kwargs)
+    model_config = config_of_class(upstream_gpt_config_from_args, SLAGPTModelConfig, args, **kwargs)
     _set_attention(model_config, args)
     if model_config.sla is not None and model_config.sla.kv_projection == "pruned":
         # Layers differ in shape, so that a checkpoint cannot hold them as one tensor stacked over the layers.
@@ -99,7 +100,7 @@ def hybrid_config_from_args(args: Namespace, **kwargs: Any) -> HybridModelConfig
     if not is_own and not (is_local(args) and cpu_backend_is_active()):
         return upstream_hybrid_config_from_args(args, **kwargs)
     _require_own_class(args, kwargs)
-    model_config = upstream_hybrid_config_from_args(args, model_config_cls=SLAHybridModelConfig, **kwargs)
+    model_config = config_of_class(upstream_hybrid_config_from_args, SLAHybridModelConfig, args, **kwargs)
     _set_attention(model_config, args)
     if is_without_engine(model_config) and set(kinds(args.hybrid_layer_pattern)) - set(LOCAL_KINDS):
         accepted = f"layers of {' '.join(LOCAL_KINDS)} with --transformer-impl local"

@@ -18,7 +18,7 @@ from ..pipeline.routes import RoutePlan, StageTraffic
 from ..pipeline.step import current_step
 from ..pipeline.transport import install_transport
 from ..pipeline.waiting import microbatch
-from ..upstream.seams import Seam, SeamError, replaced
+from ..upstream.seams import OneOf, Seam, SeamError, replaced
 
 
 class CrossLayerBlock:
@@ -35,7 +35,7 @@ class CrossLayerBlock:
         traffic: what this virtual stage does of it.
     """
 
-    checkpoint_seams: ClassVar[tuple[Seam, ...]] = ()
+    checkpoint_seams: ClassVar[tuple[Seam | OneOf, ...]] = ()
     declared: Declarations
     uses: Mapping[Name, int]
     route_plan: RoutePlan | None = None

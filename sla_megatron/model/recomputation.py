@@ -12,7 +12,7 @@ the checkpoint is then Transformer Engine's, which finds a layer's scales again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,13 +24,13 @@ from torch import Tensor
 from ..pipeline.declarations import Name
 from ..pipeline.joining import joined
 from ..pipeline.waiting import current, microbatch
-from ..upstream.seams import Seam
+from ..upstream.seams import OneOf, Reliance, Seam
 
 #: What upstream's function keeps from a layer that is no ``TransformerLayer``.
-_OF_TRANSFORMER_LAYERS = ("context", "context_mask", "attention_bias", "padding_mask")
+_OF_TRANSFORMER_LAYERS = ("context", "context_mask", "attention_bias", "padding_mask", "input_ids")
 
 
-def _checkpointed_forward(
+def checkpointed_forward(
     self: Any,
     hidden_states: Tensor,
     attention_mask: Tensor,
@@ -43,10 +43,12 @@ def _checkpointed_forward(
     padding_mask: Tensor | None = None,
     extract_layer_indices: set[int] | None = None,
     layer_offset: int = 0,
+    input_ids: Tensor | None = None,
 ) -> Tensor:
     """Stands for ``megatron.core.recompute.checkpointed_forward`` while an SLA block's forward runs, of either kind.
 
     ``hidden_states`` is ``[s, b, h]``.  The chunks are upstream's (``--recompute-method``, ``--recompute-num-layers``).
+    ``input_ids`` come from dev alone, whose layers take them.
     """
     if extract_layer_indices:
         raise RuntimeError("full recomputation with --sla does not support the extraction of hidden states")
@@ -60,6 +62,8 @@ def _checkpointed_forward(
         packed_seq_params=packed_seq_params,
         padding_mask=padding_mask,
     )
+    if input_ids is not None:
+        layer_arguments["input_ids"] = input_ids
 
     of_other_layers = {name: value for name, value in layer_arguments.items() if name not in _OF_TRANSFORMER_LAYERS}
 
@@ -150,29 +154,50 @@ def _crossing(block: Any, layers: Sequence[Any]) -> tuple[list[Name], list[Name]
     return reads, [name for name in made if block.uses[name] > inside[name]]
 
 
-def _checkpointed_forward_of(module: str) -> Seam:
-    """The seam of the block in ``module``, which names upstream's function there."""
+_REASON = "full recomputation must carry what crosses layers in and out of each checkpoint"
+
+_PARAMETERS = (
+    "self",
+    "hidden_states",
+    "attention_mask",
+    "context",
+    "context_mask",
+    "rotary_pos_emb",
+    "attention_bias",
+    "packed_seq_params",
+    "use_inner_quantization_context",
+    "padding_mask",
+    "extract_layer_indices",
+    "layer_offset",
+)
+
+_READ_IN = {"163861b4ad4fa9d4": "0.19.0 to 0.19.2, and main at d98e8a64"}
+
+
+def _function_in(module: str, *further: str, sources: Mapping[str, str] | None = None) -> Seam:
+    """The seam of the block in ``module``, which names upstream's function there, with ``further`` parameters."""
     return Seam(
         f"{module}:checkpointed_forward",
-        "full recomputation must carry what crosses layers in and out of each checkpoint; only while such a block runs",
-        (
-            "self",
-            "hidden_states",
-            "attention_mask",
-            "context",
-            "context_mask",
-            "rotary_pos_emb",
-            "attention_bias",
-            "packed_seq_params",
-            "use_inner_quantization_context",
-            "padding_mask",
-            "extract_layer_indices",
-            "layer_offset",
-        ),
-        sources={"163861b4ad4fa9d4": "0.19.0 to 0.19.2, and main at d98e8a64"},
-        stand_in=_checkpointed_forward,
+        f"{_REASON}; only while such a block runs",
+        (*_PARAMETERS, *further),
+        sources=sources or _READ_IN,
+        stand_in=checkpointed_forward,
     )
 
 
-CHECKPOINTED_FORWARD = _checkpointed_forward_of("megatron.core.transformer.transformer_block")
-HYBRID_CHECKPOINTED_FORWARD = _checkpointed_forward_of("megatron.core.models.hybrid.hybrid_block")
+#: A function since upstream's #4496; in dev, which has that change for hybrid models alone, a method of this block.
+CHECKPOINTED_FORWARD = OneOf(
+    _function_in("megatron.core.transformer.transformer_block"),
+    Reliance(
+        "megatron.core.transformer.transformer_block:TransformerBlock._checkpointed_forward",
+        f"overridden by CrossLayerTransformerBlock: {_REASON}",
+        (*_PARAMETERS, "input_ids"),
+        sources={"e46be4066ebe8bac": "dev at d48bd6be"},
+    ),
+)
+HYBRID_CHECKPOINTED_FORWARD = OneOf(
+    _function_in("megatron.core.models.hybrid.hybrid_block"),
+    _function_in(
+        "megatron.core.models.hybrid.hybrid_block", "input_ids", sources={"6efc429ff111527d": "dev at d48bd6be"}
+    ),
+)

@@ -23,7 +23,7 @@ from ..pipeline.megatron_layout import pipeline_layout
 from ..upstream.seams import Reliance, Seam, replaced
 from .crossing import CrossLayerBlock
 from .layer_specs import Spec, sla_layer_spec, torch_attention_in_further_layers, torch_attention_spec
-from .recomputation import CHECKPOINTED_FORWARD
+from .recomputation import CHECKPOINTED_FORWARD, checkpointed_forward
 from .schedule_plan import install_sharing_in_plans
 
 #: Called with whatever they are given, so that no signature is assumed.
@@ -43,6 +43,8 @@ class CrossLayerTransformerBlock(CrossLayerBlock, TransformerBlock):
     """Upstream's ``TransformerBlock``, whose layers make tensors that later ones read."""
 
     checkpoint_seams = (CHECKPOINTED_FORWARD,)
+    # What dev calls; elsewhere a name that nothing calls.
+    _checkpointed_forward = checkpointed_forward
 
     def share(self, declared: Declarations) -> None:
         """Have the layers share ``declared``, and the ends of this stage carry them.  Raises as ``join_pipeline``."""

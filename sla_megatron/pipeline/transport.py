@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+from ..upstream.adapters.process_groups import SCHEDULE_GROUPS, schedule_groups
 from ..upstream.seams import Reliance, SeamError, Wrapping, wrap_once
 from .communicator import COMMUNICATOR, PayloadOrder, SLAP2PCommunicator
 from .payload import MicrobatchShape
@@ -42,7 +43,7 @@ def carrying_tensors(upstream: Callable[..., Any]) -> Callable[..., Any]:
         for name in ("p2p_communicator", "adjust_tensor_shapes_fn"):
             if arguments.get(name) is not None:
                 raise RuntimeError(f"the schedule was given a {name}, which does not go with tensors that cross layers")
-        groups = arguments.get("pg_collection") or schedules._build_default_pg_collection()
+        groups = arguments.get("pg_collection") or schedule_groups()
         config, forward_only = get_model_config(chunk), arguments.get("forward_only", False)
         schedule = _schedule(block.route_plan, config, arguments["num_microbatches"], forward_only)
         shape = MicrobatchShape(
@@ -151,11 +152,7 @@ SCHEDULE_HELPERS = (
         "called to compare the order of passes that the shapes assume with Megatron's",
         ("num_microbatches", "num_model_chunks", "microbatch_group_size_per_vp_stage"),
     ),
-    Reliance(
-        "megatron.core.pipeline_parallel.schedules:_build_default_pg_collection",
-        "called as the schedules call it, for the groups that the communicator needs",
-        (),
-    ),
+    SCHEDULE_GROUPS,
 )
 
 

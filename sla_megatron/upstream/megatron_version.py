@@ -9,16 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..common.errors import StartError
+from .flavours import FLAVOURS, Flavour, flavour_of
 from .seams import SeamError
 
-#: Minor version -> what every seam was read against and tested with.
-CHECKED_WITH = {
-    "0.19": "0.19.2 from the package index, core_v0.19.0",
-    "0.20": "development: main at d98e8a64 of 2026-08-22",
-}
-
-#: As one line, for messages.
-SUPPORTED = "; ".join(f"{minor}.x ({checked})" for minor, checked in CHECKED_WITH.items())
+#: Line of development -> what every seam was read against and tested with.
+CHECKED_WITH = {flavour.name: flavour.checked for flavour in FLAVOURS}
 
 #: A package that Megatron need not have, and the oldest beside which it can be imported.
 RESILIENCY, OLDEST_RESILIENCY = "nvidia-resiliency-ext", (0, 6)
@@ -47,32 +42,37 @@ def version_in(package_info: Path) -> str | None:
     return ".".join(map(str, numbers)) + str(found.get("PRE_RELEASE") or "")
 
 
-def minor_of(version: str) -> str:
-    """``"0.19.2"`` -> ``"0.19"``."""
-    return ".".join(version.split(".")[:2])
-
-
 def require_megatron() -> str:
-    """The version of the Megatron that will be imported.
+    """The version of the Megatron that will be imported, as it says.
 
     Raises:
         MegatronVersionError: if there is none, or one that this project was not checked with.
     """
+    version, _ = _found()
+    _require_resiliency()
+    return version
+
+
+def megatron_flavour() -> Flavour:
+    """The line of development of the Megatron that will be imported.  Raises as :func:`require_megatron`."""
+    return _found()[1]
+
+
+def _found() -> tuple[str, Flavour]:
     try:
         core = importlib.util.find_spec("megatron.core")
     except ModuleNotFoundError:
         core = None
     if core is None or core.origin is None:
         raise MegatronVersionError("Megatron is not installed: pip install 'megatron-core[training]==0.19.*'")
-    package_info = Path(core.origin).with_name(VERSION_FILE.name)
+    origin = Path(core.origin)
     try:
-        found = version_in(package_info)
+        version = version_in(origin.with_name(VERSION_FILE.name))
+        return version, flavour_of(version, origin.parent)
     except OSError as error:
-        raise MegatronVersionError(f"{package_info}: cannot be read ({error.strerror})") from error
-    if found is None or minor_of(found) not in CHECKED_WITH:
-        raise MegatronVersionError(f"{core.origin}: Megatron {found or 'of no known version'}, supported: {SUPPORTED}")
-    _require_resiliency()
-    return found
+        raise MegatronVersionError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    except SeamError as error:
+        raise MegatronVersionError(f"{origin}: {error}") from error
 
 
 def _require_resiliency() -> None:

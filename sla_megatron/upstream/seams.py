@@ -5,6 +5,9 @@ where it matters the parameter names, or the very source, that upstream is expec
 stands for is a :class:`Seam`: :func:`replaced` installs a list of them for the length of a ``with`` block and puts
 every original back on leaving.  One that is wrapped for the rest of the process is a :class:`Wrapping`.
 
+What versions of Megatron have in different places, or in different forms, is declared once for each of them, as
+:class:`OneOf`: the first that fits counts.
+
 A missing target, a changed signature or a changed source raises: replacing a name that upstream no longer has would
 silently do nothing.  ``sla-patch registry`` lists every declaration.
 """
@@ -71,6 +74,11 @@ class Reliance:
         """Raise :class:`SeamError` unless the name is as expected."""
         self.resolve()
 
+    def fitting(self) -> Reliance:
+        """This one.  Raises :class:`SeamError` unless the name is as expected."""
+        self.require()
+        return self
+
 
 @dataclass(frozen=True)
 class Seam(Reliance):
@@ -97,6 +105,38 @@ class Wrapping(Reliance):
         return owner, name
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """One name, or what has taken its place, as the versions of Megatron have it: ``declarations``, one for each form.
+
+    Stands where a single declaration does.  Among seams a form that is only relied on is checked, and nothing is
+    replaced.
+    """
+
+    declarations: tuple[Reliance, ...]
+
+    def __init__(self, *declarations: Reliance) -> None:
+        object.__setattr__(self, "declarations", declarations)
+
+    def fitting(self) -> Reliance:
+        """The first that fits.  Raises one :class:`SeamError`, with what each of them misses, where none does."""
+        misses: dict[str, None] = {}
+        for declaration in self.declarations:
+            try:
+                return declaration.fitting()
+            except SeamError as error:
+                misses[str(error)] = None
+        raise SeamError("; and ".join(misses))
+
+    def resolve(self) -> tuple[Any, str]:
+        """Of the one that fits: the object that owns the name, and the name."""
+        return self.fitting().resolve()
+
+    def require(self) -> None:
+        """Raise :class:`SeamError` unless one fits."""
+        self.fitting()
+
+
 def require_parameters(function: Any, expected: Sequence[str], label: str) -> None:
     """Raise :class:`SeamError` unless ``function`` has exactly the parameters ``expected``, in that order."""
     found = tuple(inspect.signature(function).parameters)
@@ -118,12 +158,13 @@ def source_hash(function: Any) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-def wrap_once(wrappings: Sequence[Wrapping]) -> None:
+def wrap_once(wrappings: Sequence[Wrapping | OneOf]) -> None:
     """Wrap what is there now, for the rest of the process; nothing where our wrapper is there, or inside another's.
 
     All are checked before the first is wrapped.  Raises :class:`SeamError` if upstream changed.
     """
-    for wrapping, (owner, name) in [(wrapping, wrapping.resolve()) for wrapping in wrappings]:
+    fitting = [wrapping.fitting() for wrapping in wrappings]
+    for wrapping, (owner, name) in [(wrapping, wrapping.resolve()) for wrapping in fitting]:
         there, ours = getattr(owner, name), _wrappers.get(wrapping.target)
         # What is wrapped as functools does it can be looked into; what cannot, and came after ours, holds ours.
         inside = [there]
@@ -135,12 +176,13 @@ def wrap_once(wrappings: Sequence[Wrapping]) -> None:
 
 
 @contextmanager
-def replaced(seams: Sequence[Seam]) -> Iterator[None]:
+def replaced(seams: Sequence[Seam | OneOf]) -> Iterator[None]:
     """Install ``seams`` for the length of the block.  All are checked before the first is installed."""
-    places = [seam.resolve() for seam in seams]
+    fitting = [seam.fitting() for seam in seams]
+    places = [(seam, *seam.resolve()) for seam in fitting if isinstance(seam, Seam)]
     originals: list[tuple[Any, str, Any]] = []
     try:
-        for seam, (owner, name) in zip(seams, places, strict=True):
+        for seam, owner, name in places:
             # An inherited attribute is put back by deleting ours, not by copying it into the subclass.
             original = vars(owner).get(name, _MISSING) if isinstance(owner, type) else getattr(owner, name)
             setattr(owner, name, seam.stand_in)

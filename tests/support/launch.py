@@ -37,6 +37,9 @@ def free_ports(count: int) -> list[int]:
 _LEFT_BEHIND = ("NVTE_", "TORCHINDUCTOR_")
 _OF_THE_USER = {name: value for name, value in os.environ.items() if name.startswith(_LEFT_BEHIND)}
 
+#: Behind the repository: such as another Megatron than the one that is installed.
+_FURTHER_PATHS = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(ROOT))]
+
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What torchrun sets for a rank, and the repository on the path."""
@@ -50,7 +53,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *_FURTHER_PATHS]),
         "PYTHONWARNINGS": "ignore",
     }
 

@@ -1,4 +1,4 @@
-"""``sla-patch``: --sla in pretrain_gpt.py of your own Megatron-LM checkout.
+"""``sla-patch``: --sla in pretrain_gpt.py and pretrain_hybrid.py of your own Megatron-LM checkout.
 
 sla-patch check DIR
 sla-patch apply DIR
@@ -19,6 +19,7 @@ from pathlib import Path
 from ...common.errors import one_line_errors
 from ...common.flag_types import OneLineParser
 from .checkout import Checkout
+from .diff import Diff
 
 
 def main() -> None:
@@ -54,22 +55,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(checkout: Checkout) -> int:
-    if checkout.is_applied():
-        print(f"{checkout.script}: {checkout.patch.name} is applied (Megatron {checkout.version})")
-        return 0
-    print(f"{checkout.script}: not applied; {checkout.patch.name} fits (Megatron {checkout.version})")
-    return 1
+    applied = checkout.applied()
+    for diff in checkout.patch.diffs:
+        found = "is applied" if diff in applied else "fits, not applied"
+        print(f"{checkout.script(diff)}: {checkout.patch.name} {found} ({checkout.description})")
+    return 0 if len(applied) == len(checkout.patch.diffs) else 1
 
 
 def _apply(checkout: Checkout) -> int:
-    done = "applied" if checkout.apply() else "was applied already, nothing changed:"
-    print(f"{checkout.script}: {done} {checkout.patch.name} (Megatron {checkout.version})")
-    return 0
+    return _say(checkout, checkout.apply(), "applied", "was applied already, nothing changed:")
 
 
 def _revert(checkout: Checkout) -> int:
-    done = "took back" if checkout.revert() else "was not applied, nothing changed:"
-    print(f"{checkout.script}: {done} {checkout.patch.name} (Megatron {checkout.version})")
+    return _say(checkout, checkout.revert(), "took back", "was not applied, nothing changed:")
+
+
+def _say(checkout: Checkout, done: list[Diff], changed: str, unchanged: str) -> int:
+    scripts = {diff.path for diff in done}
+    for diff in checkout.patch.diffs:
+        what = changed if diff.path in scripts else unchanged
+        print(f"{checkout.script(diff)}: {what} {checkout.patch.name} ({checkout.description})")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A unified diff of one file, applied to a text or taken back: all of it, or nothing.
+"""A unified diff of a file, applied to a text or taken back: all of it, or nothing.
 
 Stricter than ``patch`` and ``git apply``, and without them: the lines that a hunk expects must be in the text exactly
 once, wherever that is, so that there is nothing to guess.
@@ -47,16 +47,18 @@ class Diff:
     hunks: tuple[Hunk, ...]
 
     @classmethod
-    def parse(cls, text: str) -> Diff:
-        """A diff of one file; what stands before ``--- a/`` is its description.
+    def parse(cls, text: str) -> tuple[Diff, ...]:
+        """A diff of one file, or of several one after the other; what stands before ``--- a/`` is its description.
 
         Raises ``ValueError`` for anything else.
         """
-        header = re.search(r"^--- a/(\S+)\n\+\+\+ b/\1\n(?=@@ )", text, re.MULTILINE)
-        if header is None:
-            raise ValueError("not a unified diff of one file")
-        hunks = re.split(r"^@@ -\d+,\d+ \+\d+,\d+ @@.*\n", text[header.end() :], flags=re.MULTILINE)
-        return cls(header[1], tuple(_hunk(lines.splitlines(keepends=True)) for lines in hunks[1:]))
+        headers = list(re.finditer(r"^--- a/(\S+)\n\+\+\+ b/\1\n(?=@@ )", text, re.MULTILINE))
+        ends = [*(header.start() for header in headers[1:]), len(text)]
+        if not headers:
+            raise ValueError("not a unified diff of files")
+        return tuple(
+            cls(header[1], _hunks(text[header.end() : end])) for header, end in zip(headers, ends, strict=True)
+        )
 
     def reversed(self) -> Diff:
         """The diff that takes this one back."""
@@ -73,6 +75,11 @@ class Diff:
                 raise DiffError(" then ".join(repr(line) for line in hunk.before.splitlines()))
             text = hunk.apply(text)
         return text
+
+
+def _hunks(text: str) -> tuple[Hunk, ...]:
+    _, *hunks = re.split(r"^@@ -\d+,\d+ \+\d+,\d+ @@.*\n", text, flags=re.MULTILINE)
+    return tuple(_hunk(lines.splitlines(keepends=True)) for lines in hunks)
 
 
 def _hunk(lines: list[str]) -> Hunk:

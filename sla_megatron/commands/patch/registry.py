@@ -26,8 +26,10 @@ from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
 from ...pipeline.transport import SCHEDULE_HELPERS, SCHEDULES
 from ...training.checkpoint_writer import LOCAL_TENSOR, RESULTS_QUEUE, SAVE_CONFIG
+from ...upstream.adapters.checkpoint_interop import has_checkpoint_interop
+from ...upstream.adapters.schedule_nodes import has_schedule_nodes
 from ...upstream.compiled_helpers import COMPILE_HELPERS
-from ...upstream.seams import Reliance, Seam, SeamError, Wrapping
+from ...upstream.seams import OneOf, Reliance, Seam, SeamError, Wrapping
 
 #: When a name is touched.
 ALWAYS = "in every run, with --sla or without"
@@ -55,17 +57,23 @@ class Entry:
     """One name.
 
     Attributes:
-        name: the declaration: dotted target, reason, and parameters where upstream must have these.
+        name: the declaration: dotted target, reason, and parameters where upstream must have these; or one for each
+            form that versions of Megatron have.
         when: in which runs it is touched.
     """
 
-    name: Reliance
+    name: Reliance | OneOf
     when: str
 
     @property
-    def is_replaced(self) -> bool:
-        """Whether something else stands for the name; else it is overridden, called or restated."""
-        return isinstance(self.name, Seam | Wrapping)
+    def forms(self) -> tuple[Reliance, ...]:
+        """The declaration, or all of them."""
+        return self.name.declarations if isinstance(self.name, OneOf) else (self.name,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The dotted targets, each once."""
+        return tuple(dict.fromkeys(form.target for form in self.forms))
 
     def misfit(self) -> str | None:
         """Why the name of the Megatron that is imported is not the expected one; ``None`` if it is."""
@@ -76,8 +84,13 @@ class Entry:
         return None
 
 
+def is_replaced(form: Reliance) -> bool:
+    """Whether something else stands for the name; else it is overridden, called or restated."""
+    return isinstance(form, Seam | Wrapping)
+
+
 def registry() -> list[Entry]:
-    """All of them, those of ``--sla`` first."""
+    """All of them that the imported Megatron may have touched, those of ``--sla`` first."""
     # Any settings will do: what stands for a name is made for a model, the name is the same for all.
     sla = SLAConfig(2, 1, (1,), 1)
     return [
@@ -86,12 +99,12 @@ def registry() -> list[Entry]:
         *_entries(HYBRID, hybrid_stack.OVERRIDDEN),
         *_entries(ENCODER, [transformer_block_seam(sla, BERT_MODEL)]),
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD]),
-        *_entries(PLANS, [BUILD_SCHEDULE_PLAN, *SCHEDULE_NODES]),
+        *(_entries(PLANS, [BUILD_SCHEDULE_PLAN, *SCHEDULE_NODES]) if has_schedule_nodes() else ()),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
         *_entries(CORE_ATTENTION, [*RELIED_ON, transformer_block.FURTHER_LAYERS]),
         *_entries(MAMBA, MAMBA_PARTS),
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
-        *_entries(ACROSS, ACROSS_KINDS),
+        *(_entries(ACROSS, ACROSS_KINDS) if has_checkpoint_interop() else ()),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
         *_entries(SAVE, [SAVE_CONFIG]),
         *_entries(FSDP2, [LOCAL_TENSOR]),
@@ -102,5 +115,5 @@ def registry() -> list[Entry]:
     ]
 
 
-def _entries(when: str, names: Sequence[Reliance]) -> list[Entry]:
+def _entries(when: str, names: Sequence[Reliance | OneOf]) -> list[Entry]:
     return [Entry(name, when) for name in names]

@@ -26,15 +26,17 @@ def print_registry(checkout: Checkout | None) -> int:
 
 
 def _print_reasons() -> int:
-    from .registry import registry
+    from .registry import is_replaced, registry
 
     print("checked with Megatron " + "; ".join(f"{minor} ({what})" for minor, what in CHECKED_WITH.items()))
     for when, entries in groupby(registry(), lambda entry: entry.when):
         print(f"\n{when}:")
         for entry in entries:
-            print(f"  {entry.name.target}{'' if entry.is_replaced else ' (not replaced)'}\n      {entry.name.reason}")
-            if entry.name.sources:
-                print(f"      its source as in {' or '.join(entry.name.sources.values())}, and no other")
+            for index, form in enumerate(entry.forms):
+                other = "  or " if index else "  "
+                print(f"{other}{form.target}{'' if is_replaced(form) else ' (not replaced)'}\n      {form.reason}")
+                if form.sources:
+                    print(f"      its source as in {' or '.join(form.sources.values())}, and no other")
     return 0
 
 
@@ -44,7 +46,7 @@ def _print_fits() -> int:
     except ImportError as error:
         print(f"does not fit: {error}")
         return 1
-    misfits = {entry.name.target: entry.misfit() for entry in registry()}
+    misfits = {entry.targets: entry.misfit() for entry in registry()}
     for misfit in filter(None, misfits.values()):
         print(f"does not fit: {misfit}")
     print(f"{sum(misfit is None for misfit in misfits.values())} of {len(misfits)} names fit")

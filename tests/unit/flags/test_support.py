@@ -21,7 +21,7 @@ import pytest
 
 from sla_megatron.common.errors import FlagError, StartError, flag_of
 from sla_megatron.flags import support_page
-from sla_megatron.flags.families import FROM_0_20, REFUSED, UNTESTED, Family
+from sla_megatron.flags.families import REFUSED, UNTESTED, Family
 from sla_megatron.flags.support import FAMILIES, WORKS
 from tests.support.launch import ROOT
 
@@ -89,9 +89,9 @@ def _raises_with_sla() -> dict[int, range]:
 
 
 def _rows_of_validation() -> set[Row]:
-    from sla_megatron.flags import hybrid, validation
+    from sla_megatron.flags import dev, hybrid, validation
 
-    tables = (*validation._REFUSED, *validation._REFUSED_FROM_0_20)
+    tables = (*validation._REFUSED, *validation._REFUSED_FROM_0_20, *dev.REFUSED)
     rows = {(flag_of(name), accepted) for name, _, accepted in tables} | set(_raises_with_sla())
     return rows | {(flag_of(row.name), row.accepted) for row in hybrid.WITH_SLA}
 
@@ -106,7 +106,7 @@ def _row(error: FlagError) -> Row | None:
 
 def _table_faults(families: Sequence[Family], said: dict[str, StartError | None]) -> list[str]:
     """What is wrong between the table and the checks of the flags."""
-    from sla_megatron.flags import core_attention, entry_point
+    from sla_megatron.flags import core_attention, dev, entry_point
 
     found = support_page.faults(families, said)
     owners: dict[Row | None, set[str]] = defaultdict(set)
@@ -120,7 +120,7 @@ def _table_faults(families: Sequence[Family], said: dict[str, StartError | None]
         if len(owners[row]) != 1:
             found.append(f"validation {row}: in {len(owners[row])} families")
     # Where both refuse, it is the other's line that is shown.
-    for name, _, _ in (*entry_point._NOT_HERE, *core_attention._REFUSED):
+    for name, _, _ in (*entry_point._NOT_HERE, *dev.NOT_HERE, *core_attention._REFUSED):
         if not named[flag_of(name)]:
             found.append(f"{flag_of(name)}: in no family")
     if (count := sum(family.is_refused for family in families)) > 5:
@@ -294,4 +294,3 @@ def test_the_tables_are_told_apart() -> None:
     assert [family.name for family in WORKS if family.is_refused] == []
     assert [family.name for family in REFUSED if not family.is_refused] == []
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
-    assert FROM_0_20 == ("--enable-mhc-connections",)

@@ -61,7 +61,7 @@ def gradients(declared: Declarations, method: str | None, chunk: int) -> list[Te
             for layer in layers:
                 hidden_states, _ = layer(hidden_states)
         else:
-            hidden_states = recomputation.CHECKPOINTED_FORWARD.stand_in(
+            hidden_states = recomputation.checkpointed_forward(
                 block, hidden_states, None, None, None, None, None, None, False
             )
     hidden_states.pow(2).sum().backward()

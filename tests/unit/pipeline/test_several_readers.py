@@ -207,9 +207,9 @@ class Stage(torch.nn.Module):
     def forward(self, hidden_states: Tensor | None) -> Tensor:
         hidden_states = hidden_states if self.pre_process else self.input_tensor
         if self.config.recompute_granularity == "full":
-            from sla_megatron.model.recomputation import CHECKPOINTED_FORWARD
+            from sla_megatron.model.recomputation import checkpointed_forward
 
-            return CHECKPOINTED_FORWARD.stand_in(self, hidden_states, None, None, None, None, None, None, False)
+            return checkpointed_forward(self, hidden_states, None, None, None, None, None, None, False)
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states)
         # As upstream's of a stage without layers: never its input itself.

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sla_megatron.upstream.seams import (
+    OneOf,
     Reliance,
     Seam,
     SeamError,
@@ -107,6 +108,50 @@ def test_what_is_relied_on_is_checked_and_left_alone(module: ModuleType) -> None
         Reliance("stand_ins_target:absent", "a test needs it").require()
     with pytest.raises(SeamError, match="has parameters"):
         Reliance("stand_ins_target:function", "a test needs it", ("other",)).require()
+
+
+# What versions have in different forms.
+
+
+@pytest.mark.parametrize(
+    ("declarations", "fits"),
+    [
+        pytest.param((seam("absent"), seam("function")), "function", id="under-another-name"),
+        pytest.param((seam("function", parameters=("first", "new")), seam("Base.method")), "Base.method", id="changed"),
+        pytest.param(
+            (replace(seam("function"), sources={"0" * 16: "9.9"}), seam("function", "older")), "function", id="reread"
+        ),
+        pytest.param((seam("function"), seam("Base.method")), "function", id="the-first-of-two-that-fit"),
+    ],
+)
+def test_the_first_form_that_fits_counts(module: ModuleType, declarations: tuple[Seam, ...], fits: str) -> None:
+    """It is what resolves, and what is replaced; the others are left alone."""
+    fitting = OneOf(*declarations).fitting()
+    assert fitting.target == f"stand_ins_target:{fits}"
+    assert OneOf(*declarations).resolve() == fitting.resolve()
+    before = module.function, Base.method
+    with replaced([OneOf(*declarations)]):
+        after = module.function, Base.method
+        assert [a is not b for a, b in zip(before, after, strict=True)] == [fits == "function", fits == "Base.method"]
+        assert fitting.stand_in in after
+    assert (module.function, Base.method) == before
+
+
+def test_where_no_form_fits_each_says_why(module: ModuleType) -> None:
+    """In one error, and nothing is replaced, not what stands beside it either."""
+    with pytest.raises(SeamError, match=r"absent does not exist.*; and .*function has parameters \('first',\)"):
+        with replaced([seam("Base.method"), OneOf(seam("absent"), seam("function", parameters=("other",)))]):
+            pass
+    assert Base.method != "ours"
+
+
+def test_a_form_that_is_only_relied_on_is_not_replaced(module: ModuleType) -> None:
+    """A name that is gone, and what has taken its place is overridden instead: that is checked, no more."""
+    method = Base.method
+    with replaced([OneOf(seam("absent"), Reliance("stand_ins_target:Base.method", "a test needs it"))]):
+        assert Base.method is method
+    with pytest.raises(SeamError, match="absent does not exist.*; and .*gone does not exist"):
+        OneOf(seam("absent"), Reliance("stand_ins_target:gone", "a test needs it")).require()
 
 
 # Several, installed and put back.

@@ -19,7 +19,7 @@ from packaging.version import Version
 
 import sla_megatron
 from sla_megatron import cpu_backend
-from sla_megatron.upstream.seams import Wrapping, replaced, source_hash
+from sla_megatron.upstream.seams import OneOf, Seam, Wrapping, replaced, source_hash
 
 PACKAGE = Path(sla_megatron.__file__).parent
 
@@ -37,7 +37,7 @@ def entries(megatron_imported: None) -> list[Any]:
 def test_every_name_fits_the_installed_upstream(entries: list[Any]) -> None:
     """Each exists, with the parameters that were expected, and none is there twice."""
     assert [entry.misfit() for entry in entries if entry.misfit()] == []
-    targets = [entry.name.target for entry in entries]
+    targets = [target for entry in entries for target in entry.targets]
     assert len(targets) > 50
     assert len(set(targets)) == len(targets)
 
@@ -45,7 +45,8 @@ def test_every_name_fits_the_installed_upstream(entries: list[Any]) -> None:
 def test_what_is_restated_was_read_in_the_installed_version(entries: list[Any]) -> None:
     """The version that the environment holds is among those that a pinned source is said to be of."""
     installed = version("megatron-core")
-    pinned = {entry.name.target: entry.name for entry in entries if entry.name.sources}
+    fitting = [entry.name.fitting() for entry in entries]
+    pinned = {name.target: name for name in fitting if name.sources}
     assert len(pinned) >= 3
     for target, name in pinned.items():
         owner, attribute = name.resolve()
@@ -54,9 +55,14 @@ def test_what_is_restated_was_read_in_the_installed_version(entries: list[Any]) 
         assert Version(first) <= Version(installed) <= Version(last or first), (target, read_in)
 
 
+def fitting_seams(entries: list[Any]) -> list[Seam | Wrapping]:
+    """What something stands for in the installed upstream."""
+    return [name for entry in entries if isinstance(name := entry.name.fitting(), Seam | Wrapping)]
+
+
 def test_every_stand_in_takes_what_upstream_s_name_takes(entries: list[Any]) -> None:
     """Where a signature is pinned, the stand-in takes the same parameters, by keyword too."""
-    pinned = [entry.name for entry in entries if entry.is_replaced and entry.name.parameters is not None]
+    pinned = [name for name in fitting_seams(entries) if name.parameters is not None]
     assert len(pinned) >= 8
     for seam in pinned:
         owner, name = seam.resolve()
@@ -69,8 +75,8 @@ def test_without_sla_a_gpu_run_replaces_what_the_wheel_cannot_do(entries: list[A
     """Nothing in a checkout, and one build step with the wheel."""
     from sla_megatron.commands.patch.registry import ALWAYS, WHEEL
 
-    touched = [entry for entry in entries if entry.is_replaced and entry.when in (ALWAYS, WHEEL)]
-    assert [entry.name.target for entry in touched] == ["megatron.core.datasets.utils:compile_helpers"]
+    touched = fitting_seams([entry for entry in entries if entry.when in (ALWAYS, WHEEL)])
+    assert [seam.target for seam in touched] == ["megatron.core.datasets.utils:compile_helpers"]
 
 
 # Complete.
@@ -78,7 +84,7 @@ def test_without_sla_a_gpu_run_replaces_what_the_wheel_cannot_do(entries: list[A
 
 def test_every_declaration_in_the_sources_is_listed(entries: list[Any]) -> None:
     """A seam that is written down somewhere and not put into the registry is found here."""
-    listed = {entry.name.target for entry in entries}
+    listed = {target for entry in entries for target in entry.targets}
     written = {
         call.args[0].value
         for path in PACKAGE.rglob("*.py")
@@ -113,7 +119,7 @@ def attributes() -> dict[str, Any]:
 
 
 @contextmanager
-def as_before(wrappings: Sequence[Wrapping]) -> Iterator[None]:
+def as_before(wrappings: Sequence[Wrapping | OneOf]) -> Iterator[None]:
     """Within the block upstream's own functions are there to be wrapped; what was there before is there afterwards."""
     places = [wrapping.resolve() for wrapping in wrappings]
     before = [getattr(owner, name) for owner, name in places]
@@ -172,7 +178,7 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
     is_of_class = {name: "." in name.partition(":")[2] for name in during}
     changed = {name for name in during if name in before or is_of_class[name] if during[name] is not before.get(name)}
     # A configuration module of torch's keeps its values elsewhere.
-    listed = {entry.name.target for entry in entries if entry.is_replaced} - {"torch._dynamo.config:disable"}
+    listed = {seam.target for seam in fitting_seams(entries)} - {"torch._dynamo.config:disable"}
     assert changed == listed
     after = attributes()
     assert {name for name, value in before.items() if after.get(name) is not value} == set()
@@ -192,7 +198,7 @@ def subclasses_of_megatron() -> dict[str, list[type]]:
 
 def test_every_overridden_method_is_listed(entries: list[Any], megatron: None) -> None:
     """What a subclass of a Megatron class defines again is in the registry by the upstream class's name."""
-    listed = {entry.name.target for entry in entries if not entry.is_replaced}
+    listed = {form.target for entry in entries for form in entry.forms if not isinstance(form, Seam | Wrapping)}
     found = subclasses_of_megatron()
     assert len(found) >= 4
     overridden = set()

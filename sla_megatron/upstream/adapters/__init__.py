@@ -1,0 +1,1 @@
+"""What versions of Megatron do in different ways, done in one: a module for each difference.  Imports ``upstream``."""
