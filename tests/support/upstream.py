@@ -64,7 +64,7 @@ def main() -> None:
         if arguments.revisions_of:
             sys.exit(run_revisions(Path(arguments.revisions_of)))
         if not arguments.checkout:
-            raise StartError("test-upstream: error: no checkout, expected DIR=/path/to/a/Megatron-LM")
+            raise StartError("no checkout, expected DIR=/path/to/a/Megatron-LM")
         sys.exit(run_checkout(Path(arguments.checkout), [*(SHORT if arguments.short else TESTS), *further]))
 
 
