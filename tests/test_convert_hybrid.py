@@ -35,8 +35,9 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     # Numbered too.
     "mixed": (SWIGLU | {"num_experts": 2, "moe_layer_freq": "([1,0,1,0])"}, "*E*-*E*-"),
 }
-#: What training had in stages is stored so.
+#: What training had in stages is stored so, and the layers that Megatron's manual names on the command line.
 STAGES = "*-|*-*-|*-"
+SPEC = ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (flags, pattern) in MODELS.items():
         save_random_checkpoint(folder / name / "gpt", flags)
         hybrid = {flag: value for flag, value in flags.items() if flag != "moe_layer_freq"}
-        stored = {"hybrid_layer_pattern": STAGES} if name == "full" else None
+        stored = {"hybrid_layer_pattern": STAGES, "spec": SPEC} if name == "full" else None
         save_random_checkpoint(folder / name / "hybrid", hybrid | {"hybrid_layer_pattern": pattern}, stored=stored)
     return folder
 

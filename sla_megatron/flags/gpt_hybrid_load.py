@@ -27,7 +27,8 @@ from megatron.core.dist_checkpointing.mapping import (
 from ..common.errors import FlagError, flag_of
 from ..common.layer_pairs import EXPERTS, MLP, LayerPairs
 from ..common.patterns import kinds
-from ..upstream.seams import Reliance, SeamError, Wrapping, wrap_once
+from ..upstream.adapters.checkpoint_interop import has_checkpoint_interop
+from ..upstream.seams import Wrapping, wrap_once
 from .asked import hybrid_pattern
 
 #: What a hybrid model stores and a GPT does not: nothing, in a place of its own.
@@ -177,16 +178,6 @@ def adopt_layers(args: Namespace, saved: Namespace) -> None:
         args.num_layers, args.moe_layer_freq = None, 1
 
 
-def megatron_loads_across_kinds() -> bool:
-    """Whether the Megatron at hand loads a GPT's checkpoint into a hybrid model; its development line does not."""
-    try:
-        for wrapping in ACROSS_KINDS:
-            Reliance(wrapping.target, wrapping.reason).require()
-    except SeamError:
-        return False
-    return True
-
-
 def load_across_kinds(args: Namespace, saved: Namespace, load_arg: str = "load") -> None:
     """See to it that a run of ``args`` can load a checkpoint of ``saved``, where one is a GPT, the other hybrid.
 
@@ -206,7 +197,7 @@ def load_across_kinds(args: Namespace, saved: Namespace, load_arg: str = "load")
     if bool(ours) == bool(theirs):
         return
     flag, path = flag_of(load_arg), getattr(args, load_arg)
-    if not megatron_loads_across_kinds():
+    if not has_checkpoint_interop():
         kind, command = ("hybrid", "hybrid-to-gpt") if theirs else ("GPT", "gpt-to-hybrid")
         raise FlagError(
             flag, path, f"no {kind}'s checkpoint with this Megatron, but what sla-convert {command} makes of it"

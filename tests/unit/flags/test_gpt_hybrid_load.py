@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,6 @@ from sla_megatron.common.errors import FlagError
 from sla_megatron.common.layer_pairs import LayerPairs
 from sla_megatron.flags import gpt_hybrid_load
 from sla_megatron.flags.gpt_hybrid_load import Across, load_across_kinds
-from sla_megatron.upstream.seams import Wrapping
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -237,8 +235,7 @@ def test_another_function_is_said(capsys: pytest.CaptureFixture) -> None:
 
 def test_a_megatron_without_such_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """As its development line: the command is named that makes a checkpoint which it can load."""
-    gone = Wrapping("megatron.training.checkpointing:_no_such_function", "a test's", wrap=copy.copy)
-    monkeypatch.setattr(gpt_hybrid_load, "ACROSS_KINDS", (gone,))
+    monkeypatch.setattr(gpt_hybrid_load, "has_checkpoint_interop", lambda: False)
     for ours, theirs, command in ((_hybrid("*-*-"), {}, "gpt-to-hybrid"), ({}, _hybrid("*-*-"), "hybrid-to-gpt")):
         with pytest.raises(FlagError, match=f"--load saved: expected .* sla-convert {command} makes of it"):
             load_across_kinds(Namespace(**GPT | RUN | ours), Namespace(**GPT | theirs))
