@@ -143,9 +143,10 @@ SPLITS: dict[tuple[str, str], tuple[Layout, dict[str, Any]]] = {
     ),
 }
 REPEATED = ("uneven", "pp2v2")
+DENSE = ("dense", "dense.empty-stage", "beyond")
 #: Of a script of one's own; the others are of the entry point.
 OWN_SCRIPT = "pairs.pp2v2"
-OF_SLA = ("sla_skip_distance", "sla_num_skip_groups", "sla_kv_projection")
+OF_SLA = ("sla", "sla_skip_distance", "sla_num_skip_groups", "sla_kv_projection")
 
 
 def flags_of(name: str, layout: Layout, **flags: Any) -> list[str]:
@@ -168,7 +169,10 @@ def _whole(folder: Path) -> dict[str, list[str]]:
         saves = {"save": folder / name, "save_interval": 1}
         requests[f"{name}.pp1"] = flags_of(name, split(pattern, 1), **saves, **starts)
     whole = split(MODELS["scattered"][0], 1)
-    requests["dense"] = flags_of("scattered", whole, sla=None, **dict.fromkeys(OF_SLA))
+    dense = dict.fromkeys(OF_SLA)
+    requests["dense"] = flags_of("scattered", whole, **dense, save=folder / "dense", save_interval=1)
+    start = {"load": folder / "dense", "ckpt_step": 1, "finetune": True}
+    requests["dense.empty-stage"] = flags_of("scattered", split("-*-*||-*-|", 2), **dense, **start)
     # Far beyond the last attention layer, though not beyond the last layer of the stack.
     requests["beyond"] = flags_of("scattered", whole, sla_skip_distance=[4])
     return requests
@@ -221,6 +225,12 @@ def test_where_nothing_skips_it_is_the_dense_model(runs: Runs) -> None:
     """Bit for bit; with heads that skip it is another."""
     assert runs.figures("beyond") == runs.figures("dense")
     assert runs.figures("dense")["loss"] != runs.figures("scattered.pp1")["loss"]
+
+
+def test_a_stage_without_layers_hands_on_a_copy(runs: Runs) -> None:
+    """Without ``--sla`` too, where nothing is packed; upstream's own stack has other gradients there."""
+    assert_same_figures(runs, "dense.empty-stage", "dense", STEPS)
+    assert_same_gradients(runs.gradients("dense.empty-stage"), runs.gradients("dense"))
 
 
 @pytest.mark.parametrize(("name", "layout"), SPLITS)
@@ -277,7 +287,7 @@ def test_repeats_bit_for_bit(runs: Runs) -> None:
 def test_nothing_is_left_after_a_step(runs: Runs) -> None:
     """K/V were shared, and none is alive after a step."""
     for name, ranks in runs.answers.items():
-        assert (sum(answer["num_shared"] for answer in ranks) > 0) == (name not in ("dense", "beyond")), name
+        assert (sum(answer["num_shared"] for answer in ranks) > 0) == (name not in DENSE), name
         assert [answer["alive"] for answer in ranks] == [0] * len(ranks), name
         assert {step["left"] for answer in ranks for step in answer["steps"]} == {0}, name
 

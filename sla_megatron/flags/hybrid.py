@@ -9,9 +9,9 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from ..common.errors import OFF
-from ..common.patterns import ATTENTION, FURTHER_TOKENS, STAGE_END, kinds
+from ..common.patterns import ATTENTION, FURTHER_TOKENS, STAGE_END, kinds, segments
 from ..cpu.backend import cpu_backend_is_active
-from .asked import hybrid_pattern, is_local
+from .asked import has_torch_attention, hybrid_pattern, is_local
 from .rows import Row
 
 #: Layers that K/V are shared between, or pass by: attention, MLP, experts, Mamba, gated delta networks.
@@ -55,6 +55,16 @@ def _does_not_divide(args: Namespace) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _empties_its_input(args: Namespace) -> bool:
+    """Whether Megatron's own stack is to have a stage without layers between others.
+
+    It returns its input itself there, which the schedule empties once it is sent: the gradients of the stages before
+    are wrong, and nothing says so.  Our stacks return a copy.
+    """
+    is_ours = args.sla or (is_local(args) and (cpu_backend_is_active() or has_torch_attention(args)))
+    return not is_ours and "" in segments(hybrid_pattern(args) or "")[1:-1]
 
 
 def _splits_mamba_heads(args: Namespace) -> bool:
@@ -102,6 +112,10 @@ HYBRID: tuple[Row, ...] = (
     *_of_pattern(
         "no M or G without a GPU: their kernels are a GPU's",
         lambda args: cpu_backend_is_active() and not _has_own_spec(args) and set(_kinds(args)) & set(_PACKAGES),
+    ),
+    *_of_pattern(
+        "a layer in each stage between others without --sla: Megatron's own stack has wrong gradients then",
+        _empties_its_input,
     ),
     *_of_pattern("a | at each stage's end, or layers that divide over the pipeline's ranks", _does_not_divide),
     *_of_pattern(

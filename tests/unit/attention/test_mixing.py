@@ -154,6 +154,14 @@ copy_kernel.serves = lambda tensor: True
 copy_kernel.move = lambda *args: launches.append(move(*args)) or launches[-1]
 from tests.unit.attention.test_mixing import check_all
 print(json.dumps([check_all(), len(launches), all(launches)]))
+# Payloads, whose hidden states and tensors have heads of several shapes: a launch for each.
+from sla_megatron.pipeline import packing
+from tests.unit.pipeline.test_packing import COPIED, SHAPES, there_and_back
+launches.clear()
+for shape in SHAPES:
+    for copied in COPIED:
+        there_and_back(packing, shape, copied)
+print(json.dumps([len(SHAPES) * len(COPIED), len(launches), all(launches)]))
 """
 
 
@@ -168,10 +176,12 @@ def test_the_kernel_against_plain_torch() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    checked, launches, served = json.loads(done.stdout.splitlines()[-1])
+    (checked, launches, served), payloads = map(json.loads, done.stdout.splitlines()[-2:])
     assert checked == len(PLANS) + 2 * len(SIZES) * len(TOLERANCES)
     # Forward, where it copies, and backward: one each.
     assert checked < launches <= 2 * checked and served
+    # There and back, forward and backward; hidden states and three kinds of heads, or fewer.
+    assert 4 * payloads[0] < payloads[1] <= 3 * 4 * payloads[0] and payloads[2]
 
 
 COMPILED = """

@@ -239,6 +239,8 @@ FINE = (
     f"{HYBRID} {ROPE} --rotary-base 500000",
     HYBRID_EXPERTS,
     "--hybrid-layer-pattern *-|-*-|-|* --pipeline-model-parallel-size 2 --global-batch-size 4",
+    # On the CPU the stack is ours.
+    "--hybrid-layer-pattern *-||*-| --pipeline-model-parallel-size 2 --global-batch-size 4",
     f"{HYBRID}* --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1 --global-batch-size 4",
 )
 
@@ -356,6 +358,24 @@ def _find_packages(patch: pytest.MonkeyPatch, missing: str | None) -> None:
     patch.setattr(
         importlib.util, "find_spec", lambda name, *more: found.get(name) if name in found else find(name, *more)
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        ("", True),
+        (" --transformer-impl local", True),
+        (" --sla", False),
+        (" --core-attention sdpa --transformer-impl local", False),
+    ],
+)
+def test_stages_without_layers_of_megatrons_own_stack(examined: Callable[..., str], more: str, refused: bool) -> None:
+    """Where it is ours, as with ``--sla`` and ``--core-attention sdpa``, they are fine; so are those at the ends."""
+    flags = "--pipeline-model-parallel-size 2 --global-batch-size 4 --hybrid-layer-pattern"
+    line = examined(f"{flags} *-||*-|{more}", on_cpu=False)
+    said = "--hybrid-layer-pattern *-||*-|: expected a layer in each stage between others without --sla"
+    assert line.startswith(said) if refused else line == ""
+    assert examined(f"{flags} |*-|*-|{more}", on_cpu=False) == ""
 
 
 @pytest.mark.parametrize("package", LAYERS_PACKAGES)

@@ -35,10 +35,13 @@ def packing(megatron_imported: None) -> ModuleType:
     return packing
 
 
-def parts(shape: MicrobatchShape, tensors: tuple[CrossLayerTensor, ...] = TENSORS) -> tuple[Tensor, list[Tensor]]:
+def parts(
+    shape: MicrobatchShape, tensors: tuple[CrossLayerTensor, ...] = TENSORS, device: str = "cpu"
+) -> tuple[Tensor, list[Tensor]]:
     """Random hidden states and ``tensors``, all requiring gradients."""
-    hidden = torch.randn(shape.hidden_shape, requires_grad=True)
-    return hidden, [torch.randn(shape.tensor_shape(each, 0), requires_grad=True) for each in tensors]
+    shapes = [shape.hidden_shape, *(shape.tensor_shape(each, 0) for each in tensors)]
+    hidden, *wholes = (torch.randn(each, requires_grad=True, device=device) for each in shapes)
+    return hidden, wholes
 
 
 def in_pieces(wholes: list[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -56,11 +59,12 @@ def test_shape_and_memory_of_a_payload(packing: ModuleType, shape: MicrobatchSha
     assert torch.equal(payload.flatten(), torch.cat([piece.flatten() for piece in (hidden, *wholes)]))
 
 
-@pytest.mark.parametrize("copied", [(False,) * 4, (True,) * 4, (False, True, True, False)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_there_and_back(packing: ModuleType, shape: MicrobatchShape, copied: tuple[bool, ...]) -> None:
+COPIED = [(False,) * 4, (True,) * 4, (False, True, True, False)]
+
+
+def there_and_back(packing: ModuleType, shape: MicrobatchShape, copied: tuple[bool, ...], device: str = "cpu") -> None:
     """What is unpacked is what was packed, and each piece's gradient comes back to it."""
-    hidden, wholes = parts(shape)
+    hidden, wholes = parts(shape, device=device)
     sent = packing.pack(hidden, in_pieces(wholes), TENSORS, shape)
     received = sent.detach().clone().requires_grad_()
     arrived_hidden, arrived = packing.unpack_and_empty(received, TENSORS, copied, shape)
@@ -73,6 +77,12 @@ def test_there_and_back(packing: ModuleType, shape: MicrobatchShape, copied: tup
     sent.backward(received.grad)
     for tensor, gradient in zip([hidden, *wholes], gradients, strict=True):
         assert torch.equal(tensor.grad, gradient)
+
+
+@pytest.mark.parametrize("copied", COPIED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_there_and_back(packing: ModuleType, shape: MicrobatchShape, copied: tuple[bool, ...]) -> None:
+    there_and_back(packing, shape, copied)
 
 
 def test_what_is_read_and_sent_on_gets_both_gradients(packing: ModuleType) -> None:
