@@ -117,6 +117,10 @@ HYBRID: tuple[Row, ...] = (
         "a layer in each stage between others without --sla: Megatron's own stack has wrong gradients then",
         _empties_its_input,
     ),
+    *_of_pattern(
+        "layers of * - E M with --transformer-impl local",
+        lambda args: is_local(args) and not _has_own_spec(args) and set(_kinds(args)) - set("*-EM"),
+    ),
     *_of_pattern("a | at each stage's end, or layers that divide over the pipeline's ranks", _does_not_divide),
     *_of_pattern(
         "heads of M, 2 x --hidden-size / --mamba-head-dim or --mamba-num-heads, that --mamba-num-groups divides, and "

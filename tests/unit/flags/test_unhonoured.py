@@ -165,6 +165,7 @@ ON_GPUS: dict[str, str] = {
     f"{HYBRID} --spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --qk-layernorm": (
         "--qk-layernorm True: expected --transformer-impl local beside it"
     ),
+    "--hybrid-layer-pattern G-*- --transformer-impl local": "--hybrid-layer-pattern G-*-: expected layers of * - E",
     "--hybrid-layer-pattern M-*-": "--hybrid-layer-pattern M-*-: expected heads of M, 2 x --hidden-size",
     f"{HYBRID} --attention-backend local": "--attention-backend local: expected another, or --transformer-impl local",
     f"{HYBRID} --qk-l2-norm": f"--qk-l2-norm True: {UNHEEDED}",

@@ -295,7 +295,7 @@ def test_parameters_of_layers_that_run_on_gpus_alone(settled: Callable[..., Name
         with megatron_alone():
             built = sum(parameter.numel() for parameter in build(args).parameters())
         assert checkpoint_size.parameter_count(args, 127) == built
-    args.hybrid_layer_pattern = "G-*M"
+    vars(args).update(hybrid_layer_pattern="G-*M", transformer_impl="transformer_engine")
     with pytest.raises(Skipped, match="gated delta networks"):
         checkpoint_size.parameter_count(args, 127)
 
