@@ -35,6 +35,10 @@ class Flavour:
     marks: frozenset[str]
     checked: str
 
+    def described(self, version: str) -> str:
+        """``version`` as it is said, and the line's name where that does not say which it is: ``0.19.0, dev``."""
+        return version if minor_of(version) == self.name else f"{version}, {self.name}"
+
     def __str__(self) -> str:
         return f"{self.name}{'.x' if self.name == self.minor else ''} ({self.checked})"
 

@@ -37,6 +37,9 @@ TESTS = (
     "tests/test_parity.py",
     "tests/test_pipeline.py",
     "tests/unit/upstream/test_adapters.py",
+    "tests/unit/model/test_recomputation_fp8.py",
+    "tests/unit/commands/convert/test_argument_tables.py",
+    "tests/unit/commands/patch/test_registry.py::test_every_name_fits_the_installed_upstream",
 )
 
 #: Every adapter is met: attention's other parameter, the class of a configuration, full recomputation, process groups.
@@ -46,6 +49,7 @@ SHORT = (
     "tests/test_pipeline.py::test_trains_as_without_a_pipeline[mha-pruned-two-long-pp2v2]",
     "tests/test_pipeline.py::test_bytes_on_the_wire_are_the_lower_bound[mha-pruned-two-long-pp2v2]",
     "tests/unit/upstream/test_adapters.py",
+    "tests/unit/commands/patch/test_registry.py::test_every_name_fits_the_installed_upstream",
 )
 
 
@@ -60,7 +64,7 @@ def main() -> None:
         if arguments.revisions_of:
             sys.exit(run_revisions(Path(arguments.revisions_of)))
         if not arguments.checkout:
-            raise StartError("test-upstream: error: no checkout, expected DIR=/path/to/a/Megatron-LM")
+            raise StartError("no checkout, expected DIR=/path/to/a/Megatron-LM")
         sys.exit(run_checkout(Path(arguments.checkout), [*(SHORT if arguments.short else TESTS), *further]))
 
 

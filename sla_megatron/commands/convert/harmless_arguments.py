@@ -43,6 +43,8 @@ HARMLESS: Mapping[str, str] = {
         pipeline_model_parallel_split_rank delay_grad_reduce delay_param_gather scatter_gather_tensors_in_pipeline
         standalone_embedding_stage encoder_tensor_model_parallel_size encoder_pipeline_model_parallel_size
         enable_gloo_process_groups use_custom_fsdp
+        cp_partition_mode dynamic_context_parallel min_dynamic_context_parallel_size
+        megatron_fsdp_cache_param_bucket_views megatron_fsdp_prefetch_recompute_forward_weights
     """,
     "rounding: exported in the stored type, compared in fp32": """
         fp16 bf16 fp32_residual_connection disable_bf16_reduced_precision_matmul fp8 fp8_recipe fp8_quantizer_factory
@@ -65,6 +67,7 @@ HARMLESS: Mapping[str, str] = {
         bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion use_flash_attn no_persist_layer_norm
         gradient_accumulation_fusion disable_jit_fuser test_mode cuda_graph_scope_deprecated cuda_graph_modules
         enable_experimental batch_invariant_backend use_mcore_models cuda_graph_scope
+        cuda_graph_dynamic_microbatches fallback_to_eager_attn
     """,
     "memory: what is kept, computed again or moved away for the backward pass": """
         cpu_offloading_num_layers cpu_offloading_retain_pinned_cpu_buffers recompute_granularity recompute_method
@@ -72,6 +75,8 @@ HARMLESS: Mapping[str, str] = {
         offload_modules min_offloaded_tensor_size delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks
         activation_offload_fraction fine_grained_offloading_max_inflight_offloads empty_unused_memory_level
         recompute_activations checkpoint_activations
+        offload_optimizer_states chunked_optimizer_state_offload optimizer_state_offload_fraction
+        optimizer_state_offload_chunk_size_mb disable_grad_buffers_cpu_backup disable_param_buffers_cpu_backup
     """,
     "the first weights and random numbers; the trained ones are stored": """
         perform_initialization use_cpu_initialization init_method_std embedding_init_method_std
@@ -142,6 +147,8 @@ HARMLESS: Mapping[str, str] = {
         fim_data fim_rate fim_spm_rate fim_split_sample fim_fragment_rate fim_no_prefix fim_prefix_token
         fim_middle_token fim_suffix_token fim_pad_token fim_eod_token enable_msc disable_msc_deprecated sft
         sft_tokenizer_prompt_format s3_cache_path renormalize_blend_weights
+        sequence_packing_scheduler use_varlen_dataset varlen_mock_dataset_config_json varlen_sbhd_validation
+        sft_mock_dataset_config_json pad_packed_seq_alignment thd_max_packed_sequences thd_tail_padding_policy
     """,
     "carried as a tokenizer (tokenizer.py), not as a field of the model": """
         make_vocab_size_divisible_by vocab_size padded_vocab_size pad_vocab_size vocab_file merge_file vocab_extra_ids

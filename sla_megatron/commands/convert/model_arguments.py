@@ -47,6 +47,11 @@ REFUSED: Mapping[str, str] = {
     "yaml_cfg": "everything: the arguments do not say what model the file described",
     # Of Megatron's development line after 0.19.
     "enable_mhc_connections": "several residual streams",
+    # Of its branch dev.
+    "enable_hyper_connections": "several residual streams",
+    "head_wise_attn_gate": "a gate behind the attention",
+    "rotary_base_per_layer": "each layer's positions",
+    "dense_grouped_gemm": "how the MLP's weights are stored",
     # Of earlier versions.
     "hybrid_attention_ratio": "layers of other kinds",
     "hybrid_mlp_ratio": "layers of other kinds",
@@ -84,7 +89,8 @@ ONLY_WITH: Mapping[str, str] = {
         moe_paged_stash moe_paged_stash_page_size moe_paged_stash_buffer_size_factor_cuda
         moe_paged_stash_buffer_size_factor_cpu moe_layer_freq moe_use_upcycling moe_router_load_balancing_type
         moe_aux_loss_coeff moe_upcycling_granularity moe_use_grouped_tensor moe_dispatch_fwd_dtype moe_combine_bwd_dtype
-        moe_token_dropping moe_extended_tp moe_use_legacy_grouped_gemm moe_router_topk_limited_devices
+        moe_token_dropping moe_extended_tp moe_use_legacy_grouped_gemm moe_router_topk_limited_devices moe_n_hash_layers
+        moe_hybridep_pad_variable_tokens moe_ncclep_use_symm_mem log_moe_overload_factor
     """,
     "mtp_num_layers": """
         mtp_standalone mtp_loss_scaling_factor mtp_use_repeated_layer mtp_detach_heads mtp_hybrid_override_pattern
@@ -92,9 +98,10 @@ ONLY_WITH: Mapping[str, str] = {
     """,
     "multi_latent_attention": """
         q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim cache_mla_latents mla_down_proj_fusion
+        original_max_position_embeddings
     """,
     "position_embedding_type": """
-        mrope_section yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
+        mrope_section mrope_interleaved yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
         yarn_correction_range_round_to_int relative_attention_num_buckets relative_attention_max_distance
         rotary_scaling_factor mscale mscale_all_dim
     """,
@@ -103,7 +110,9 @@ ONLY_WITH: Mapping[str, str] = {
         dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss dsa_kernel_backend dsa_indexer_rope_interleaved
         dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32
         linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads
-        gdp_num_householder gdp_cutedsl_kernel gdp_num_chunk_states_to_recompute
+        gdp_num_householder gdp_cutedsl_kernel gdp_num_chunk_states_to_recompute csa_compress_ratios
+        csa_compress_rotary_base csa_dense_mode csa_window_size o_groups o_lora_rank linear_attention_type
+        linear_cp_mode gdn_conv_pad_alignment gdn_pre_gated_delta_rule_fusion apply_dsa_kernel_fusion
     """,
     "hybrid_layer_pattern": """
         mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path
@@ -115,6 +124,9 @@ ONLY_WITH: Mapping[str, str] = {
     """,
     "enable_mhc_connections": """
         mhc_num_residual_streams mhc_sinkhorn_iterations mhc_init_gating_factor mhc_recompute_layer_num
+    """,
+    "enable_hyper_connections": """
+        num_residual_streams use_fused_mhc
     """,
     "retro_add_retriever": """
         retro_workdir retro_cyclic_train_iters retro_encoder_layers retro_encoder_hidden_dropout

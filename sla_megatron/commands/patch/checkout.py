@@ -72,8 +72,7 @@ class Checkout:
     @property
     def description(self) -> str:
         """Which Megatron this is, for messages."""
-        flavour = "" if self.version.startswith(self.flavour.name) else f", {self.flavour.name}"
-        return f"Megatron {self.version}{flavour}"
+        return f"Megatron {self.flavour.described(self.version)}"
 
     def require_megatron(self) -> None:
         """Raise :class:`PatchError` unless there is a Megatron, of any version."""
