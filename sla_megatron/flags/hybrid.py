@@ -118,21 +118,12 @@ HYBRID: tuple[Row, ...] = (
         lambda args: cpu_backend_is_active() and not _has_own_spec(args) and set(_kinds(args)) & set(_PACKAGES),
     ),
     *_of_pattern(
-<<<<<<< HEAD
         "layers of * - E M with --transformer-impl local",
         lambda args: is_local(args) and not _has_own_spec(args) and set(_kinds(args)) - set("*-EM"),
     ),
     *_of_pattern(
         "a layer in each stage between others without --sla: Megatron's own stack has wrong gradients then",
         _empties_its_input,
-=======
-        "a layer in each stage between others without --sla: Megatron's own stack has wrong gradients then",
-        _empties_its_input,
-    ),
-    *_of_pattern(
-        "layers of * - E M with --transformer-impl local",
-        lambda args: is_local(args) and not _has_own_spec(args) and set(_kinds(args)) - set("*-EM"),
->>>>>>> e87a68343a708a1dd2d10553ed53e87bbf48ae7c
     ),
     *_of_pattern("a | at each stage's end, or layers that divide over the pipeline's ranks", _does_not_divide),
     *_of_pattern(
