@@ -74,6 +74,9 @@ def checkout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def launch(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], str]]:
     """Run Python on two ranks: the losses and gradient norms that Megatron prints, and all that was printed."""
+    for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):
+        # Whose Megatron ran is seen by what Python compiled.
+        monkeypatch.delenv(name, raising=False)
     # make asks python3-config for the name of the helpers.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).resolve().parent}:{os.environ['PATH']}")
 
