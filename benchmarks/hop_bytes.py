@@ -63,7 +63,7 @@ def lower_bound(shape: Shape, element_bytes: int) -> list[tuple[int, int]]:
 
 def hop_bytes(shape: Shape, element_bytes: int) -> list[HopBytes]:
     """Every hop's, in order."""
-    from sla_megatron.commands.plan.traffic import hop_traffic, relayed_groups
+    from sla_megatron.commands.plan.traffic import hop_traffic, relayed_elements
 
     job = job_of(shape, element_bytes)
     hops = hop_traffic(job)
@@ -76,7 +76,7 @@ def hop_bytes(shape: Shape, element_bytes: int) -> list[HopBytes]:
             hidden,
             kv,
             hop.kv_bytes,
-            hop.hidden_bytes + relayed_groups(job, hop.hop) * job.bytes_of_group,
+            hop.hidden_bytes + relayed_elements(job, hop.hop) * job.element_bytes,
             widest,
         )
         for hop, (hidden, kv) in zip(hops, lower_bound(shape, element_bytes), strict=True)
