@@ -57,14 +57,18 @@ def _does_not_divide(args: Namespace) -> bool:
     return False
 
 
+def _is_ours(args: Namespace) -> bool:
+    """Whether the stack is one of ours, which local layers go into, and not Megatron's own."""
+    return bool(args.sla or (is_local(args) and (cpu_backend_is_active() or has_torch_attention(args))))
+
+
 def _empties_its_input(args: Namespace) -> bool:
     """Whether Megatron's own stack is to have a stage without layers between others.
 
     It returns its input itself there, which the schedule empties once it is sent: the gradients of the stages before
     are wrong, and nothing says so.  Our stacks return a copy.
     """
-    is_ours = args.sla or (is_local(args) and (cpu_backend_is_active() or has_torch_attention(args)))
-    return not is_ours and "" in segments(hybrid_pattern(args) or "")[1:-1]
+    return not _is_ours(args) and "" in segments(hybrid_pattern(args) or "")[1:-1]
 
 
 def _splits_mamba_heads(args: Namespace) -> bool:
@@ -102,7 +106,7 @@ def _unheeded(name: str, fine: tuple = OFF, instead: str = "") -> Row:
 #: With ``--sla`` and without.
 HYBRID: tuple[Row, ...] = (
     *_of_pattern(
-        "no /: layers that predict further tokens are not part of this entry point in a hybrid model",
+        "no /: layers that predict further tokens were not tried in a hybrid model",
         lambda args: FURTHER_TOKENS in hybrid_pattern(args),
     ),
     *_of_pattern(
@@ -114,12 +118,12 @@ HYBRID: tuple[Row, ...] = (
         lambda args: cpu_backend_is_active() and not _has_own_spec(args) and set(_kinds(args)) & set(_PACKAGES),
     ),
     *_of_pattern(
-        "a layer in each stage between others without --sla: Megatron's own stack has wrong gradients then",
-        _empties_its_input,
-    ),
-    *_of_pattern(
         "layers of * - E M with --transformer-impl local",
         lambda args: is_local(args) and not _has_own_spec(args) and set(_kinds(args)) - set("*-EM"),
+    ),
+    *_of_pattern(
+        "a layer in each stage between others without --sla: Megatron's own stack has wrong gradients then",
+        _empties_its_input,
     ),
     *_of_pattern("a | at each stage's end, or layers that divide over the pipeline's ranks", _does_not_divide),
     *_of_pattern(
@@ -158,6 +162,12 @@ HYBRID: tuple[Row, ...] = (
         OFF,
         "no such flag with --hybrid-layer-pattern: Megatron's HybridModel cannot run in pieces",
         _kinds,
+    ),
+    Row(
+        "transformer_impl",
+        ("transformer_engine", "inference_optimized"),
+        "transformer_engine without --sla and --core-attention sdpa: Megatron's HybridModel has no other layers",
+        lambda args: _kinds(args) and not _is_ours(args) and not _has_own_spec(args),
     ),
     Row(
         "qk_layernorm",

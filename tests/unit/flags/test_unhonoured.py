@@ -324,6 +324,15 @@ def test_refused_for_gpus(examined: Callable[..., str], flags: str) -> None:
     assert examined(f"--sla {flags}", on_cpu=False)
 
 
+def test_megatrons_hybrid_model_has_no_local_layers(examined: Callable[..., str]) -> None:
+    """On a GPU it takes Transformer Engine's whatever the flag says; ours does not, nor a model of ours on the CPU."""
+    local = f"{HYBRID} --transformer-impl local"
+    assert examined(local, on_cpu=False).startswith(
+        "--transformer-impl local: expected transformer_engine without --sla"
+    )
+    assert [examined(f"{local} {ours}", on_cpu=False) for ours in ("--sla", "--core-attention sdpa")] == ["", ""]
+
+
 @pytest.mark.parametrize("flags", ["--gpu-sniff-test-interval 10", "--record-memory-history"])
 def test_a_gpus_run_is_planned_without_one(examined: Callable[..., str], flags: str) -> None:
     """What only a GPU does is refused of a run on this machine, not of one on another."""
@@ -365,7 +374,6 @@ def _find_packages(patch: pytest.MonkeyPatch, missing: str | None) -> None:
     ("more", "refused"),
     [
         ("", True),
-        (" --transformer-impl local", True),
         (" --sla", False),
         (" --core-attention sdpa --transformer-impl local", False),
     ],
