@@ -7,6 +7,7 @@ from argparse import Namespace
 from ..attention.core_attention import RELIED_ON
 from ..common.errors import OFF, Refusal, refuse
 from .asked import PACKING, has_torch_attention, is_local
+from .dev import say_how_keys_travel
 
 _REFUSED: tuple[Refusal, ...] = (
     ("transformer_impl", ("local",), "local with --core-attention sdpa"),
@@ -47,6 +48,7 @@ def resolve_core_attention(args: Namespace) -> None:
     for name in RELIED_ON:
         name.require()
     refuse(args, _REFUSED)
+    say_how_keys_travel(args)
     if not (args.reset_attention_mask or args.reset_position_ids):
         # Attention that knows it is causal needs no [s, s] mask, and is faster without one.
         args.create_attention_mask_in_dataloader = False

@@ -44,3 +44,12 @@ def refuse_overlap_of_experts(args: Namespace) -> None:
             True,
             "no such overlap with --sla in this Megatron, which cuts layers otherwise than 0.19 and 0.20",
         )
+
+
+def say_how_keys_travel(args: Namespace) -> None:
+    """With ``--core-attention sdpa``, which gathers them over context-parallel ranks: so, in place.
+
+    dev refuses its own default, ``p2p``, for layers without Transformer Engine; others do not look at it there.
+    """
+    if hasattr(args, "fallback_to_eager_attn") and args.context_parallel_size > 1:
+        args.cp_comm_type = ["all_gather"]
