@@ -188,7 +188,7 @@ def test_a_job_array_finds_the_same(slurm: Cluster, finished: tuple[Path, str], 
     command = sweep("submit", grid, "--out", out, "--limit", 2, "--device", "cpu", *options)
     submitted = in_cluster(slurm, command)
     job = re.search(r"Submitted batch job (\d+)", submitted)[1]
-    task_log, deadline = out / "runs" / SLA / "train.log", time.monotonic() + 120
+    task_log, deadline = out / "runs" / SLA / "train.log", time.monotonic() + 400
     while not (task_log.exists() and printed_losses(task_log)):
         assert time.monotonic() < deadline, task_log
         time.sleep(0.02)
