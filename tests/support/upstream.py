@@ -36,6 +36,7 @@ REVISIONS = {
 TESTS = (
     "tests/test_parity.py",
     "tests/test_pipeline.py",
+    "tests/test_hybrid.py",
     "tests/unit/upstream/test_adapters.py",
     "tests/unit/model/test_recomputation_fp8.py",
     "tests/unit/commands/convert/test_argument_tables.py",
