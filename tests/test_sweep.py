@@ -164,8 +164,9 @@ def test_nothing_is_done_twice_or_mixed(
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path / "slurm", 2) as made:
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    # Its sockets are in there, whose names have a longest length.
+    with cluster(tmp_path_factory.mktemp("slurm"), 2) as made:
         yield made
 
 

@@ -1,4 +1,4 @@
-"""The tests of parity and of pipelines with the Megatron of a checkout: ``make test-upstream DIR=...``
+"""The tests of parity, pipelines and hybrid models with the Megatron of a checkout: ``make test-upstream DIR=...``
 
 python -m tests.support.upstream DIR [--short] [pytest's arguments ...]
 python -m tests.support.upstream --revisions-of CLONE
