@@ -35,7 +35,7 @@ quickstart: $(STAMP) ## train a dense and an SLA GPT on real text, compare them 
 test: $(STAMP) ## run the tests that need no GPU
 	@$(RUN) pytest -q -m "not gpu" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-test-upstream: $(STAMP) ## run those of parity, pipelines and hybrid models with the Megatron of a checkout (DIR=/path/to/it)
+test-upstream: $(STAMP) ## run the tests of parity, pipelines and hybrids with a checkout's Megatron (DIR=/path/to/it)
 	@$(RUN) tests.support.upstream $(DIR) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, formatting, and which folder imports which
