@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from sla_megatron.commands.convert import cli
 from sla_megatron.common.checkpoint_folders import newest_complete
 from tests.support.runs import argv, train
 from tests.support.tokenizers import hugging_face_folder
@@ -40,20 +38,6 @@ finally:
     data.train_valid_test_datasets = original
 """
 Convert = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Convert:
-    """``sla-convert``; its status and what it wrote on both streams."""
-
-    def run(*command: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["sla-convert", *map(str, command)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out + captured.err
-
-    return run
 
 
 def small_sentencepiece(path: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sla_megatron.commands.convert import cli, commands, megatron_reader, stored_keys
+from sla_megatron.commands.convert import commands, megatron_reader, stored_keys
 from sla_megatron.commands.convert.architecture import config_from_args
 from sla_megatron.commands.convert.errors import ConvertError
 from sla_megatron.commands.convert.stored_arguments import completed
@@ -50,20 +49,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stored = {"hybrid_layer_pattern": STAGES, "spec": SPEC} if name == "full" else None
         save_random_checkpoint(folder / name / "hybrid", hybrid | {"hybrid_layer_pattern": pattern}, stored=stored)
     return folder
-
-
-@pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
-    """``sla-convert`` with these words: its exit status and what it printed."""
-
-    def run(*words: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["sla-convert", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out + printed.err
-
-    return run
 
 
 @pytest.mark.parametrize("name", ["full", "pruned"])

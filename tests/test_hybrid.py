@@ -20,7 +20,7 @@ from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.upstream.megatron_version import megatron_flavour
 from tests.support.launch import run_worker
-from tests.support.parity import relative_errors
+from tests.support.parity import parity_case, relative_errors
 from tests.support.pipelines import (
     GLOBAL_BATCH,
     GROUPS,
@@ -41,17 +41,7 @@ pytestmark = pytest.mark.distributed
 # As in test_parity.py.
 TOLERANCE = 1e-5
 
-BASE = {
-    "groups": 4,
-    "rope": True,
-    "rms_norm": True,
-    "projection": "full",
-    "tp": 1,
-    "sequence_parallel": False,
-    "recompute": "none",
-    "distances": [1],
-    "skip_groups": 3,
-}
+BASE = parity_case(distances=[1])
 EXPERTS = {"bias": False, "swiglu": True}
 
 #: Patterns against the reference, which takes the layers in turn.

@@ -41,22 +41,6 @@ def prepare(monkeypatch: pytest.MonkeyPatch, gpus: int = 1) -> None:
     monkeypatch.setenv("NCCL_ALGO", "Ring")
 
 
-def parity_case(**changes: Any) -> dict[str, Any]:
-    """A model of ``parity_worker``."""
-    case = {
-        "groups": 4,
-        "rope": True,
-        "rms_norm": True,
-        "projection": "full",
-        "tp": 1,
-        "sequence_parallel": False,
-        "recompute": "none",
-        "distances": [2],
-        "skip_groups": 3,
-    }
-    return case | changes
-
-
 def graph_requests(**flags: Any) -> dict[str, dict[str, Any]]:
     """A run of the trainer, and the same whose steps after the first are one CUDA graph, or what stands for it."""
     eager = argv(**flags, **NO_DROPOUT, no_check_for_nan_in_loss_and_grad=True)

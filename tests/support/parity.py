@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+
+def parity_case(**changes: Any) -> dict[str, Any]:
+    """A model of ``parity_worker``."""
+    case = {
+        "groups": 4,
+        "rope": True,
+        "rms_norm": True,
+        "projection": "full",
+        "tp": 1,
+        "sequence_parallel": False,
+        "recompute": "none",
+        "distances": [2],
+        "skip_groups": 3,
+    }
+    return case | changes
+
 
 def relative_errors(answer: dict[str, float], attention: int = 3) -> dict[str, float]:
     """An answer's errors, of logits and gradients by name; what must hold exactly has been found to hold.
