@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .patterns import ATTENTION, FURTHER_TOKENS, kinds
-
-MLP, EXPERTS, MAMBA = "-", "E", "M"
+from .patterns import ATTENTION, EXPERTS, FURTHER_TOKENS, MAMBA, MLP, kinds
 
 #: What a hybrid model has in place of a GPT's names outside of the layers.
 _LAST_NORM = {"gpt": "decoder.final_layernorm.", "hybrid": "decoder.final_norm."}

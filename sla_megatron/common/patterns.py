@@ -6,7 +6,7 @@ predicts further tokens.  Upstream's symbols are ``megatron.core.models.hybrid.h
 
 from __future__ import annotations
 
-ATTENTION = "*"
+ATTENTION, MLP, EXPERTS, MAMBA = "*", "-", "E", "M"
 STAGE_END = "|"
 FURTHER_TOKENS = "/"
 

@@ -25,8 +25,8 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 from ..common.errors import FlagError, flag_of
-from ..common.layer_pairs import EXPERTS, MLP, LayerPairs
-from ..common.patterns import kinds
+from ..common.layer_pairs import LayerPairs
+from ..common.patterns import EXPERTS, MLP, kinds
 from ..upstream.adapters.checkpoint_interop import has_checkpoint_interop
 from ..upstream.seams import Wrapping, wrap_once
 from .asked import hybrid_pattern

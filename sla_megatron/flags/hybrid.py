@@ -9,14 +9,13 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from ..common.errors import OFF
-from ..common.patterns import ATTENTION, FURTHER_TOKENS, STAGE_END, kinds, segments
+from ..common.patterns import ATTENTION, EXPERTS, FURTHER_TOKENS, STAGE_END, kinds, segments
 from ..cpu.backend import cpu_backend_is_active
 from .asked import has_torch_attention, hybrid_pattern, is_local
 from .rows import Row
 
 #: Layers that K/V are shared between, or pass by: attention, MLP, experts, Mamba, gated delta networks.
 _PASSED_BY = frozenset("*-EMG")
-_EXPERTS = "E"
 #: Symbol of a kind of layer -> the packages, by their modules' names, that Megatron's own layer of it runs on, on GPUs.
 _PACKAGES = {
     "M": {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "einops": "einops"},
@@ -131,9 +130,9 @@ HYBRID: tuple[Row, ...] = (
         "the tensor-parallel size both",
         lambda args: not _has_own_spec(args) and _splits_mamba_heads(args),
     ),
-    *_of_pattern("--num-experts beside it, for E", lambda args: _EXPERTS in _kinds(args) and not args.num_experts),
+    *_of_pattern("--num-experts beside it, for E", lambda args: EXPERTS in _kinds(args) and not args.num_experts),
     Row(
-        "num_experts", OFF, "an E in --hybrid-layer-pattern", lambda args: _kinds(args) and _EXPERTS not in _kinds(args)
+        "num_experts", OFF, "an E in --hybrid-layer-pattern", lambda args: _kinds(args) and EXPERTS not in _kinds(args)
     ),
     Row(
         "mtp_num_layers",

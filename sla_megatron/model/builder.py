@@ -24,7 +24,7 @@ from ..common.errors import FlagError, one_line_errors
 from ..common.patterns import kinds
 from ..cpu.backend import cpu_backend_is_active
 from ..flags import rope_scaling
-from ..flags.asked import has_torch_attention, is_local
+from ..flags.asked import has_torch_attention, hybrid_pattern, is_local
 from ..flags.sla_flags import MEGATRON, SDPA
 from ..flags.validation import sla_config_from_args
 from ..upstream.adapters.model_configs import config_of_class
@@ -62,8 +62,7 @@ def model_config_from_args(args: Namespace, **kwargs: Any) -> ModelConfig:
 
     ``kwargs`` go to :func:`hybrid_config_from_args` or :func:`gpt_config_from_args`.
     """
-    is_hybrid = getattr(args, "hybrid_layer_pattern", None) is not None
-    return (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args, **kwargs)
+    return (hybrid_config_from_args if hybrid_pattern(args) else gpt_config_from_args)(args, **kwargs)
 
 
 def gpt_config_from_args(args: Namespace, **kwargs: Any) -> GPTModelConfig:

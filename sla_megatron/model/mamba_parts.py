@@ -14,7 +14,7 @@ from megatron.core.ssm import mamba_mixer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from ..common.patterns import kinds
+from ..common.patterns import MAMBA, kinds
 from ..upstream.seams import Seam, replaced
 
 _MIXER = "megatron.core.ssm.mamba_mixer"
@@ -51,7 +51,7 @@ MAMBA_PARTS = (
 def built_with_mamba(pattern: str, build: Callable[[], MegatronModule]) -> MegatronModule:
     """The model of ``build()``, whose Mamba layers, where their kernels are not, raise ``RuntimeError`` when run."""
     is_missing = not (mamba_mixer.HAVE_MAMBA_SSM and mamba_mixer.HAVE_EINOPS)
-    if "M" not in kinds(pattern) or not is_missing:
+    if MAMBA not in kinds(pattern) or not is_missing:
         return build()
     with replaced(MAMBA_PARTS):
         model = build()

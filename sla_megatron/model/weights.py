@@ -9,11 +9,13 @@ import copy
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ..common.patterns import EXPERTS
+
 
 def of_kinds(config: TransformerConfig, kinds: str) -> TransformerConfig:
     """``config`` of a hybrid model, for the functions below: its layers have experts where ``kinds`` has an ``E``."""
     config = copy.copy(config)
-    config.moe_layer_freq = [int(kind == "E") for kind in kinds]
+    config.moe_layer_freq = [int(kind == EXPERTS) for kind in kinds]
     return config
 
 

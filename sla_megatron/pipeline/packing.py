@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from . import copy_kernel
 from .copying import move, move_of_any_shape
 from .declarations import CrossLayerTensor
-from .joining import Widths
+from .joining import Widths, gathering
 from .payload import Columns, MicrobatchShape
 from .runs import Run
 
@@ -155,11 +155,8 @@ _of_hidden = (Run(0, 0, 1, 0, 0, 1, 1),)
 @lru_cache
 def _gathering(widths: Widths) -> tuple[Run, ...]:
     """From pieces to where they belong in each tensor, behind the hidden states on both sides."""
-    runs: list[Run] = []
-    for whole, sizes in enumerate(widths, start=1):
-        for i, size in enumerate(sizes):
-            runs.append(Run(len(runs) + 1, 0, 1, whole, sum(sizes[:i]), 1, size))
-    return tuple(runs)
+    # Hidden states have one head, which moves by itself.
+    return gathering(((1,), *widths))[1:]
 
 
 @lru_cache

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ...common.errors import last_line
-from ...common.layer_pairs import MLP, LayerPairs, split_layer
-from ...common.patterns import kinds
+from ...common.layer_pairs import LayerPairs, split_layer
+from ...common.patterns import MLP, kinds
 from ...common.tokenizers import CARRIED
 from ...flags.asked import hybrid_pattern
 from ...flags.gpt_hybrid_load import NOT_IN_GPTS, mlp_kinds, stores_numbered_layers

@@ -9,7 +9,7 @@ import copy
 from argparse import Namespace
 from typing import Any
 
-from ...common.patterns import kinds
+from ...common.patterns import ATTENTION, EXPERTS, MAMBA, MLP, kinds
 from .finding import Skipped
 
 #: Bytes of an element, by the type's name.
@@ -68,8 +68,8 @@ def _hybrid_layers(config: Any, layers: str) -> int:
         raise Skipped("parameters are not estimated with gated delta networks")
     config = of_kinds(config, layers)
     count = len(layers) * _norm_width(config) * config.hidden_size
-    count += layers.count("*") * _attention(config) + layers.count("M") * _mamba(config)
-    return count + sum(mlp_parameters(config, layer) for layer, kind in enumerate(layers) if kind in "-E")
+    count += layers.count(ATTENTION) * _attention(config) + layers.count(MAMBA) * _mamba(config)
+    return count + sum(mlp_parameters(config, layer) for layer, kind in enumerate(layers) if kind in (MLP, EXPERTS))
 
 
 def model_config(args: Namespace, vocabulary: int | None) -> Any:

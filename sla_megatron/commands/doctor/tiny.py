@@ -6,7 +6,7 @@ import copy
 from argparse import Namespace
 
 from ...common.errors import FlagError
-from ...common.patterns import kinds
+from ...common.patterns import MAMBA, kinds
 from .finding import Skipped
 
 #: Sides of a rank's matrices are multiples of it, as tensor cores and every kind of fp8 accept.
@@ -36,7 +36,7 @@ def tiny_args(args: Namespace) -> Namespace:
     )
     if args.num_experts:
         tiny.moe_ffn_hidden_size = _UNIT * (args.expert_tensor_parallel_size or tensor)
-    if "M" in kinds(args.hybrid_layer_pattern or ""):
+    if MAMBA in kinds(args.hybrid_layer_pattern or ""):
         # As few as the groups allow, which ranks share.
         tiny.mamba_num_heads = args.mamba_num_groups
     for name, size in (("moe_shared_expert_intermediate_size", _UNIT * tensor), ("moe_latent_size", HIDDEN)):

@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import Any
 from warnings import catch_warnings
 
-from ...common.patterns import kinds
+from ...common.patterns import EXPERTS, MLP, kinds
 from ...common.silence import silence
 from ...cpu.device import add_device_arg, megatron_device
 from ...pipeline.payload import MicrobatchShape
@@ -102,12 +102,12 @@ def model_work(args: Namespace, config: Any) -> ModelWork:
         recompute = "attention"
     layers = kinds(args.hybrid_layer_pattern or "")
     found = of_kinds(config, layers) if layers else config
-    weights = [mlp_weights(found, layer, args.moe_router_topk) for layer in range(args.num_layers)]
     return ModelWork(
         num_heads=args.num_attention_heads,
         head_size=args.kv_channels,
         mlp_weights=tuple(
-            size if layers[layer : layer + 1] in ("", "-", "E") else 0 for layer, size in enumerate(weights)
+            mlp_weights(found, layer, args.moe_router_topk) if not layers or layers[layer] in (MLP, EXPERTS) else 0
+            for layer in range(args.num_layers)
         ),
         output_gate=bool(args.attention_output_gate),
         vocabulary=_vocabulary(args),
