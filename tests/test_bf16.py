@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import bf16, gpu
-from tests.support.gpu import parity_case
 from tests.support.launch import run_worker
+from tests.support.parity import parity_case
 
 pytestmark = pytest.mark.distributed
 

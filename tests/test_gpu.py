@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support import gpu
-from tests.support.gpu import parity_case
+from tests.support.parity import parity_case
 from tests.support.runs import CLOSE, CPU_FLAGS, NO_DROPOUT, argv, train
 
 pytestmark = pytest.mark.gpu

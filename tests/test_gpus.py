@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import gpu
-from tests.support.gpu import parity_case
+from tests.support.parity import parity_case
 from tests.support.pipelines import LAYOUTS, MODELS, Layout
 from tests.support.runs import NO_DROPOUT, argv, figures, train, train_on_all_ranks
 from tests.test_pipeline import Runs, assert_trains_as, model_flags
