@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from .configuration_sla_gpt import SlaGPTConfig
 from .pieces_sla_gpt import LiveRows, Pieces, is_eager_inference
@@ -92,13 +94,17 @@ def eager_attention_forward(
     if attention_mask is not None:
         scores = scores + attention_mask.unsqueeze(1)
     wide = torch.promote_types(query.dtype, torch.float32)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
-    output = (weights @ value.unsqueeze(2)).flatten(1, 2)
-    return output.transpose(1, 2).contiguous(), weights.flatten(1, 2)
+    # In the shape that is returned before they are used: their gradients are asked for.
+    weights = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype).flatten(1, 2)
+    output = (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2)
+    return output.transpose(1, 2).contiguous(), weights
 
 
 class SlaGPTAttention(nn.Module):
-    """Self-attention that reads its own K/V and those of earlier layers."""
+    """Self-attention that reads its own K/V and those of earlier layers.
+
+    With tensor parallelism each rank has the heads of some of the blocks: how many is seen from the tensors.
+    """
 
     is_causal = True
 
@@ -110,30 +116,36 @@ class SlaGPTAttention(nn.Module):
         self.num_key_value_groups = per_group = config.num_attention_heads // config.num_key_value_heads
         self.scaling = d**-0.5
         # What each token needs of the configuration: transformers' own takes its time to find a field.
-        self.num_groups, self.is_interleaved = config.num_key_value_heads, config.rotary_interleaved
+        self.is_interleaved = config.rotary_interleaved
 
         # The configuration counts layers from 1.
         number, period = layer_idx + 1, config.period
-        self.blocks = config.num_key_value_heads // period
+        blocks = config.num_key_value_heads // period
         reads, stored = config.reads_in_block(number), config.stored_in_block(number)
-        #: Of each layer that is read, itself the last: first and count of the groups, in a block of its stored ones.
-        self.places = [(config.stored_in_block(a).index(groups[0]), len(groups)) for a, groups in reads.items()]
+        kept = {a: config.stored_in_block(a) for a in reads}
+        #: Of each layer that is read, itself the last: of a block of its stored groups, the first that is read, how
+        #: many are, and how many there are.
+        self.places = [(kept[a].index(groups[0]), len(groups), len(kept[a])) for a, groups in reads.items()]
         self.reads_own = number in reads
+        #: The earlier ones, counted from 1.
+        self.source_layers = [a for a in reads if a != number]
         #: Of one block: where what is read goes among the keys and values, and its queries and outputs among the heads.
         self.kv_pieces = Pieces(list(reads.values()), period)
         self.query_pieces = Pieces(list(reads.values()), period, per_group)
         projected = [g for g in config.projected_groups(number) if g < period]
+        #: Query heads of a block, and groups that it has K/V weights for.
+        self.heads_in_block, self.projected_in_block = period * per_group, len(projected)
         self.stored_pieces = Pieces([[projected.index(g) for g in stored]], len(projected)) if stored else None
         #: Where at most half of the groups are read, the rows of those that are.
         self.live_rows: LiveRows | None = None
         if stored and 2 * len(stored) <= period:
-            order = [block * len(projected) + projected.index(g) for block in range(self.blocks) for g in stored]
+            order = [block * len(projected) + projected.index(g) for block in range(blocks) for g in stored]
             self.live_rows = LiveRows([group * d + i for group in order for i in range(d)])
 
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * d, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.blocks * len(projected) * d, bias=bias) if projected else None
-        self.v_proj = nn.Linear(config.hidden_size, self.blocks * len(projected) * d, bias=bias) if projected else None
+        self.k_proj = nn.Linear(config.hidden_size, blocks * len(projected) * d, bias=bias) if projected else None
+        self.v_proj = nn.Linear(config.hidden_size, blocks * len(projected) * d, bias=bias) if projected else None
         self.o_proj = nn.Linear(config.num_attention_heads * d, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = SlaGPTNorm(config, d) if config.qk_layernorm else None
         self.k_norm = SlaGPTNorm(config, d) if config.qk_layernorm and projected else None
@@ -145,7 +157,7 @@ class SlaGPTAttention(nn.Module):
         attention_mask: Tensor | None = None,
         rotary: KV | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None, KV | None]:
         """Attend.
 
@@ -162,22 +174,47 @@ class SlaGPTAttention(nn.Module):
         query, own = self._project(hidden_states, rotary)
         if own is not None and past_key_values is not None:
             own = past_key_values.update(*own, self.layer_idx)
+        if len(sources) != len(self.source_layers):
+            raise ValueError(
+                f"layer {self.layer_idx + 1} reads the keys and values of layers {self.source_layers}, of which it was "
+                f"given {len(sources)}: pipeline stages cannot be cut between them"
+            )
+        stores = [tuple(t.to(query.device) for t in source) for source in sources]
+        stores += [own] if self.reads_own else []
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attend = partial(attend, self, dropout=0.0, scaling=self.scaling, **kwargs)
-        if self.kv_pieces.is_identity and self.reads_own:
-            output, weights = attend(query, *own, attention_mask)
+        if self._is_in_parts(query, stores, past_key_values, kwargs):
+            attend_to_part = partial(attend, self, dropout=0.0, scaling=self.scaling, **kwargs)
+            output, weights = self._attend_to_parts(attend_to_part, query, stores, attention_mask)
         else:
-            stores = [tuple(t.to(query.device) for t in source) for source in sources]
-            stores += [own] if self.reads_own else []
-            in_parts = query.shape[2] == 1 and not self.kv_pieces.is_identity and not self._is_short(stores[0][0])
-            attend_to = self._attend_to_parts if in_parts else self._attend_to_whole
-            output, weights = attend_to(attend, query, stores, attention_mask)
+            key, value = self._joined(stores)
+            # vLLM looks for this call in the text of this function: one, to a name that was looked up above.
+            output, weights = attend(
+                self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+            )
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights, own
 
-    def _is_short(self, key: Tensor) -> bool:
+    def _is_in_parts(
+        self, query: Tensor, stores: Sequence[KV], past_key_values: Cache | None, kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether attention takes a call for each layer that is read, on views of its keys and values.
+
+        For a single token behind a long cache of ours alone.  An engine has a cache for each layer, behind the
+        attention interface, and there all groups' keys and values go in one call a layer: no cache comes with the
+        layer's arguments, or (continuous batching) it is one of the interface's.  Flex attention would compile a kernel
+        for every number of groups.  And weights that were put together would lie beside the way of the gradients.
+        """
+        if past_key_values is None or kwargs.get("cache") is not None:
+            return False
+        if query.shape[2] > 1 or self.kv_pieces.is_identity:
+            return False
+        if torch.is_grad_enabled() or self.config._attn_implementation == "flex_attention":
+            return False
+        return not self._is_short(query, stores[0][0])
+
+    def _is_short(self, query: Tensor, key: Tensor) -> bool:
         """Whether one token's attention takes one call, on copies of the keys and values of ``key``'s ``[b, N, S, d]``.
 
         Counted: two copies and a call, or as many calls as layers are read and a copy of their outputs, so the same for
@@ -191,26 +228,31 @@ class SlaGPTAttention(nn.Module):
         Where groups are torn apart, putting them in their order takes one call longer at every length: 77 and 57 with
         16 tokens.
         """
-        copied = 2 * key.shape[0] * key.shape[2] * self.num_groups * self.head_dim * key.element_size()
+        groups = query.shape[1] // self.num_key_value_groups
+        copied = 2 * key.shape[0] * key.shape[2] * groups * self.head_dim * key.element_size()
         return copied <= MOST_COPIED and not self.kv_pieces.is_torn
 
-    def _attend_to_whole(
-        self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """One call, on copies of the keys and values together: little beside what several tokens make of them."""
-        key, value = (self._joined(tensors) for tensors in zip(*stores, strict=True))
-        return attend(query, key, value, mask)
+    def _joined(self, stores: Sequence[KV]) -> KV:
+        """The keys and values of all groups in their order, ``[b, G, S, d]`` each.
 
-    def _joined(self, stores: Sequence[Tensor]) -> Tensor:
+        Copies, where not all are of one layer: little beside what several tokens make of them.
+        """
+        if self.kv_pieces.is_identity and self.reads_own:
+            return stores[-1]
+        key, value = (self._joined_tensors(tensors) for tensors in zip(*stores, strict=True))
+        return key, value
+
+    def _joined_tensors(self, stores: Sequence[Tensor]) -> Tensor:
         """What is read of each, ``[b, N, S, d]``, as ``[b, G, S, d]``."""
-        dim = 1 if self.blocks == 1 else 2
+        is_one_block = stores[0].shape[1] == self.places[0][2]
+        dim = 1 if is_one_block else 2
         parts = []
-        for store, (first, count) in zip(stores, self.places, strict=True):
-            block = store if self.blocks == 1 else store.unflatten(1, (self.blocks, -1))
+        for store, (first, count, total) in zip(stores, self.places, strict=True):
+            block = store if is_one_block else store.unflatten(1, (-1, total))
             # A view that changes nothing would cost time too.
-            parts.append(block if count == block.shape[dim] else block.narrow(dim, first, count))
+            parts.append(block if count == total else block.narrow(dim, first, count))
         joined = self.kv_pieces.put_back(parts, dim)
-        return joined if self.blocks == 1 else joined.flatten(1, 2)
+        return joined if is_one_block else joined.flatten(1, 2)
 
     def _attend_to_parts(
         self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
@@ -220,16 +262,15 @@ class SlaGPTAttention(nn.Module):
         For a single token, whose time is mostly that of reading the cache: copying a long one would double that.
         """
         batch, by_index = query.shape[0], is_eager_inference()
-        rows = batch * self.blocks
-        queries = self.query_pieces.take(query.reshape(rows, -1, *query.shape[2:]), 1, by_index)
+        query = query.reshape(-1, self.heads_in_block, *query.shape[2:])
+        queries = self.query_pieces.take(query, 1, by_index)
         if mask is not None:
-            mask = mask.repeat_interleave(self.blocks, dim=0)
-        shape = (rows, -1, *stores[0][0].shape[2:])
+            mask = mask.repeat_interleave(query.shape[0] // batch, dim=0)
         results = []
-        for part, (key, value), (first, count) in zip(queries, stores, self.places, strict=True):
-            key, value = key.reshape(shape), value.reshape(shape)
+        for part, store, (first, count, total) in zip(queries, stores, self.places, strict=True):
+            key, value = (tensor.reshape(-1, total, *tensor.shape[2:]) for tensor in store)
             # A view that changes nothing would cost time too.
-            if count < key.shape[1]:
+            if count < total:
                 key, value = key.narrow(1, first, count), value.narrow(1, first, count)
             results.append(attend(part, key, value, mask))
         output = self.query_pieces.put_back([result[0] for result in results], 2, by_index)
@@ -240,7 +281,15 @@ class SlaGPTAttention(nn.Module):
 
     def _project(self, hidden_states: Tensor, rotary: KV | None) -> tuple[Tensor, KV | None]:
         """The queries ``[b, H, s, d]``, and keys and values that some layer reads, ``[b, N, s, d]`` in stored order."""
-        query = self._heads(self.q_proj(hidden_states))
+        query = self.q_proj(hidden_states)
+        if query.shape[-1] % (self.heads_in_block * self.head_dim):
+            config = self.config
+            raise ValueError(
+                f"{query.shape[-1] / self.head_dim:g} of {config.num_attention_heads} query heads are on this rank, but "
+                f"they are split by blocks of {self.heads_in_block}, whose distances repeat: the tensor-parallel size "
+                f"must divide {config.num_key_value_heads // config.period}"
+            )
+        query = self._heads(query)
         query = query if self.q_norm is None else self.q_norm(query)
         key, value = self._project_kv(hidden_states)
         key = key if key is None or self.k_norm is None else self.k_norm(key)
@@ -263,8 +312,8 @@ class SlaGPTAttention(nn.Module):
         if self.stored_pieces.is_identity:
             return key, value
         by_index = hidden_states.shape[1] == 1 and is_eager_inference()
-        taken = (self.stored_pieces.take(x.unflatten(2, (self.blocks, -1)), 3, by_index)[0] for x in (key, value))
-        key, value = (x.flatten(2, 3) for x in taken)
+        blocks = (x.unflatten(2, (-1, self.projected_in_block)) for x in (key, value))
+        key, value = (self.stored_pieces.take(x, 3, by_index)[0].flatten(2, 3) for x in blocks)
         return key, value
 
     def _rotate(self, query: Tensor, key: Tensor | None, rotary: KV) -> tuple[Tensor, Tensor | None]:

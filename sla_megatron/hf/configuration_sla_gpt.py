@@ -65,6 +65,23 @@ class SlaGPTConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     # Lets save_pretrained add auto_map and copy these files, so that what it writes loads with trust_remote_code.
     _auto_class = "AutoConfig"
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    # Of a model that skips there is none, see below.
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 50257
     hidden_size: int = 768
@@ -117,6 +134,9 @@ class SlaGPTConfig(PreTrainedConfig):
             )
         self.sla_layers = list(self.sla_layers)
         self._check()
+        if self.sla_skip_distances and self.sla_skip_groups and self.sla_layers:
+            # Engines hand hidden states alone from one stage to the next.
+            self.base_model_pp_plan = None
         super().__post_init__(**kwargs)
 
     def validate(self) -> None:

@@ -18,13 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -66,8 +72,8 @@ class SlaGPTDecoderLayer(GradientCheckpointingLayer):
         self.readers = sorted(readers)
 
     def forward(
-        self, hidden_states: Tensor, *sources: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, hidden_states: Tensor, *sources: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """One layer.
 
         Args:
@@ -77,14 +83,13 @@ class SlaGPTDecoderLayer(GradientCheckpointingLayer):
             kwargs: as for ``SlaGPTAttention``.
 
         Returns:
-            the output ``[b, s, h]`` and the layer's own keys and values, ``[b, N, S, d]`` or ``None``.
+            the output ``[b, s, h]``, and where later layers read them its own keys and values, ``[b, N, S, d]`` each.
         """
         pairs = list(zip(sources[0::2], sources[1::2], strict=True))
         attended, _, own = self.self_attn(self.input_layernorm(hidden_states), pairs, **kwargs)
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        key, value = own if own is not None else (None, None)
-        return hidden_states, key, value
+        return (hidden_states, *own) if self.readers else hidden_states
 
 
 # The models.
@@ -99,11 +104,9 @@ class SlaGPTPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
-    # It would compile a kernel for every number of groups that a layer reads of another, and then give up compiling.
-    _supports_flex_attn = False
+    _supports_flex_attn = True
     _can_compile_fullgraph = True
-    # Serving engines that put their own attention and cache here expect each layer to read its own K/V only.
-    _supports_attention_backend = False
+    _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": SlaGPTDecoderLayer, "attentions": SlaGPTAttention}
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -141,7 +144,7 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Tokens ``[b, s]`` or embeddings ``[b, s, h]`` to hidden states ``[b, s, h]``."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -162,13 +165,14 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
             position_ids=position_ids,
         )
         rotary = self.rotary_emb(x, position_ids) if self.has_rope else None
-        if not self.has_rope:
+        # Of pipeline stages, the first adds them: the others have something in the place of the first layer.
+        if not self.has_rope and not isinstance(self.layers[0], nn.Identity):
             x = x + self.embed_positions(position_ids)
 
         # Reader -> the keys and values that earlier layers projected for it; dropped once it has read them.
         carried: dict[int, list[Tensor]] = defaultdict(list)
         for number, layer in enumerate(self.layers, start=1):
-            x, key, value = layer(
+            output = layer(
                 x,
                 *carried.pop(number, ()),
                 attention_mask=mask,
@@ -177,8 +181,10 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-            for reader in layer.readers:
-                carried[reader] += (key, value)
+            x, *own = output if isinstance(output, tuple) else (output,)
+            if own:
+                for reader in layer.readers:
+                    carried[reader] += own
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _position_ids(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
@@ -221,6 +227,9 @@ class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: SlaGPTConfig) -> None:
         super().__init__(config)
@@ -256,7 +265,7 @@ class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Next-token logits ``[b, s, vocab_size]``, and with labels the mean cross entropy.
 
@@ -287,4 +296,28 @@ class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["SlaGPTForCausalLM", "SlaGPTModel", "SlaGPTPreTrainedModel"]
+# Other heads, each transformers' own on the base model, which they build by AutoModel.
+
+AutoModel.register(SlaGPTConfig, SlaGPTModel, exist_ok=True)
+
+
+class SlaGPTForSequenceClassification(GenericForSequenceClassification, SlaGPTPreTrainedModel):
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class SlaGPTForTokenClassification(GenericForTokenClassification, SlaGPTPreTrainedModel):
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class SlaGPTForQuestionAnswering(GenericForQuestionAnswering, SlaGPTPreTrainedModel):
+    _auto_class = "AutoModelForQuestionAnswering"
+
+
+__all__ = [
+    "SlaGPTForCausalLM",
+    "SlaGPTForQuestionAnswering",
+    "SlaGPTForSequenceClassification",
+    "SlaGPTForTokenClassification",
+    "SlaGPTModel",
+    "SlaGPTPreTrainedModel",
+]
