@@ -285,9 +285,9 @@ class SlaGPTAttention(nn.Module):
         if query.shape[-1] % (self.heads_in_block * self.head_dim):
             config = self.config
             raise ValueError(
-                f"{query.shape[-1] / self.head_dim:g} of {config.num_attention_heads} query heads are on this rank, but "
-                f"they are split by blocks of {self.heads_in_block}, whose distances repeat: the tensor-parallel size "
-                f"must divide {config.num_key_value_heads // config.period}"
+                f"{query.shape[-1] / self.head_dim:g} of {config.num_attention_heads} heads are on this rank, but only "
+                f"blocks of {self.heads_in_block}, after which their distances repeat, can be split: the "
+                f"tensor-parallel size must divide {config.num_key_value_heads // config.period}"
             )
         query = self._heads(query)
         query = query if self.q_norm is None else self.q_norm(query)

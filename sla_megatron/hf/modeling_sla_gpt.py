@@ -10,7 +10,7 @@ layer l's entry holds its N groups; a new token is decoded on slices of the stor
 This file goes into exported folders: it needs torch, transformers and the other ``*_sla_gpt.py`` files.
 """
 
-from __future__ import annotations
+# No postponed annotations: transformers' tools read forward's, to see which outputs can be asked for.
 
 import sys
 from collections import defaultdict
