@@ -296,20 +296,27 @@ class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):
         )
 
 
-# Other heads, each transformers' own on the base model, which they build by AutoModel.
-
-AutoModel.register(SlaGPTConfig, SlaGPTModel, exist_ok=True)
+# Other heads, each transformers' own on the base model.
 
 
-class SlaGPTForSequenceClassification(GenericForSequenceClassification, SlaGPTPreTrainedModel):
+class SlaGPTHead:
+    """What transformers' heads need to find the base model."""
+
+    def __init__(self, config: SlaGPTConfig) -> None:
+        # They ask AutoModel, which knows classes; loading from a folder may have made this one anew.
+        AutoModel.register(type(config), SlaGPTModel, exist_ok=True)
+        super().__init__(config)
+
+
+class SlaGPTForSequenceClassification(SlaGPTHead, GenericForSequenceClassification, SlaGPTPreTrainedModel):
     _auto_class = "AutoModelForSequenceClassification"
 
 
-class SlaGPTForTokenClassification(GenericForTokenClassification, SlaGPTPreTrainedModel):
+class SlaGPTForTokenClassification(SlaGPTHead, GenericForTokenClassification, SlaGPTPreTrainedModel):
     _auto_class = "AutoModelForTokenClassification"
 
 
-class SlaGPTForQuestionAnswering(GenericForQuestionAnswering, SlaGPTPreTrainedModel):
+class SlaGPTForQuestionAnswering(SlaGPTHead, GenericForQuestionAnswering, SlaGPTPreTrainedModel):
     _auto_class = "AutoModelForQuestionAnswering"
 
 
