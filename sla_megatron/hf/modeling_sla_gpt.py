@@ -236,6 +236,8 @@ class SlaGPTForCausalLM(SlaGPTPreTrainedModel, GenerationMixin):
         self.model = SlaGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        if config.base_model_pp_plan is None:
+            self._pp_plan = {}
 
     # transformers looks for inputs_embeds among the parameters before it takes any.
     def prepare_inputs_for_generation(

@@ -156,8 +156,8 @@ def test_ranks_that_would_cut_a_block_are_refused() -> None:
 @pytest.mark.parametrize("positions", ["rope", "learned_absolute"])
 def test_stages_of_a_dense_model_hand_on_hidden_states(positions: str) -> None:
     config = tiny(position_embedding_type=positions, **MODELS["dense"])
-    assert config.base_model_pp_plan is not None
     first, last = build(config), build(config)
+    assert first.supports_pp_plan and first.model.supports_pp_plan
     for number in range(6):
         (last if number < 3 else first).model.layers[number] = PipelineIdentityLayer()
     first.model.norm = last.model.embed_tokens = PipelineIdentityLayer()
@@ -167,7 +167,7 @@ def test_stages_of_a_dense_model_hand_on_hidden_states(positions: str) -> None:
 
 def test_stages_that_cut_a_layer_from_its_source_are_refused() -> None:
     model = build(tiny())
-    assert model.config.base_model_pp_plan is None
+    assert not (model.supports_pp_plan or model.model.supports_pp_plan)
     for number in range(3):
         model.model.layers[number] = PipelineIdentityLayer()
     # Of its sources, layers 2 and 4, the earlier one is missing; so is layer 2 of layer 4.
