@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-#: Kind of rotary embedding -> the fields that it needs, all positive numbers.  transformers computes with them, and with
-#: more that have defaults there.
+#: Kind of rotary embedding -> the fields that it needs, all positive numbers.  transformers computes with them, and
+#: with more that have defaults there.
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -102,14 +102,15 @@ class RopeFields:
         names = ("rope_theta", "rotary_percent", "partial_rotary_factor", "rope_scaling", "rope_parameters")
         given = {name: fields.pop(name, None) for name in names}
         given = {name: value for name, value in given.items() if value is not None}
-        meant = {}
+        meant: dict[str, Any] = {}
         for name, value in given.items():
             setattr(self, name, value)
+            for other, before in meant.items():
+                if getattr(self, other) != before:
+                    raise ValueError(
+                        f"SlaGPTConfig: {other} must not contradict {name} {value!r}; it is {given[other]!r}"
+                    )
             meant[name] = getattr(self, name)
-        for name, value in meant.items():
-            if getattr(self, name) != value:
-                others = ", ".join(f"{other} {given[other]!r}" for other in given if other != name)
-                raise ValueError(f"SlaGPTConfig: {name} must not contradict {others}; it is {given[name]!r}")
 
     def _rope_to_dict(self, fields: dict[str, Any]) -> dict[str, Any]:
         """``fields`` as they are written: the four in the place of what holds their values here."""
