@@ -7,6 +7,9 @@ Keys and values that later layers read leave a layer as outputs and enter the re
 are exact under gradient checkpointing, and they are moved along with the hidden states between devices.  With a cache,
 layer l's entry holds its N groups; a new token is decoded on slices of the stored tensors, or on copies of short ones.
 
+transformers' ``KVSharingDict`` stands for layers that take all of another's, and is an object beside the inputs and
+outputs, where neither reentrant checkpointing nor FSDP2 sees it, with all that was put in until the pass ends.
+
 This file goes into exported folders: it needs torch, transformers and the other ``*_sla_gpt.py`` files.
 """
 
