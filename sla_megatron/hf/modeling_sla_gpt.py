@@ -150,6 +150,9 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        # The name that generation gives it since transformers 5.24.
+        if isinstance(kwargs.get("cache"), Cache):
+            past_key_values = kwargs.pop("cache")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if is_counted := position_ids is None:
