@@ -4,16 +4,19 @@ Legend: ``L`` layers numbered ``1..L``; ``G`` key/value groups (``num_key_value_
 ``g`` serves ``H/G`` neighbouring query heads.  In a consumer layer ``l``, a skip group with distance ``n`` attends to
 the keys and values that layer ``l - n`` projected, in place of the layer's own.
 
-This file goes into exported folders: it needs transformers and nothing else.
+This file goes into exported folders: it needs transformers and ``rope_fields_sla_gpt.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+
+from .rope_fields_sla_gpt import RopeFields
 
 #: Field -> the values it can have.
 CHOICES = {
@@ -21,18 +24,9 @@ CHOICES = {
     "position_embedding_type": ("learned_absolute", "rope"),
     "sla_kv_projection": ("full", "pruned"),
 }
-#: Rotary scaling -> the fields it needs, all positive numbers.  transformers computes with them, and with more that
-#: have defaults there.
-ROPE_SCALING_FIELDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings"),
-    "longrope": ("original_max_position_embeddings",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
-class SlaGPTConfig(PreTrainedConfig):
+class SlaGPTConfig(RopeFields, PreTrainedConfig):
     """Shape of an SLA-GPT.
 
     Args:
@@ -43,10 +37,13 @@ class SlaGPTConfig(PreTrainedConfig):
         normalization: ``LayerNorm`` or ``RMSNorm``, of the layers and with ``qk_layernorm`` of queries and keys too.
         norm_zero_centered: the norms multiply by ``1 + weight`` (Megatron's ``--apply-layernorm-1p``).
         position_embedding_type: ``learned_absolute`` or ``rope``.
-        rotary_percent: the share of each head, from its start, that rotary embedding turns.
+        rope_parameters: ``rope_theta`` (10000), ``partial_rotary_factor`` (1; the share of each head, from its start,
+            that rotary embedding turns), ``rope_type`` (``default``) and the fields that transformers knows of that
+            type: see ``ROPE_FIELDS``.  Or in its place any of
+        rope_theta: of ``rope_parameters``.
+        rotary_percent: its ``partial_rotary_factor``.
+        rope_scaling: ``None``, or its ``rope_type`` and that type's fields.
         rotary_interleaved: it turns neighbouring pairs (GPT-J) rather than the two halves (Llama, GPT-NeoX).
-        rope_scaling: ``None``, ``{"rope_type": "linear", "factor": f}``, or likewise ``llama3``, ``dynamic``, ``yarn``
-            or ``longrope`` with the fields that transformers knows.
         attention_bias: bias of the q, k and v projections.
         attention_output_bias: bias of the output projection; default as ``attention_bias``.
         gated_mlp: ``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``.
@@ -96,10 +93,6 @@ class SlaGPTConfig(PreTrainedConfig):
     norm_eps: float = 1e-5
     norm_zero_centered: bool = False
     position_embedding_type: str = "learned_absolute"
-    rope_theta: float = 10000.0
-    # A field of its own: the base class has a deprecated property of this name, for its rope_parameters.
-    rope_scaling: dict[str, Any] | None = None
-    rotary_percent: float = 1.0
     rotary_interleaved: bool = False
     attention_bias: bool = True
     attention_output_bias: bool | None = None
@@ -118,6 +111,7 @@ class SlaGPTConfig(PreTrainedConfig):
     sla_kv_projection: str = "full"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._take_rope(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -141,8 +135,12 @@ class SlaGPTConfig(PreTrainedConfig):
 
     def validate(self) -> None:
         """Run by ``save_pretrained``, as fields can be set after the configuration was made."""
-        super().validate()
         self._check()
+        super().validate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, those of rotary embedding by both of their names."""
+        return self._rope_to_dict(super().to_dict())
 
     # The mathematics of skip-layer attention.
 
@@ -218,6 +216,17 @@ class SlaGPTConfig(PreTrainedConfig):
         """For transformers' caches: a layer marked ``reuse`` keeps no K/V of its own."""
         return [None if self.live_groups(m) else "reuse" for m in range(1, self.num_hidden_layers + 1)]
 
+    @property
+    def per_layer_config(self) -> list[SlaGPTConfig]:
+        """For transformers' caches that are made before they are filled: ``num_key_value_heads`` is what a layer keeps.
+
+        One that keeps nothing has no cache (``kv_sharing_modes``), or one of length 0, and no size.
+        """
+        layers = [copy(self) for _ in range(self.num_hidden_layers)]
+        for number, layer in enumerate(layers, start=1):
+            layer.num_key_value_heads = len(self.live_groups(number))
+        return layers
+
     # Checks.
 
     def _check(self) -> None:
@@ -238,7 +247,8 @@ class SlaGPTConfig(PreTrainedConfig):
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         self._require(heads % groups == 0, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
         self._require(self.norm_eps > 0, "norm_eps", "a positive number")
-        self._check_rotary()
+        if self.position_embedding_type == "rope":
+            self._check_rope()
 
         distances = self.sla_skip_distances
         self._require(all(_is_int(n) and n > 0 for n in distances), "sla_skip_distances", "integers >= 1")
@@ -252,43 +262,6 @@ class SlaGPTConfig(PreTrainedConfig):
             "sla_layers",
             f"ascending layer numbers within 1..{self.num_hidden_layers}",
         )
-
-    def _check_rotary(self) -> None:
-        if self.position_embedding_type != "rope":
-            return
-        self._require(self.rope_theta > 0, "rope_theta", "a positive number")
-        self._require(0 < self.rotary_percent <= 1, "rotary_percent", "a number in (0, 1]")
-        rotary_dim = self.rotary_dim
-        self._require(
-            rotary_dim > 0 and rotary_dim % 2 == 0,
-            "rotary_percent",
-            f"a share of head_dim={self.head_dim} that is an even number of elements",
-        )
-        if self.rope_scaling is not None:
-            self._check_rope_scaling()
-
-    def _check_rope_scaling(self) -> None:
-        *kinds, last = ROPE_SCALING_FIELDS
-        wanted = f"None or a dict with rope_type {', '.join(kinds)} or {last} and its factors, positive numbers"
-        scaling = self.rope_scaling
-        kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
-        self._require(kind in ROPE_SCALING_FIELDS, "rope_scaling", wanted)
-        values = [scaling.get(name) for name in ROPE_SCALING_FIELDS[kind]]
-        if kind == "longrope":
-            for name in ("short_factor", "long_factor"):
-                factors = scaling.get(name)
-                is_long = isinstance(factors, list) and len(factors) == self.rotary_dim // 2
-                self._require(
-                    is_long, "rope_scaling", f"a dict whose {name} is a list of {self.rotary_dim // 2} numbers"
-                )
-                values += factors
-        positive = all(isinstance(value, int | float) and value > 0 for value in values)
-        self._require(positive, "rope_scaling", wanted)
-
-    @property
-    def rotary_dim(self) -> int:
-        """How many elements of each head rotary embedding turns."""
-        return int(self.head_dim * self.rotary_percent)
 
     def _require(self, is_good: bool, name: str, wanted: str) -> None:
         if not is_good:

@@ -7,6 +7,9 @@ Keys and values that later layers read leave a layer as outputs and enter the re
 are exact under gradient checkpointing, and they are moved along with the hidden states between devices.  With a cache,
 layer l's entry holds its N groups; a new token is decoded on slices of the stored tensors, or on copies of short ones.
 
+transformers' ``KVSharingDict`` stands for layers that take all of another's, and is an object beside the inputs and
+outputs, where neither reentrant checkpointing nor FSDP2 sees it, with all that was put in until the pass ends.
+
 This file goes into exported folders: it needs torch, transformers and the other ``*_sla_gpt.py`` files.
 """
 
@@ -150,6 +153,9 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        # The name that generation gives it since transformers 5.24.
+        if isinstance(kwargs.get("cache"), Cache):
+            past_key_values = kwargs.pop("cache")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if is_counted := position_ids is None:

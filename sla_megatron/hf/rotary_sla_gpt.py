@@ -17,22 +17,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from .configuration_sla_gpt import SlaGPTConfig
 
 
-class RopeConfig:
-    """A configuration as transformers' functions for rotary embedding read it."""
-
-    def __init__(self, config: SlaGPTConfig) -> None:
-        self.rope_parameters = {
-            **{"rope_type": "default", "rope_theta": config.rope_theta},
-            **{"partial_rotary_factor": config.rotary_percent, **(config.rope_scaling or {})},
-        }
-        self.head_dim = config.head_dim
-        self.hidden_size, self.num_attention_heads = config.hidden_size, config.num_attention_heads
-        self.max_position_embeddings = config.max_position_embeddings
-
-    def standardize_rope_params(self) -> None:
-        """Nothing to do: these are in the newest form."""
-
-
 class SlaGPTRotaryEmbedding(nn.Module):
     """Cosine and sine of each position's angles, once for all layers.
 
@@ -46,8 +30,8 @@ class SlaGPTRotaryEmbedding(nn.Module):
     def __init__(self, config: SlaGPTConfig) -> None:
         super().__init__()
         # The attributes that dynamic_rope_update asks for, which changes frequencies with the length of the context.
-        self.config = RopeConfig(config)
-        self.rope_type = self.config.rope_parameters["rope_type"]
+        self.config = config
+        self.rope_type = config.rope_parameters.get("rope_type", "default")
         self.interleaved = config.rotary_interleaved
         self._reset(None)
 
@@ -63,12 +47,12 @@ class SlaGPTRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(
-        config: RopeConfig, device: torch.device | None = None, **_: Any
+        config: SlaGPTConfig, device: torch.device | None = None, **_: Any
     ) -> tuple[Tensor, float]:
         """Frequencies without scaling, ``[r / 2]``, and the factor 1; by transformers' name for it."""
-        dim = int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
+        dim = config.rotary_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+        return 1.0 / config.rope_theta**exponents, 1.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """``to``, ``half`` and their like: another device is followed, another precision is not."""

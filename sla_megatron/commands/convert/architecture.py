@@ -87,6 +87,17 @@ def config_from_args(args: Namespace, vocab_size: int) -> Config:
     return config | sla_fields(args)
 
 
+def rope_parameters(config: Mapping[str, Any]) -> Config:
+    """``config``'s fields of rotary embedding by transformers 5's name, to be written beside them.
+
+    Empty without rotary positions: tools that find one take a model for one that has them.
+    """
+    if config["position_embedding_type"] != "rope":
+        return {}
+    always = {"rope_theta": config["rope_theta"], "partial_rotary_factor": config["rotary_percent"]}
+    return {"rope_parameters": {"rope_type": "default", **always, **(config.get("rope_scaling") or {})}}
+
+
 def sla_fields(args: Namespace) -> Config:
     """The ``sla_*`` fields; empty lists without ``--sla``."""
     sla = sla_config_from_args(args)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .architecture import rope_parameters
 from .errors import ConvertError
 
 _HF_CODE = Path(__file__).parents[2] / "hf"
@@ -104,6 +105,9 @@ def model_kind(dtype: torch.dtype) -> dict[str, Any]:
         "AutoConfig": "configuration_sla_gpt.SlaGPTConfig",
         "AutoModel": f"{module}.SlaGPTModel",
         "AutoModelForCausalLM": f"{module}.SlaGPTForCausalLM",
+        "AutoModelForSequenceClassification": f"{module}.SlaGPTForSequenceClassification",
+        "AutoModelForTokenClassification": f"{module}.SlaGPTForTokenClassification",
+        "AutoModelForQuestionAnswering": f"{module}.SlaGPTForQuestionAnswering",
     }
     name = str(dtype).removeprefix("torch.")
     return {"architectures": ["SlaGPTForCausalLM"], "auto_map": auto_map, "dtype": name}
@@ -113,7 +117,7 @@ def write_model_files(folder: Path, config: Mapping[str, Any], dtype: torch.dtyp
     """``config.json``, ``generation_config.json`` and the model's code.  ``special``: token ids."""
     # transformers warns of a field of this name, even of an empty one.
     fields = {field: value for field, value in config.items() if field != "rope_scaling" or value is not None}
-    write_json(folder / "config.json", model_kind(dtype) | fields | dict(special))
+    write_json(folder / "config.json", model_kind(dtype) | fields | rope_parameters(config) | dict(special))
     write_json(folder / "generation_config.json", {"do_sample": False} | dict(special))
     write_code(folder)
 

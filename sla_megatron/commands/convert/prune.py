@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architecture import MODEL_TYPE
+from .architecture import MODEL_TYPE, rope_parameters
 from .errors import ConvertError
 from .hf_folder import CODE_FILES, TensorInfo, model_kind, write_code, write_json, write_weights
 from .hf_reader import HFSource
@@ -93,7 +93,7 @@ def prune(folder: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: i
                 continue
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, place / path.name)
         config = read_json(folder / "config.json") | {"sla_kv_projection": "pruned"}
-        write_json(place / "config.json", config | model_kind(infos[0].dtype))
+        write_json(place / "config.json", config | rope_parameters(full.config) | model_kind(infos[0].dtype))
         write_code(place)
     sizes = [sum(info.num_bytes for info in infos) for infos in (before, infos)]
     return f"{sizes[1] / 1e6:.1f} MB of weights, {(sizes[0] - sizes[1]) / 1e6:.1f} MB that nobody reads left out"

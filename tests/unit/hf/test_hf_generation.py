@@ -260,3 +260,14 @@ def test_a_forward_pass_beyond_the_last_learned_position() -> None:
     assert relative_error(wide[:, 4:], narrow) <= 1e-10
     # Rotary embedding has no last position.
     assert model_of("full", max_position_embeddings=10)(tokens(2, 12)).logits.shape[1] == 12
+
+
+@torch.no_grad()
+def test_the_cache_is_taken_by_transformers_newer_name() -> None:
+    """``cache``, as generation gives it since 5.24; passed over, each token would be the first."""
+    model, batch = build(tiny()), tokens()
+    cache = DynamicCache(config=model.config)
+    for part in batch.split([8, 1, 2], dim=1):
+        logits = model(part, cache=cache).logits
+    assert cache.get_seq_length() == batch.shape[1]
+    assert relative_error(logits, model(batch, use_cache=False).logits[:, -2:]) <= 1e-10
