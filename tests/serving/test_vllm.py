@@ -1,0 +1,123 @@
+"""vLLM with the plugin: transformers' own tokens and log-probabilities, and the formula's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from vllm import LLM
+
+from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
+from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
+
+from .engine import (
+    LONGEST,
+    answers,
+    asked,
+    cache_bytes_per_token,
+    engine,
+    generated,
+    load,
+    log_probabilities,
+    prompts,
+    write_export,
+)
+
+LLAMA_LIKE = {
+    **{"num_key_value_heads": 4, "position_embedding_type": "rope", "normalization": "RMSNorm", "gated_mlp": True},
+    **{"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False},
+}
+#: Name -> changes of the shape, and of the 6 layers how many (layer, group) pairs are live, counted by hand.
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    # Layers 1 and 2 are read by themselves, 3 and 4 keep all groups too, of which the skipping ones are read by 5 and 6
+    # alone; 5 and 6 keep four of eight.
+    "mha, learned, pruned": (
+        {"sla_skip_distances": [2], "sla_skip_groups": [1, 3, 5, 7], "sla_kv_projection": "pruned"},
+        4 * 8 + 2 * 4,
+    ),
+    # Groups 1 and 3 skip two layers, group 2 four: dead are 1 and 3 in layers 5 and 6, and 2 in layers 5 and 6 as well.
+    "gqa, rope, two distances, full": (
+        LLAMA_LIKE | {"qk_layernorm": True, "sla_skip_distances": [2, 4], "sla_skip_groups": [1, 2, 3]},
+        6 * 4 - 6,
+    ),
+    # In layer 5 alone: group 0 reads layer 4, groups 1 and 2 layer 2. Dead are its own three.
+    "gqa, rope, pruned, one layer": (
+        {
+            **{"num_key_value_heads": 4, "position_embedding_type": "rope", "rotary_percent": 0.5},
+            **{"rotary_interleaved": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            **{"norm_zero_centered": True, "hidden_act": "relu2", "attention_output_bias": False},
+            **{"sla_skip_distances": [1, 3, 3], "sla_skip_groups": [0, 1, 2], "sla_layers": [5]},
+            **{"sla_kv_projection": "pruned"},
+        },
+        6 * 4 - 3,
+    ),
+    "dense": (LLAMA_LIKE, 6 * 4),
+}
+#: Bytes of one pair's keys and values in fp32.
+PAIR = 2 * 32 * 4
+
+
+@dataclass
+class Served:
+    """An export, as transformers loads it, and as vLLM does with prompts of at most 32 tokens a step."""
+
+    folder: Path
+    model: PreTrainedModel
+    llm: LLM
+    live: int
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(", ", "-").replace(" ", "-"))
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("export")
+    changes, live = CASES[request.param]
+    write_export(folder, **changes)
+    with engine(folder, max_num_batched_tokens=32) as llm:
+        yield Served(folder, load(folder), llm, live)
+
+
+def test_generates_what_transformers_does(served: Served) -> None:
+    """Together and alone, prompts in one step and in chunks, and of one token."""
+    texts = prompts(1, 5, 31, 66, 100)
+    expected = [generated(served.model, text) for text in texts]
+    assert answers(served.llm, texts) == expected
+    served.llm.reset_prefix_cache()
+    assert [answers(served.llm, [text])[0] for text in texts] == expected
+
+
+def test_log_probabilities_of_a_prompt(served: Served) -> None:
+    text = prompts(80)[0]
+    answer = asked(served.llm, [text], prompt_logprobs=0, max_tokens=1)[0]
+    found = torch.tensor([of[token].logprob for of, token in zip(answer.prompt_logprobs[1:], text[1:], strict=True)])
+    torch.testing.assert_close(found, log_probabilities(served.model, text), atol=1e-4, rtol=1e-5)
+
+
+def test_a_shared_prefix_is_computed_once(served: Served) -> None:
+    """Two prompts that go on differently after a block of the cache."""
+    shared, one, other = prompts(130, 9, 7)
+    served.llm.reset_prefix_cache()
+    for end, hits in ((one, False), (other, True)):
+        answer = asked(served.llm, [shared + end])[0]
+        assert list(answer.outputs[0].token_ids) == generated(served.model, shared + end)
+        assert (answer.num_cached_tokens > 0) == hits
+
+
+def test_the_cache_is_the_formulas(served: Served) -> None:
+    """By vLLM's own accounting: live pairs, each once."""
+    assert cache_bytes_per_token(served.llm) == served.live * PAIR
+
+
+def test_plain_attention_would_generate_something_else(served: Served) -> None:
+    """What is compared depends on which layer is read."""
+    config = served.model.config
+    if not config.sla_skip_distances or config.sla_kv_projection == "pruned":
+        pytest.skip("has no weights for all groups, or skips nothing")
+    dense = SlaGPTForCausalLM(SlaGPTConfig.from_dict(config.to_dict() | {"sla_skip_distances": []})).eval()
+    dense.load_state_dict(served.model.state_dict())
+    text = prompts(66)[0]
+    assert generated(dense, text) != generated(served.model, text)
