@@ -59,6 +59,6 @@ setup(
             "sla-patch = sla_megatron.commands.patch.cli:main",
         ],
         # In an environment with vLLM, which calls it in each of its processes.
-        "vllm.general_plugins": ["sla_gpt = sla_megatron.serving.vllm_plugin:register"],
+        "vllm.general_plugins": ["sla_gpt = sla_megatron.hf.serving.vllm_plugin:register"],
     },
 )

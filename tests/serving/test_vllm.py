@@ -16,7 +16,6 @@ from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 
 from .engine import (
-    LONGEST,
     answers,
     asked,
     cache_bytes_per_token,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoConfig
 from vllm import ModelRegistry
 
-from ..hf.configuration_sla_gpt import SlaGPTConfig
+from ..configuration_sla_gpt import SlaGPTConfig
 
 
 def register() -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from ..hf.configuration_sla_gpt import SlaGPTConfig
+from ..configuration_sla_gpt import SlaGPTConfig
 
 
 def rank_groups(config: SlaGPTConfig, ranks: int) -> list[list[int]]:

@@ -28,9 +28,9 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from ..hf.attention_sla_gpt import SlaGPTNorm
-from ..hf.configuration_sla_gpt import SlaGPTConfig
-from ..hf.rotary_sla_gpt import SlaGPTRotaryEmbedding, apply_rotary
+from ..attention_sla_gpt import SlaGPTNorm
+from ..configuration_sla_gpt import SlaGPTConfig
+from ..rotary_sla_gpt import SlaGPTRotaryEmbedding, apply_rotary
 from .cache_plan import LayerPlan, plan_layers, rank_groups
 
 #: Keys and values, ``[t, groups, d]`` each.

@@ -1,4 +1,0 @@
-"""SLA-GPT for vLLM: a plugin that keeps the formula's cache.
-
-Imports ``hf`` alone of this package, so that it runs in an environment without Megatron, as vLLM's is.
-"""
