@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from vllm import LLM
 
@@ -54,6 +55,11 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
             **{"sla_kv_projection": "pruned"},
         },
         6 * 4 - 3,
+    ),
+    # The last three layers have weights for keys and values that nobody reads.
+    "all groups skip": (
+        LLAMA_LIKE | {"qk_layernorm": True, "sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3]},
+        3 * 4,
     ),
     "dense": (LLAMA_LIKE, 6 * 4),
 }
@@ -120,3 +126,49 @@ def test_plain_attention_would_generate_something_else(served: Served) -> None:
     dense.load_state_dict(served.model.state_dict())
     text = prompts(66)[0]
     assert generated(dense, text) != generated(served.model, text)
+
+
+def test_two_ranks_generate_what_transformers_does(tmp_path: Path) -> None:
+    """Of groups whose shares are no neighbours, each rank with half of the cache."""
+    changes = {"sla_skip_distances": [1, 2], "sla_skip_groups": [0, 1, 3, 4], "num_key_value_heads": 8}
+    write_export(tmp_path, **(LLAMA_LIKE | changes))
+    texts = prompts(5, 66)
+    with engine(tmp_path, tensor_parallel_size=2, max_num_batched_tokens=32) as llm:
+        assert answers(llm, texts) == [generated(load(tmp_path), text) for text in texts]
+        # Of six layers of eight groups, two are dead in the last, and in each of the last two, two more.
+        assert cache_bytes_per_token(llm) == (6 * 8 - 2 - 4) / 2 * PAIR
+
+
+@pytest.mark.parametrize("name", ["mha, learned, pruned", "gqa, rope, two distances, full"])
+def test_without_the_plugin_transformers_model_runs(name: str, tmp_path: Path) -> None:
+    """vLLM's own way, with a whole cache for each layer."""
+    write_export(tmp_path, **CASES[name][0])
+    texts, model = prompts(1, 31, 66), load(tmp_path)
+    with engine(tmp_path, model_impl="transformers", trust_remote_code=True, max_num_batched_tokens=32) as llm:
+        assert answers(llm, texts) == [generated(model, text) for text in texts]
+        assert cache_bytes_per_token(llm) == 6 * model.config.num_key_value_heads * PAIR
+
+
+def test_an_export_of_before_is_served(tmp_path: Path) -> None:
+    """With its padding beside the weights, where vLLM reads all there is, and with its own code, which is not used."""
+    write_export(tmp_path, **CASES["mha, learned, pruned"][0])
+    text = prompts(66)[0]
+    expected = generated(load(tmp_path), text)
+    save_file({"model.embed_tokens.weight": torch.ones(3, 64)}, tmp_path / "megatron_padding.safetensors")
+    with engine(tmp_path, trust_remote_code=True) as llm:
+        assert answers(llm, [text]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "error"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rope_type=dynamic changes frequencies"),
+        ({}, {"quantization": "fp8"}, "quantization=fp8 is not for SlaGPTForCausalLM"),
+        ({}, {"pipeline_parallel_size": 2}, "Pipeline parallelism is not supported for this model"),
+        ({}, {"enable_lora": True}, "SlaGPTForCausalLM does not support LoRA"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], options: dict[str, Any], error: str, tmp_path: Path) -> None:
+    write_export(tmp_path, **(LLAMA_LIKE | changes))
+    with pytest.raises(Exception, match=error), engine(tmp_path, **options):
+        pass

@@ -11,7 +11,6 @@ raises ``KeyError``.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable
 
 import torch
@@ -32,12 +31,16 @@ from ..attention_sla_gpt import SlaGPTNorm
 from ..configuration_sla_gpt import SlaGPTConfig
 from ..rotary_sla_gpt import SlaGPTRotaryEmbedding, apply_rotary
 from .cache_plan import LayerPlan, plan_layers, rank_groups
+from .weight_places import WeightPlaces
 
 #: Keys and values, ``[t, groups, d]`` each.
 KV = tuple[Tensor, Tensor]
 
 #: Scalings whose frequencies change with the length of a sequence: here, sequences of all lengths are one batch.
 CHANGING_ROPE = ("dynamic", "longrope")
+
+#: The tensors that have a row for each token.
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class SlaGPTAttention(nn.Module):
@@ -190,6 +193,11 @@ class SlaGPTModel(nn.Module):
         self.has_rope = config.position_embedding_type == "rope"
         if self.has_rope:
             self.rotary_emb = SlaGPTRotaryEmbedding(config)
+            if (kind := self.rotary_emb.rope_type) in CHANGING_ROPE:
+                raise ValueError(
+                    f"rope_type={kind} changes frequencies with the length of a sequence, which vLLM's batches of all "
+                    "lengths cannot: use transformers"
+                )
         else:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         groups = rank_groups(config, get_tensor_model_parallel_world_size())[get_tensor_model_parallel_rank()]
@@ -232,7 +240,11 @@ class SlaGPTForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = _configuration(vllm_config)
-        _check(self.config, vllm_config)
+        if vllm_config.quant_config is not None:
+            raise ValueError(
+                f"quantization={vllm_config.model_config.quantization} is not for SlaGPTForCausalLM, whose weights are "
+                "put in another order when they are loaded: leave it out"
+            )
         self.model = SlaGPTModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
@@ -266,12 +278,17 @@ class SlaGPTForCausalLM(nn.Module):
             ValueError: for a tensor that the model does not have.
         """
         parameters = dict(self.named_parameters())
-        rows = _WeightOrder(self.config)
+        places = WeightPlaces(self.config, get_tensor_model_parallel_world_size())
         loaded = set()
         for name, tensor in weights:
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
-            own_name, shard, order, dim = rows.place(name)
+            # Older exports have the rows that Megatron padded beside their weights, by the same names.
+            if name in VOCABULARY and len(tensor) != self.config.vocab_size:
+                continue
+            if (place := places.of(name)) is None:
+                continue
+            own_name, shard, order, dim = place
             if own_name not in parameters:
                 raise ValueError(f"SlaGPTForCausalLM has no tensor {name}, which is among the model's weights")
             tensor = tensor if order is None else tensor.index_select(dim, order)
@@ -282,60 +299,7 @@ class SlaGPTForCausalLM(nn.Module):
         return loaded
 
 
-class _WeightOrder:
-    """Where an export's tensors go: names of merged projections, and rows in the order of calls and caches.
-
-    All ranks' rows, rank by rank, of which vLLM's loaders take the rank's own.
-    """
-
-    def __init__(self, config: SlaGPTConfig) -> None:
-        self.config = config
-        groups = rank_groups(config, get_tensor_model_parallel_world_size())
-        self.plans = [plan_layers(config, rank) for rank in groups]
-        self.is_gated = config.gated_mlp
-
-    def place(self, name: str) -> tuple[str, int | None, Tensor | None, int]:
-        """Our name, the part of a merged projection, and which indices are taken, of which dimension."""
-        if match := re.fullmatch(r"(model\.layers\.(\d+)\.self_attn\.)([qkvo])_proj(\.\w+)", name):
-            start, index, kind, end = match.groups()
-            if kind == "o":
-                # Its bias has no heads.
-                order = self._rows(int(index), "q") if end == ".weight" else None
-                return name, None, order, 1
-            return f"{start}qkv_proj{end}", "qkv".index(kind), self._rows(int(index), kind), 0
-        if match := re.fullmatch(r"(model\.layers\.\d+\.mlp\.)(gate|up)_proj(\.\w+)", name):
-            start, kind, end = match.groups()
-            return f"{start}gate_up_proj{end}", int(self.is_gated and kind == "up"), None, 0
-        return name, None, None, 0
-
-    def _rows(self, index: int, kind: str) -> Tensor:
-        config = self.config
-        plans = [rank[index] for rank in self.plans]
-        if kind == "q":
-            groups = [g for plan in plans for call in plan.calls for g in call]
-            width = config.num_attention_heads // config.num_key_value_heads * config.head_dim
-        else:
-            stored = config.projected_groups(index + 1)
-            groups = [stored.index(g) for plan in plans for part in plan.projected for g in part]
-            width = config.head_dim
-        return torch.tensor([group * width + i for group in groups for i in range(width)], dtype=torch.long)
-
-
 def _configuration(vllm_config: VllmConfig) -> SlaGPTConfig:
     """Of this package's class: with ``trust_remote_code`` it is of the export's own, as it was then."""
     config = vllm_config.model_config.hf_config
     return config if type(config) is SlaGPTConfig else SlaGPTConfig.from_dict(config.to_dict())
-
-
-def _check(config: SlaGPTConfig, vllm_config: VllmConfig) -> None:
-    if vllm_config.quant_config is not None:
-        raise ValueError(
-            f"SlaGPTForCausalLM is not quantised by vLLM: leave quantization={vllm_config.model_config.quantization} "
-            "out"
-        )
-    kind = (config.rope_scaling or {}).get("rope_type")
-    if kind in CHANGING_ROPE:
-        raise ValueError(
-            f"rope_type={kind} changes frequencies with the length of a sequence, which vLLM's batches of all lengths "
-            "cannot: use transformers"
-        )
