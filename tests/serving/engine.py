@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def write_export(folder: Path, **changes: Any) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
+    # As sla-convert writes it; save_pretrained names the class alone that was saved.
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"]["AutoModel"] = "modeling_sla_gpt.SlaGPTModel"
+    path.write_text(json.dumps(config))
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ from .engine import (
     prompts,
     write_export,
 )
+from .without_plugin import LENGTHS
 
 LLAMA_LIKE = {
     **{"num_key_value_heads": 4, "position_embedding_type": "rope", "normalization": "RMSNorm", "gated_mlp": True},
@@ -130,8 +134,8 @@ def test_plain_attention_would_generate_something_else(served: Served) -> None:
 
 def test_two_ranks_generate_what_transformers_does(tmp_path: Path) -> None:
     """Of groups whose shares are no neighbours, each rank with half of the cache."""
-    changes = {"sla_skip_distances": [1, 2], "sla_skip_groups": [0, 1, 3, 4], "num_key_value_heads": 8}
-    write_export(tmp_path, **(LLAMA_LIKE | changes))
+    changes = {"sla_skip_distances": [1, 2], "sla_skip_groups": [0, 1, 3, 4]}
+    write_export(tmp_path, **(LLAMA_LIKE | changes | {"num_attention_heads": 16, "num_key_value_heads": 8}))
     texts = prompts(5, 66)
     with engine(tmp_path, tensor_parallel_size=2, max_num_batched_tokens=32) as llm:
         assert answers(llm, texts) == [generated(load(tmp_path), text) for text in texts]
@@ -139,14 +143,20 @@ def test_two_ranks_generate_what_transformers_does(tmp_path: Path) -> None:
         assert cache_bytes_per_token(llm) == (6 * 8 - 2 - 4) / 2 * PAIR
 
 
-@pytest.mark.parametrize("name", ["mha, learned, pruned", "gqa, rope, two distances, full"])
-def test_without_the_plugin_transformers_model_runs(name: str, tmp_path: Path) -> None:
+def test_without_the_plugin_transformers_model_runs(tmp_path: Path) -> None:
     """vLLM's own way, with a whole cache for each layer."""
-    write_export(tmp_path, **CASES[name][0])
-    texts, model = prompts(1, 31, 66), load(tmp_path)
-    with engine(tmp_path, model_impl="transformers", trust_remote_code=True, max_num_batched_tokens=32) as llm:
-        assert answers(llm, texts) == [generated(model, text) for text in texts]
-        assert cache_bytes_per_token(llm) == 6 * model.config.num_key_value_heads * PAIR
+    names = ["mha, learned, pruned", "gqa, rope, two distances, full"]
+    folders = [tmp_path / name.replace(", ", "_") for name in names]
+    for name, folder in zip(names, folders, strict=True):
+        write_export(folder, **CASES[name][0])
+    command = [sys.executable, "-m", "tests.serving.without_plugin", *map(str, folders)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    assert done.returncode == 0 and len(found) == len(names), done.stderr[-5000:]
+    for folder, (tokens, size) in zip(folders, found, strict=True):
+        model = load(folder)
+        assert tokens == [generated(model, text) for text in prompts(*LENGTHS)]
+        assert size == 6 * model.config.num_key_value_heads * PAIR
 
 
 def test_an_export_of_before_is_served(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ class SlaGPTForCausalLM(nn.Module):
             own_name, shard, order, dim = place
             if own_name not in parameters:
                 raise ValueError(f"SlaGPTForCausalLM has no tensor {name}, which is among the model's weights")
-            tensor = tensor if order is None else tensor.index_select(dim, order)
+            tensor = tensor if order is None else tensor.index_select(dim, order.to(tensor.device))
             parameter = parameters[own_name]
             load = getattr(parameter, "weight_loader", default_weight_loader)
             load(parameter, tensor, *([] if shard is None else [shard]))
