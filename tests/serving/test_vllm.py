@@ -13,13 +13,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
-from vllm import LLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from vllm import LLM, SamplingParams
 
 from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 
 from .engine import (
+    NEW_TOKENS,
+    VOCABULARY,
     answers,
     asked,
     cache_bytes_per_token,
@@ -121,15 +126,14 @@ def test_the_cache_is_the_formulas(served: Served) -> None:
     assert cache_bytes_per_token(served.llm) == served.live * PAIR
 
 
-def test_plain_attention_would_generate_something_else(served: Served) -> None:
+def test_plain_attention_would_generate_something_else(tmp_path: Path) -> None:
     """What is compared depends on which layer is read."""
-    config = served.model.config
-    if not config.sla_skip_distances or config.sla_kv_projection == "pruned":
-        pytest.skip("has no weights for all groups, or skips nothing")
-    dense = SlaGPTForCausalLM(SlaGPTConfig.from_dict(config.to_dict() | {"sla_skip_distances": []})).eval()
-    dense.load_state_dict(served.model.state_dict())
+    write_export(tmp_path, **CASES["gqa, rope, two distances, full"][0])
+    model = load(tmp_path)
+    dense = SlaGPTForCausalLM(SlaGPTConfig.from_dict(model.config.to_dict() | {"sla_skip_distances": []})).eval()
+    dense.load_state_dict(model.state_dict())
     text = prompts(66)[0]
-    assert generated(dense, text) != generated(served.model, text)
+    assert generated(dense, text) != generated(model, text)
 
 
 def test_two_ranks_generate_what_transformers_does(tmp_path: Path) -> None:
@@ -159,6 +163,29 @@ def test_without_the_plugin_transformers_model_runs(tmp_path: Path) -> None:
         assert size == 6 * model.config.num_key_value_heads * PAIR
 
 
+def test_compiled(tmp_path: Path) -> None:
+    """As vLLM runs it by default: the whole model is one graph."""
+    changes = {"num_hidden_layers": 3, "sla_skip_distances": [1], "sla_skip_groups": [1, 2, 3]}
+    write_export(tmp_path, **(LLAMA_LIKE | changes))
+    texts = prompts(5, 66)
+    with engine(tmp_path, enforce_eager=False) as llm:
+        assert answers(llm, texts) == [generated(load(tmp_path), text) for text in texts]
+
+
+def test_text_is_answered_with_text(tmp_path: Path) -> None:
+    """By the tokenizer of the folder, and nothing that needs ``trust_remote_code``."""
+    write_export(tmp_path, **CASES["mha, learned, pruned"][0])
+    words = {f"w{token}": token for token in range(VOCABULARY)}
+    inner = Tokenizer(WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path)
+    prompt = prompts(20)[0]
+    with engine(tmp_path, skip_tokenizer_init=False) as llm:
+        parameters = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        answer = llm.generate(" ".join(f"w{token}" for token in prompt), parameters, use_tqdm=False)[0]
+    assert answer.outputs[0].text.split() == [f"w{token}" for token in generated(load(tmp_path), prompt)]
+
+
 def test_an_export_of_before_is_served(tmp_path: Path) -> None:
     """With its padding beside the weights, where vLLM reads all there is, and with its own code, which is not used."""
     write_export(tmp_path, **CASES["mha, learned, pruned"][0])
@@ -173,7 +200,7 @@ def test_an_export_of_before_is_served(tmp_path: Path) -> None:
     ("changes", "options", "error"),
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {}, "rope_type=dynamic changes frequencies"),
-        ({}, {"quantization": "fp8"}, "quantization=fp8 is not for SlaGPTForCausalLM"),
+        ({}, {"quantization": "fp8", "dtype": "bfloat16"}, "quantization=fp8 is not for SlaGPTForCausalLM"),
         ({}, {"pipeline_parallel_size": 2}, "Pipeline parallelism is not supported for this model"),
         ({}, {"enable_lora": True}, "SlaGPTForCausalLM does not support LoRA"),
     ],
