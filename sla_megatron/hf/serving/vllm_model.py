@@ -2,10 +2,10 @@
 
 Shapes: t tokens of all sequences of a step, h hidden, d head size, r elements of a head that rotary embedding turns.
 
-Which caches a layer has, and the order of heads, is in ``cache_plan.py``.  A cache that a later layer reads too is not
-shared by vLLM's ``kv_sharing_target_layer_name``, of which vLLM 0.32 wants that all caches have the same number of
-heads: ``initialize_attn_backend`` looks for a sharing layer among the specifications of the caches' own layers, and
-raises ``KeyError``.
+Which caches a layer has, and the order of heads, is in ``cache_plan.py``.  A later layer does not share a cache by a
+module of its own with vLLM's ``kv_sharing_target_layer_name``: that works where all caches have the same number of heads,
+but with several numbers, vLLM 0.32's ``GPUModelRunner.initialize_attn_backend`` looks the module up among those that have
+a cache, and raises ``KeyError``.
 """
 
 from __future__ import annotations
@@ -137,7 +137,11 @@ class SlaGPTAttention(nn.Module):
 
 
 def _reader_of(attention: Attention) -> Attention:
-    """The same module with the same cache, which it reads without writing."""
+    """The same module with the same cache, which it reads and does not write.
+
+    Attention finds cache and metadata by the module's name.  A backend that writes within its attention kernel writes
+    the same keys and values again.
+    """
     reader = copy.copy(attention)
     reader.kv_sharing_target_layer_name = attention.layer_name
     return reader
