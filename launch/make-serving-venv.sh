@@ -17,7 +17,8 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "making $venv with $python"
     "$python" -m venv "$venv"
 fi
-pip() { "$venv/bin/python" -m pip "$@" --quiet --disable-pip-version-check --no-deps; }
+# Most modules of these packages are never imported, and those that are get compiled then.
+pip() { "$venv/bin/python" -m pip "$@" --quiet --disable-pip-version-check --no-deps --no-compile; }
 
 echo "installing $vllm, and the torch and transformers that it wants, into $venv"
 echo "(about 3 minutes and 5 GB the first time, seconds after that)"

@@ -3,9 +3,8 @@
 Shapes: t tokens of all sequences of a step, h hidden, d head size, r elements of a head that rotary embedding turns.
 
 Which caches a layer has, and the order of heads, is in ``cache_plan.py``.  A later layer does not share a cache by a
-module of its own with vLLM's ``kv_sharing_target_layer_name``: that works where all caches have the same number of heads,
-but with several numbers, vLLM 0.32's ``GPUModelRunner.initialize_attn_backend`` looks the module up among those that have
-a cache, and raises ``KeyError``.
+module of its own with vLLM's ``kv_sharing_target_layer_name``: where caches differ in their number of heads, vLLM's
+``GPUModelRunner.initialize_attn_backend`` (0.32) looks that module up among those that have a cache: ``KeyError``.
 """
 
 from __future__ import annotations
