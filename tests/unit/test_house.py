@@ -74,6 +74,7 @@ def test_arrows_point_one_way(house: Path) -> None:
         ("pipeline/routes.py", "from ..attention import roles"),
         ("flags/validation.py", "from ..model import report"),
         ("hf/modeling_sla_gpt.py", "from ..attention import roles"),
+        ("hf/serving/cache_plan.py", "from ...common import files"),
         ("commands/plan/job.py", "from ..sweep import grid"),
         ("commands/data/cli.py", "def late() -> None:\n    from ...pretrain_gpt import main"),
     ],
