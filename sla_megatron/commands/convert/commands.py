@@ -33,7 +33,7 @@ from ...common.tokenizers import (
 from ...flags.validation import parse_layers
 from .architecture import MODEL_TYPE, argv_from_config
 from .errors import ConvertError
-from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
+from .hf_folder import TensorInfo, write_model_files, write_padding, write_weights
 from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
 from .megatron_reader import MegatronSource, checkpoint_folder
 from .megatron_writer import RELEASE, write_megatron
@@ -134,7 +134,7 @@ def megatron_to_hf(
         padding = {entry.hf: source.padding(entry.hf) for entry in entries(source.config) if entry.part == VOCABULARY}
         padding = {name: rows for name, rows in padding.items() if rows is not None}
         cut = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
-        write_safetensors(folder / PADDING_FILE, cut, padding.__getitem__)
+        write_padding(folder, cut, padding.__getitem__)
         try:
             carried = carry_tokenizer(source.args, folder, special_as_text=special_as_text)
         except TokenizerError as error:

@@ -17,8 +17,11 @@ from .errors import ConvertError
 _HF_CODE = Path(__file__).parents[2] / "hf"
 CODE_FILES = tuple(sorted(path.name for path in _HF_CODE.glob("*_sla_gpt.py")))
 
-#: The vocabulary rows that Megatron padded, which the format cuts, so that they can come back.
-PADDING_FILE = "megatron_padding.safetensors"
+#: The vocabulary rows that Megatron padded, which the format cuts, so that they can come back.  Not beside the model:
+#: engines (vLLM) read every ``*.safetensors`` there as weights.
+PADDING_FILE = "megatron/padding.safetensors"
+#: Where exports had it at first.
+OLD_PADDING_FILE = "megatron_padding.safetensors"
 
 _TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -59,6 +62,18 @@ def write_safetensors(path: Path, infos: Iterable[TensorInfo], get: Callable[[st
             if tuple(tensor.shape) != info.shape:
                 raise ConvertError(f"tensor {info.name} has shape {tuple(tensor.shape)}, expected {info.shape}")
             file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def write_padding(folder: Path, infos: Iterable[TensorInfo], get: Callable[[str], Tensor]) -> None:
+    """The rows that were cut from the vocabulary's tensors; ``infos`` may be empty: none were."""
+    path = folder / PADDING_FILE
+    path.parent.mkdir()
+    write_safetensors(path, infos, get)
+
+
+def padding_file(folder: Path) -> Path | None:
+    """What :func:`write_padding` wrote, now or at first; ``None`` if nothing did."""
+    return next((folder / name for name in (PADDING_FILE, OLD_PADDING_FILE) if (folder / name).exists()), None)
 
 
 def split_into_shards(infos: Iterable[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:

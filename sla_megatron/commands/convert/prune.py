@@ -14,15 +14,28 @@ from torch import Tensor
 
 from .architecture import MODEL_TYPE
 from .errors import ConvertError
-from .hf_folder import CODE_FILES, TensorInfo, model_kind, write_code, write_json, write_weights
+from .hf_folder import (
+    CODE_FILES,
+    OLD_PADDING_FILE,
+    PADDING_FILE,
+    TensorInfo,
+    model_kind,
+    padding_file,
+    write_code,
+    write_json,
+    write_weights,
+)
 from .hf_reader import HFSource
 from .mapping import KEY, VALUE, entries, sla_of
 from .output import finished_folder
 from .source import Source
 from .weight_files import read_json
 
-#: Of a folder, what is written anew, or is of the weights as they were.
-_NOT_COPIED = ("config.json", "sla_convert.json", "model*.safetensors*", "pytorch_model*.bin*", "optimizer.*", ".*")
+#: Of a folder, what is written anew or in another place, or is of the weights as they were.
+_NOT_COPIED = (
+    *("config.json", "sla_convert.json", "model*.safetensors*", "pytorch_model*.bin*", "optimizer.*", ".*"),
+    OLD_PADDING_FILE,
+)
 
 
 class Pruned:
@@ -92,6 +105,9 @@ def prune(folder: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: i
             if path.name in CODE_FILES or any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
                 continue
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, place / path.name)
+        if padding_file(folder) == folder / OLD_PADDING_FILE:
+            (place / PADDING_FILE).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / OLD_PADDING_FILE, place / PADDING_FILE)
         config = read_json(folder / "config.json") | {"sla_kv_projection": "pruned"}
         write_json(place / "config.json", config | model_kind(infos[0].dtype))
         write_code(place)
