@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sla_megatron.commands.convert import commands, megatron_reader, stored_keys
+from sla_megatron.commands.convert import checkpoint_arguments, megatron_reader, stored_keys
 from sla_megatron.commands.convert.architecture import config_from_args
 from sla_megatron.commands.convert.errors import ConvertError
 from sla_megatron.commands.convert.stored_arguments import completed
@@ -88,7 +88,8 @@ def test_made_of_the_other_kind(made: Path, tmp_path: Path, convert: Callable[..
     for what in ("gpt", "hybrid"):
         assert _differ(tmp_path / what, made / name / what) == []
         args, native = (
-            commands.stored_args(megatron_reader.checkpoint_folder(folder / what)) for folder in (tmp_path, made / name)
+            checkpoint_arguments.stored_args(megatron_reader.checkpoint_folder(folder / what))
+            for folder in (tmp_path, made / name)
         )
         assert (args.num_layers, args.moe_layer_freq) == (native.num_layers, native.moe_layer_freq)
         assert (args.iteration, args.no_save_optim) == (0, True)

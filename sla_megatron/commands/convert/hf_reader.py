@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,10 @@ class HFSource:
         """The tensor, read from its file."""
         tensor = self._files.get(self._stored_name(name))
         return tensor if self._foreign is None else self._foreign.tensor(name, tensor).contiguous()
+
+    def parts(self, name: str) -> Sequence[Tensor]:
+        """The tensor as a whole."""
+        return [self.get(name)]
 
     def padding(self, name: str) -> Tensor | None:
         """The rows that an export cut, where it kept them beside the model."""

@@ -25,7 +25,7 @@ from ...common.patterns import MLP, kinds
 from ...common.tokenizers import CARRIED
 from ...flags.asked import hybrid_pattern
 from ...flags.gpt_hybrid_load import NOT_IN_GPTS, mlp_kinds, stores_numbered_layers
-from .commands import stored_args
+from .checkpoint_arguments import stored_args
 from .errors import ConvertError
 from .megatron_model import CONTENT, megatron_alone
 from .megatron_reader import TRACKER, checkpoint_folder, stored_metadata

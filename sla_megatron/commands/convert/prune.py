@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,10 @@ class Pruned:
         tensor = self.full.get(name)
         return live_rows(tensor, self.config, self._layers[name]) if name in self._layers else tensor
 
+    def parts(self, name: str) -> Sequence[Tensor]:
+        """Likewise."""
+        return [self.get(name)] if name in self._layers else self.full.parts(name)
+
     def padding(self, name: str) -> Tensor | None:
         """The full model's."""
         return self.full.padding(name)
@@ -100,7 +104,7 @@ def prune(folder: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: i
         for config in (full.config, source.config)
     )
     with finished_folder(out, overwrite, [folder]) as place:
-        write_weights(place, infos, source.get, max_shard_bytes)
+        write_weights(place, infos, source.parts, max_shard_bytes)
         for path in sorted(folder.iterdir()):
             if path.name in CODE_FILES or any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
                 continue
