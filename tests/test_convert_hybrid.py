@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sla_megatron.commands.convert import checkpoint_arguments, megatron_reader, stored_keys
+from sla_megatron.commands.convert import checkpoint_arguments, commands, megatron_reader, stored_keys
 from sla_megatron.commands.convert.architecture import config_from_args
 from sla_megatron.commands.convert.errors import ConvertError
 from sla_megatron.commands.convert.stored_arguments import completed

@@ -178,7 +178,7 @@ class MegatronSource:
         return [target]
 
     def _chunks(self, place: tuple[str, int | None]) -> list[tuple[tuple[int, ...], Tensor]]:
-        """Where each shard of what is stored at ``place`` begins, and its data.  Kept: its parts are asked for in turn."""
+        """Where each shard of what is stored at ``place`` begins, and its data.  Kept: parts are asked for in turn."""
         if self._last is None or self._last[0] != place:
             try:
                 found = list(self._mapped(*place))
