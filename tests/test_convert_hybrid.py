@@ -56,8 +56,11 @@ def test_exported_as_the_gpt(made: Path, tmp_path: Path, name: str) -> None:
     """Byte for byte the GPT's files; and Megatron's hybrid model has the export's logits."""
     for what in ("gpt", "hybrid"):
         commands.megatron_to_hf(commands.open_megatron(made / name / what), tmp_path / what)
-    files = sorted(path.name for path in (tmp_path / "gpt").iterdir())
-    assert sorted(path.name for path in (tmp_path / "hybrid").iterdir()) == files
+    files, theirs = (
+        sorted(str(path.relative_to(tmp_path / what)) for path in (tmp_path / what).rglob("*") if path.is_file())
+        for what in ("gpt", "hybrid")
+    )
+    assert files == theirs
     assert filecmp.cmpfiles(tmp_path / "gpt", tmp_path / "hybrid", files, shallow=False)[1:] == ([], [])
     assert compare(commands.open_megatron(made / name / "hybrid"), tmp_path / "hybrid").relative <= THRESHOLD
 

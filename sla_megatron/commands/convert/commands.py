@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
 from ...common.tokenizers import (
@@ -34,6 +33,7 @@ from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
 from .megatron_reader import MegatronSource, checkpoint_folder
 from .megatron_writer import RELEASE, write_megatron
 from .output import finished_folder
+from .progress import progress
 from .prune import live_rows
 from .source import Source
 from .stored_keys import StoredKeys
@@ -94,14 +94,9 @@ def megatron_to_hf(
         for entry in entries(source.config)
         if torch.Size(entry.shape).numel()
     ]
-    with finished_folder(out, overwrite, _read_by(source)) as folder, _progress(infos, "megatron-to-hf") as bar:
-
-        def get(name: str) -> Sequence[Tensor]:
-            parts = source.parts(name)
-            bar.update(sum(part.numel() * part.element_size() for part in parts))
-            return parts
-
-        write_weights(folder, infos, get, max_shard_bytes)
+    total = sum(info.num_bytes for info in infos)
+    with finished_folder(out, overwrite, _read_by(source)) as folder, progress(out, folder, total):
+        write_weights(folder, infos, source.parts, max_shard_bytes)
         # The rows by which Megatron pads a vocabulary's tensors.
         padding = {entry.hf: source.padding(entry.hf) for entry in entries(source.config) if entry.part == VOCABULARY}
         padding = {name: rows for name, rows in padding.items() if rows is not None}
@@ -140,7 +135,8 @@ def hf_to_megatron(
     # What Megatron has no flag for is refused before anything else is loaded.
     argv_from_config(source.config)
     settings, tokenizer = _tokenizer_of(source)
-    with finished_folder(out, overwrite, _read_by(source)) as folder:
+    total = sum(torch.Size(entry.shape).numel() for entry in entries(source.config)) * stored.itemsize
+    with finished_folder(out, overwrite, _read_by(source)) as folder, progress(out, folder, total):
         write_megatron(source, folder, stored, settings, flags)
         carry_files(settings, tokenizer, folder / RELEASE)
 
@@ -266,8 +262,3 @@ def describe(source: Source) -> str:
         shape = "x".join(map(str, entry.shape))
         lines.append(f"{entry.hf:{width}}  {shape:>14}  {entry.part:10}  {where}")
     return "\n".join(lines)
-
-
-def _progress(infos: Sequence[TensorInfo], what: str) -> Any:
-    total = sum(info.num_bytes for info in infos)
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=not sys.stderr.isatty())

@@ -28,6 +28,7 @@ from .hf_folder import (
 from .hf_reader import HFSource
 from .mapping import KEY, VALUE, entries, sla_of
 from .output import finished_folder
+from .progress import progress
 from .source import Source
 from .weight_files import read_json
 
@@ -103,7 +104,8 @@ def prune(folder: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: i
         [TensorInfo(entry.hf, dtype or full.dtype(entry.hf), entry.shape) for entry in entries(config)]
         for config in (full.config, source.config)
     )
-    with finished_folder(out, overwrite, [folder]) as place:
+    sizes = [sum(info.num_bytes for info in infos) for infos in (before, infos)]
+    with finished_folder(out, overwrite, [folder]) as place, progress(out, place, sizes[1]):
         write_weights(place, infos, source.parts, max_shard_bytes)
         for path in sorted(folder.iterdir()):
             if path.name in CODE_FILES or any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
@@ -115,5 +117,4 @@ def prune(folder: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: i
         config = read_json(folder / "config.json") | {"sla_kv_projection": "pruned"}
         write_json(place / "config.json", config | model_kind(infos[0].dtype))
         write_code(place)
-    sizes = [sum(info.num_bytes for info in infos) for infos in (before, infos)]
     return f"{sizes[1] / 1e6:.1f} MB of weights, {(sizes[0] - sizes[1]) / 1e6:.1f} MB that nobody reads left out"
