@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 #: Between two lines of a log file, and between two looks of a bar.
 LOG_SECONDS, BAR_SECONDS = 10.0, 0.2
-_LINE = "{desc}{percentage:.0f}%, {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
+_LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
 
 
 @contextmanager
