@@ -82,6 +82,7 @@ def write_result(
     rows: Sequence[dict[str, Any]],
     tables: Callable[[dict[str, Any]], list[Table]],
     plot: Callable[[dict[str, Any], Path], None] | None = None,
+    checkout: Path | None = None,
 ) -> dict[str, Any]:
     """Write ``--out`` and, with matplotlib, the plot beside it; print the tables.  Returns what was written.
 
@@ -92,6 +93,7 @@ def write_result(
         rows: what was measured.
         tables: makes the tables from the result.
         plot: draws the result into a file.
+        checkout: whose commit was measured; this one's if None.
     """
     settings = {k: v if isinstance(v, int | float | str | list | None) else str(v) for k, v in vars(args).items()}
     for what in ("out", "overwrite"):
@@ -99,7 +101,7 @@ def write_result(
     result = {
         "benchmark": name,
         "command": command_line(),
-        "commit": commit(),
+        "commit": commit(checkout or ROOT),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(device),
         "settings": settings,

@@ -180,6 +180,11 @@ that reads an earlier one projected keys and values one by one, and called atten
 they are projected together, and where few keys and values are read, copies of them take one call. Before, two threads;
 after, one (`OMP_NUM_THREADS=1`).
 """,
+    "convert-cpu": """\
+CPU seconds; each against a copy in its own run. Before, a tensor was read whole and copied into another one, its rows
+put together in a third, and then written; now rows go to the file from the mapped file that they lie in, both ways. An
+export imported Megatron's trainer for the types of a checkpoint's arguments and for a tokenizer; now neither.
+""",
     "generation-cpu-narrow-compiled": """\
 The same change; of it a compiled step has the one call of attention. Two threads before, and one after, too.
 """,

@@ -95,11 +95,20 @@ def before_and_after(name: str, before: Result, after: Result) -> Table:
 _HEADERS = {
     "throughput": (("model", "context", "attention", "layout"), ("speed / dense", "peak / dense")),
     "generation": (("prompt", "batch", "model"), ("decode / dense",)),
+    "convert": (("direction",), ("imports, s", "fixed, s", "s/GB over a copy's")),
     "operations": (("model", "layout", "variant, distance"), ("operations / consumer", "hidden states written")),
 }
 
 
 def _comparable(name: str, result: Result) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    if name == "convert":
+        return [
+            (
+                (row["direction"],),
+                (shown(row["import_seconds"], 2), f"{row['fixed_seconds']:.2f}", f"{row['slope_over_copy']:.2f}"),
+            )
+            for row in result["rows"]
+        ]
     if name == "operations":
         return [
             (

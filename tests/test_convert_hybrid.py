@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sla_megatron.commands.convert import commands, megatron_reader, stored_keys
+from sla_megatron.commands.convert import checkpoint_arguments, commands, megatron_reader, stored_keys
 from sla_megatron.commands.convert.architecture import config_from_args
 from sla_megatron.commands.convert.errors import ConvertError
 from sla_megatron.commands.convert.stored_arguments import completed
@@ -56,8 +56,11 @@ def test_exported_as_the_gpt(made: Path, tmp_path: Path, name: str) -> None:
     """Byte for byte the GPT's files; and Megatron's hybrid model has the export's logits."""
     for what in ("gpt", "hybrid"):
         commands.megatron_to_hf(commands.open_megatron(made / name / what), tmp_path / what)
-    files = sorted(path.name for path in (tmp_path / "gpt").iterdir())
-    assert sorted(path.name for path in (tmp_path / "hybrid").iterdir()) == files
+    files, theirs = (
+        sorted(str(path.relative_to(tmp_path / what)) for path in (tmp_path / what).rglob("*") if path.is_file())
+        for what in ("gpt", "hybrid")
+    )
+    assert files == theirs
     assert filecmp.cmpfiles(tmp_path / "gpt", tmp_path / "hybrid", files, shallow=False)[1:] == ([], [])
     assert compare(commands.open_megatron(made / name / "hybrid"), tmp_path / "hybrid").relative <= THRESHOLD
 
@@ -88,7 +91,8 @@ def test_made_of_the_other_kind(made: Path, tmp_path: Path, convert: Callable[..
     for what in ("gpt", "hybrid"):
         assert _differ(tmp_path / what, made / name / what) == []
         args, native = (
-            commands.stored_args(megatron_reader.checkpoint_folder(folder / what)) for folder in (tmp_path, made / name)
+            checkpoint_arguments.stored_args(megatron_reader.checkpoint_folder(folder / what))
+            for folder in (tmp_path, made / name)
         )
         assert (args.num_layers, args.moe_layer_freq) == (native.num_layers, native.moe_layer_freq)
         assert (args.iteration, args.no_save_optim) == (0, True)

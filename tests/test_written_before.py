@@ -29,6 +29,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
 WRITTEN = ROOT / "tests" / "data" / "e565a8e"
 EXPECTED = WRITTEN / "expected"
+#: The vocabulary's padding, where it lies now and where it lay then.
+PADDING = ("megatron/padding.safetensors", "megatron_padding.safetensors")
 
 #: Kernels that every x86 processor has: all digits are then the same everywhere.
 SAME_DIGITS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
@@ -160,8 +162,10 @@ def test_checkpoints_and_exports_convert(name: str, tmp_path: Path, convert: Cal
     convert("hf-to-megatron", export, tmp_path / "back")
     convert("megatron-to-hf", tmp_path / "back", tmp_path / "again")
     for made in ("anew", "again"):
-        for file in ("model.safetensors", "megatron_padding.safetensors"):
-            assert (tmp_path / made / file).read_bytes() == (export / file).read_bytes(), (made, file)
+        for file, name in (("model.safetensors", "model.safetensors"), PADDING):
+            assert (tmp_path / made / file).read_bytes() == (export / name).read_bytes(), (made, file)
+        # Engines read every file of the folder itself as weights.
+        assert [path.name for path in (tmp_path / made).glob("*.safetensors")] == ["model.safetensors"]
         before, after = (json.loads((folder / "config.json").read_text()) for folder in (export, tmp_path / made))
         # Since then, heads have been added, and rotary embedding by its newer name too.
         assert before.pop("auto_map").items() < after.pop("auto_map").items()

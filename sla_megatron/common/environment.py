@@ -25,13 +25,13 @@ PACKAGES = (
 )
 
 
-def commit() -> str:
-    """The commit that is checked out, with ``+changes`` where files differ from it; ``unknown`` without git."""
+def commit(checkout: Path = _ROOT) -> str:
+    """What is checked out in ``checkout``, with ``+changes`` where files differ from it; ``unknown`` without git."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=True)
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True)
         # A result that takes the place of an earlier one changes no measurement.
         measured = ["sla_megatron", "benchmarks", "examples", ":(exclude)benchmarks/results"]
-        changes = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *measured], cwd=_ROOT)
+        changes = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *measured], cwd=checkout)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()[:12] + ("+changes" if changes.returncode else "")

@@ -30,8 +30,10 @@ class Assembler:
             self._parts[entry.megatron, entry.layer].append(entry)
         self._unused = set(self._parts)
 
-    def tensor(self, key: str, layer: int | None) -> Tensor:
-        """The whole tensor that Megatron stores under ``key``, of ``layer`` where it stores the layers as one.
+    def tensor(self, key: str, layer: int | None, start: int, length: int) -> Tensor:
+        """Rows of the tensor that Megatron stores under ``key``, of ``layer`` where it stores the layers as one.
+
+        Not copied where the source has them in one piece; it is not to be written to.
 
         Raises:
             ConvertError: if it is not part of the architecture.
@@ -42,9 +44,19 @@ class Assembler:
             raise ConvertError(f"{self.source.path}: Megatron's tensor {key} has nothing to be made of")
         self._unused.discard((name, layer))
         if parts[0].part == VOCABULARY:
-            return self._vocabulary(parts[0])
-        tensors = {part.part: self.source.get(part.hf) for part in parts}
-        return self._mixed(layer, tensors) if QUERY in tensors else torch.cat(list(tensors.values()))
+            return self._vocabulary(parts[0])[start : start + length]
+        if QUERY in (part.part for part in parts):
+            return self._mixed(layer, {part.part: self._whole(part.hf) for part in parts})[start : start + length]
+        found, at = [], 0
+        for part in parts:
+            begin, end = max(start - at, 0), min(start + length - at, part.shape[0])
+            found += [self._whole(part.hf)[begin:end]] if begin < end else []
+            at += part.shape[0]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _whole(self, name: str) -> Tensor:
+        parts = self.source.parts(name)
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
     def require_all_used(self) -> None:
         """Raise ``ConvertError`` if a tensor of the source went nowhere."""
@@ -64,7 +76,7 @@ class Assembler:
 
     def _vocabulary(self, entry: Entry) -> Tensor:
         """With the rows that were cut, where they are known, or rows of zeros."""
-        tensor = self.source.get(entry.hf)
+        tensor = self._whole(entry.hf)
         missing = self.vocabulary_rows - len(tensor)
         if missing == 0:
             return tensor

@@ -177,6 +177,15 @@ def _shard_bytes(text: str) -> int:
 # Each command imports what it needs: torch and Megatron take seconds, which --help and a bad path need not cost.
 
 
+def _begin(args: argparse.Namespace, source: Path) -> None:
+    """Refuse a result that may not be written, and say what is read: the first within a second, before all imports."""
+    from .output import require_free
+
+    require_free(args.out, args.overwrite, [source])
+    if source.exists():
+        print(f"reading {source}", file=sys.stderr, flush=True)
+
+
 def _checkpoint(args: argparse.Namespace, path: Path) -> Any:
     """The checkpoint in ``path``, opened as :func:`_add_checkpoint_options` allows."""
     from .commands import open_megatron
@@ -191,11 +200,10 @@ def _dtype(args: argparse.Namespace) -> Any:
 
 
 def _megatron_to_hf(args: argparse.Namespace) -> int:
+    _begin(args, args.checkpoint)
     from .commands import megatron_to_hf
-    from .output import require_free
     from .prune import Pruned
 
-    require_free(args.out, args.overwrite, [args.checkpoint])
     source = _checkpoint(args, args.checkpoint)
     written = Pruned(source) if args.prune else source
     carried = megatron_to_hf(
@@ -206,11 +214,10 @@ def _megatron_to_hf(args: argparse.Namespace) -> int:
 
 
 def _hf_to_megatron(args: argparse.Namespace) -> int:
+    _begin(args, args.hf)
     from .commands import hf_to_megatron, open_megatron
     from .hf_reader import HFSource
-    from .output import require_free
 
-    require_free(args.out, args.overwrite, [args.hf])
     source = HFSource(args.hf)
     hf_to_megatron(source, args.out, _dtype(args), args.overwrite)
     print(f"{args.out}: written; --load starts from it at iteration 0, without optimizer state")
@@ -218,10 +225,9 @@ def _hf_to_megatron(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from .output import require_free
+    _begin(args, args.export)
     from .prune import prune
 
-    require_free(args.out, args.overwrite, [args.export])
     print(f"{args.out}: written; {prune(args.export, args.out, _dtype(args), args.max_shard_size, args.overwrite)}")
     if not args.verify:
         return 0
@@ -231,12 +237,11 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _dense_to_sla(args: argparse.Namespace) -> int:
+    _begin(args, args.checkpoint)
     from ...common.patterns import kinds
     from ...flags.asked import hybrid_pattern
     from .commands import WithSLA, hf_to_megatron
-    from .output import require_free
 
-    require_free(args.out, args.overwrite, [args.checkpoint])
     dense = _checkpoint(args, args.checkpoint)
     source = WithSLA(dense, args.sla_skip_distance, args.sla_num_skip_groups, args.sla_layers, args.sla_kv_projection)
     # A hybrid model stays one.
@@ -248,20 +253,18 @@ def _dense_to_sla(args: argparse.Namespace) -> int:
 
 
 def _gpt_to_hybrid(args: argparse.Namespace) -> int:
+    _begin(args, args.checkpoint)
     from .other_kind import gpt_to_hybrid
-    from .output import require_free
 
-    require_free(args.out, args.overwrite, [args.checkpoint])
     gpt_to_hybrid(args.checkpoint, args.out, args.hybrid_layer_pattern, args.overwrite)
     print(f"{args.out}: written; --load with --hybrid-layer-pattern starts from it at iteration 0")
     return 0
 
 
 def _hybrid_to_gpt(args: argparse.Namespace) -> int:
+    _begin(args, args.checkpoint)
     from .other_kind import hybrid_to_gpt
-    from .output import require_free
 
-    require_free(args.out, args.overwrite, [args.checkpoint])
     hybrid_to_gpt(args.checkpoint, args.out, args.overwrite)
     print(f"{args.out}: written; --load of a GPT starts from it at iteration 0")
     return 0

@@ -5,20 +5,14 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from functools import reduce
-from io import StringIO
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
-from tqdm import tqdm
 
 from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
-from ...common.errors import last_line
 from ...common.tokenizers import (
     DEFAULTS,
     MODEL_PATHS,
@@ -32,15 +26,16 @@ from ...common.tokenizers import (
 )
 from ...flags.validation import parse_layers
 from .architecture import MODEL_TYPE, argv_from_config
+from .checkpoint_arguments import export_args, whole
 from .errors import ConvertError
-from .hf_folder import PADDING_FILE, TensorInfo, write_model_files, write_safetensors, write_weights
+from .hf_folder import TensorInfo, write_model_files, write_padding, write_weights
 from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
 from .megatron_reader import MegatronSource, checkpoint_folder
 from .megatron_writer import RELEASE, write_megatron
 from .output import finished_folder
+from .progress import progress
 from .prune import live_rows
 from .source import Source
-from .stored_arguments import completed
 from .stored_keys import StoredKeys
 from .tokenizer import carry_tokenizer, vocabulary_size, with_model
 from .tokenizer_place import placed
@@ -66,9 +61,9 @@ def open_megatron(
         drop_mtp: whether layers that predict further tokens are left out, rather than refused.
     """
     folder = checkpoint_folder(path)
-    args = stored_args(folder)
+    args = export_args(folder)
     for name, value in (overrides or {}).items():
-        if not hasattr(args, name):
+        if not hasattr(args, name) and not hasattr(args := whole(args), name):
             raise ConvertError(f"--override {name}: neither Megatron nor the checkpoint has an argument of that name")
         setattr(args, name, value)
     tried: list[str] = []
@@ -80,29 +75,6 @@ def open_megatron(
     except TokenizerError as error:
         raise ConvertError(f"{error}{'; tried ' if tried else ''}{', '.join(tried)}") from error
     return MegatronSource(folder, args, size, drop_mtp)
-
-
-def stored_args(folder: Path) -> Namespace:
-    """The arguments that Megatron stored in a checkpoint, with those that it had none of at their defaults.
-
-    Raises:
-        ConvertError: if there are none that can be read.
-    """
-    from ...cpu.device import megatron_device
-
-    # Megatron's modules warn of what this machine lacks.
-    with catch_warnings(action="ignore"), redirect_stdout(StringIO()), megatron_device(["--device", "cpu"]):
-        # Importing it registers the types that the arguments hold.
-        import megatron.training.checkpointing  # noqa: F401
-        from megatron.core import dist_checkpointing
-
-        try:
-            state = dist_checkpointing.load_common_state_dict(str(folder))
-        except (Exception, CheckpointException) as error:
-            raise ConvertError(f"{folder}: its arguments cannot be read: {last_line(error)}") from error
-    if "args" not in state:
-        raise ConvertError(f"{folder} holds no arguments of Megatron's trainer")
-    return completed(state["args"])
 
 
 def megatron_to_hf(
@@ -122,19 +94,14 @@ def megatron_to_hf(
         for entry in entries(source.config)
         if torch.Size(entry.shape).numel()
     ]
-    with finished_folder(out, overwrite, _read_by(source)) as folder, _progress(infos, "megatron-to-hf") as bar:
-
-        def get(name: str) -> Tensor:
-            tensor = source.get(name)
-            bar.update(tensor.numel() * tensor.element_size())
-            return tensor
-
-        write_weights(folder, infos, get, max_shard_bytes)
+    total = sum(info.num_bytes for info in infos)
+    with finished_folder(out, overwrite, _read_by(source)) as folder, progress(out, folder, total):
+        write_weights(folder, infos, source.parts, max_shard_bytes)
         # The rows by which Megatron pads a vocabulary's tensors.
         padding = {entry.hf: source.padding(entry.hf) for entry in entries(source.config) if entry.part == VOCABULARY}
         padding = {name: rows for name, rows in padding.items() if rows is not None}
         cut = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
-        write_safetensors(folder / PADDING_FILE, cut, padding.__getitem__)
+        write_padding(folder, cut, padding.__getitem__)
         try:
             carried = carry_tokenizer(source.args, folder, special_as_text=special_as_text)
         except TokenizerError as error:
@@ -168,7 +135,8 @@ def hf_to_megatron(
     # What Megatron has no flag for is refused before anything else is loaded.
     argv_from_config(source.config)
     settings, tokenizer = _tokenizer_of(source)
-    with finished_folder(out, overwrite, _read_by(source)) as folder:
+    total = sum(torch.Size(entry.shape).numel() for entry in entries(source.config)) * stored.itemsize
+    with finished_folder(out, overwrite, _read_by(source)) as folder, progress(out, folder, total):
         write_megatron(source, folder, stored, settings, flags)
         carry_files(settings, tokenizer, folder / RELEASE)
 
@@ -268,6 +236,10 @@ class WithSLA:
             return tensor
         return live_rows(tensor, self.config, entry.layer)
 
+    def parts(self, name: str) -> Sequence[Tensor]:
+        """Likewise."""
+        return [self.get(name)]
+
     def padding(self, name: str) -> Tensor | None:
         """The dense model's."""
         return self.dense.padding(name)
@@ -290,8 +262,3 @@ def describe(source: Source) -> str:
         shape = "x".join(map(str, entry.shape))
         lines.append(f"{entry.hf:{width}}  {shape:>14}  {entry.part:10}  {where}")
     return "\n".join(lines)
-
-
-def _progress(infos: Sequence[TensorInfo], what: str) -> Any:
-    total = sum(info.num_bytes for info in infos)
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=not sys.stderr.isatty())

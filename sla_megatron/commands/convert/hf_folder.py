@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -18,8 +20,11 @@ from .errors import ConvertError
 _HF_CODE = Path(__file__).parents[2] / "hf"
 CODE_FILES = tuple(sorted(path.name for path in _HF_CODE.glob("*_sla_gpt.py")))
 
-#: The vocabulary rows that Megatron padded, which the format cuts, so that they can come back.
-PADDING_FILE = "megatron_padding.safetensors"
+#: The vocabulary rows that Megatron padded, which the format cuts, so that they can come back.  Not beside the model:
+#: engines (vLLM) read every ``*.safetensors`` there as weights.
+PADDING_FILE = "megatron/padding.safetensors"
+#: Where exports had it at first.
+OLD_PADDING_FILE = "megatron_padding.safetensors"
 
 _TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -38,8 +43,12 @@ class TensorInfo:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, infos: Iterable[TensorInfo], get: Callable[[str], Tensor]) -> None:
-    """Write one file, holding one tensor at a time.
+#: A tensor by its name, or its parts: rows of it, one part after the other.
+Get = Callable[[str], Tensor | Sequence[Tensor]]
+
+
+def write_safetensors(path: Path, infos: Iterable[TensorInfo], get: Get) -> None:
+    """Write one file, holding one tensor at a time, each part straight from where it lies.
 
     The format's own library takes all tensors of a file at once, and copies them.
     """
@@ -53,13 +62,39 @@ def write_safetensors(path: Path, infos: Iterable[TensorInfo], get: Callable[[st
         offset += info.num_bytes
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    # Without a buffer: nothing is copied on its way, and what cannot be read any more raises.
+    with path.open("wb", buffering=0) as file:
+        _write(file, len(text).to_bytes(8, "little") + text)
         for info in infos:
-            tensor = get(info.name).to(info.dtype).contiguous()
-            if tuple(tensor.shape) != info.shape:
-                raise ConvertError(f"tensor {info.name} has shape {tuple(tensor.shape)}, expected {info.shape}")
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            found = get(info.name)
+            parts = [found] if isinstance(found, Tensor) else found
+            shape = (sum(map(len, parts)), *parts[0].shape[1:])
+            if shape != info.shape or any(part.shape[1:] != info.shape[1:] for part in parts):
+                raise ConvertError(f"tensor {info.name} has shape {shape}, expected {info.shape}")
+            for part in parts:
+                if part.dtype != info.dtype:
+                    # Of a view that may lie anywhere.
+                    part = part.clone().to(info.dtype)
+                _write(file, part.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(file: RawIOBase, content: bytes | numpy.ndarray) -> None:
+    """All of it: a system writes no more than 2 GiB at once."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+
+
+def write_padding(folder: Path, infos: Iterable[TensorInfo], get: Get) -> None:
+    """The rows that were cut from the vocabulary's tensors; ``infos`` may be empty: none were."""
+    path = folder / PADDING_FILE
+    path.parent.mkdir()
+    write_safetensors(path, infos, get)
+
+
+def padding_file(folder: Path) -> Path | None:
+    """What :func:`write_padding` wrote, now or at first; ``None`` if nothing did."""
+    return next((folder / name for name in (PADDING_FILE, OLD_PADDING_FILE) if (folder / name).exists()), None)
 
 
 def split_into_shards(infos: Iterable[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
@@ -75,9 +110,7 @@ def split_into_shards(infos: Iterable[TensorInfo], max_bytes: int) -> list[list[
     return shards
 
 
-def write_weights(
-    folder: Path, infos: Iterable[TensorInfo], get: Callable[[str], Tensor], max_shard_bytes: int
-) -> None:
+def write_weights(folder: Path, infos: Iterable[TensorInfo], get: Get, max_shard_bytes: int) -> None:
     """``model.safetensors``, or ``model-00001-of-0000N.safetensors`` and their index."""
     shards = split_into_shards(infos, max_shard_bytes)
     if len(shards) == 1:

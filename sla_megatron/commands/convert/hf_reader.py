@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...common.errors import last_line
 from .architecture import MODEL_TYPE, Config
 from .errors import ConvertError
 from .foreign import FOREIGN, Foreign, foreign_config, refuse_quantised
-from .hf_folder import PADDING_FILE
+from .hf_folder import padding_file
 from .mapping import entries, sla_of
 from .weight_files import WeightFiles, read_json
 
@@ -68,10 +68,14 @@ class HFSource:
         tensor = self._files.get(self._stored_name(name))
         return tensor if self._foreign is None else self._foreign.tensor(name, tensor).contiguous()
 
+    def parts(self, name: str) -> Sequence[Tensor]:
+        """The tensor as a whole."""
+        return [self.get(name)]
+
     def padding(self, name: str) -> Tensor | None:
         """The rows that an export cut, where it kept them beside the model."""
-        path = self.path / PADDING_FILE
-        if not path.exists():
+        path = padding_file(self.path)
+        if path is None:
             return None
         with safe_open(path, "pt") as file:
             return file.get_tensor(name) if name in file.keys() else None

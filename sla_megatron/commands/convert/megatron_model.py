@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...common.errors import StartError
 from ...cpu.device import megatron_device
@@ -115,32 +114,34 @@ def sharded_state(model: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def sharded_tensors(
     model: Any, metadata: Mapping[str, Any] = CONTENT
-) -> tuple[dict[str, Any], Iterator[tuple[str, int | None, Tensor, tuple[int, ...]]]]:
+) -> tuple[dict[str, Any], Iterator[tuple[str, int | None, Any, tuple[int, ...]]]]:
     """What Megatron saves of ``model``, and each tensor of it.
 
     Returns:
         the sharded state dictionary, and for each tensor its key in a checkpoint, its layer where layers are stored as
-        one tensor, its data, which may be written to, and where this begins in the stored tensor (without the layer).
+        one tensor, the ``ShardedTensor``, and where it begins in the stored tensor (without the layer).
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     state = sharded_state(model, metadata)
-    # Parts of a gated MLP's first matrix are made from it when it is saved; as views, they can be filled.
+    # Parts of a gated MLP's first matrix are made from it when it is saved.
     apply_factories(state)
 
-    def tensors() -> Iterator[tuple[str, int | None, Tensor, tuple[int, ...]]]:
+    def tensors() -> Iterator[tuple[str, int | None, Any, tuple[int, ...]]]:
         for value in nested_values(state):
             if isinstance(value, ShardedTensor):
                 prepended = value.prepend_axis_num
                 layer = value.global_offset[0] if prepended else None
-                yield value.key, layer, value.data, tuple(value.global_offset[prepended:])
+                yield value.key, layer, value, tuple(value.global_offset[prepended:])
 
     return state, tensors()
 
 
-def fill(model: Any, source: Any, vocabulary_rows: int, args: Namespace) -> dict[str, Any]:
-    """Give ``model`` the weights of ``source``; returns what Megatron saves of it.
+def filled(model: Any, source: Any, vocabulary_rows: int, args: Namespace) -> dict[str, Any]:
+    """What Megatron saves of ``model``, with the weights of ``source`` in place of the model's.
+
+    Most are views of the files that ``source`` reads; the model's own memory is never touched.
 
     Args:
         model: as :func:`build` made it.
@@ -153,11 +154,8 @@ def fill(model: Any, source: Any, vocabulary_rows: int, args: Namespace) -> dict
     """
     state, tensors = sharded_tensors(model)
     assembler = Assembler(source, vocabulary_rows, args)
-    with torch.no_grad():
-        for key, layer, data, offsets in tensors:
-            whole = assembler.tensor(key, layer)
-            for dim, (offset, length) in enumerate(zip(offsets, data.shape, strict=True)):
-                whole = whole.narrow(dim, offset, length)
-            data.copy_(whole)
+    for key, layer, saved, offsets in tensors:
+        # One rank has all columns.
+        saved.data = assembler.tensor(key, layer, offsets[0], len(saved.data)).to(saved.data.dtype)
     assembler.require_all_used()
     return state

@@ -1,14 +1,16 @@
 """Read a torch_dist checkpoint a slice at a time, whatever it was sharded over.  One process, no process group.
 
 Megatron's own loader builds every tensor of the model at once, for the ranks that it runs on.  The files are those of
-``torch.distributed.checkpoint``, whose reader is used here for one layer of one tensor at a time.
+``torch.distributed.checkpoint``: what lies in them as usual is mapped where it is, and its own reader is asked for the
+rest, one layer of one tensor at a time.
 """
 
 from __future__ import annotations
 
 import pickle
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings
@@ -16,7 +18,7 @@ from warnings import catch_warnings
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -24,8 +26,9 @@ from ...common.checkpoint_folders import TRACKER
 from ...common.errors import last_line
 from .architecture import config_from_args
 from .errors import ConvertError
-from .mapping import GATE, KEY, QUERY, UP, VALUE, VOCABULARY, Entry, entries, qkv_rows
+from .mapping import KEY, QUERY, UP, VALUE, VOCABULARY, Entry, entries, qkv_rows
 from .stored_arguments import require_understood
+from .stored_items import UnfamiliarError, read_tensor
 from .stored_keys import StoredKeys
 
 #: How the keys of layers that predict further tokens begin.
@@ -120,7 +123,7 @@ class MegatronSource:
         stored = stored_tensors(folder, self._reader)
         self._stored = {key: tensor for key, tensor in stored.items() if not key.startswith(passed_over)}
         self._entries = {entry.hf: entry for entry in entries(self.config)}
-        self._last: tuple[tuple[str, int | None], Tensor] | None = None
+        self._last: tuple[tuple[str, int | None], list[tuple[tuple[int, ...], Tensor]]] | None = None
         self._check()
 
     def dtype(self, name: str) -> torch.dtype:
@@ -130,40 +133,82 @@ class MegatronSource:
 
     def get(self, name: str) -> Tensor:
         """The tensor, read from the checkpoint's shards."""
+        return _joined(self.parts(name), self.dtype(name), self._entries[name].shape)
+
+    def parts(self, name: str) -> Sequence[Tensor]:
+        """The tensor's rows where they lie: of queries, keys and values a part for each group."""
         entry = self._entries[name]
-        if entry.part == VOCABULARY:
-            return self._read(self._key(entry)[0], (0, 0), entry.shape)
-        whole = self._whole(entry)
+        place, rows = self._key(entry), [(0, entry.shape[0])]
         if entry.part in (QUERY, KEY, VALUE):
             rows = qkv_rows(self.config, entry.layer)[entry.part]
-            return torch.cat([whole[start : start + length] for start, length in rows])
-        if entry.part in (GATE, UP):
-            return whole.chunk(2)[entry.part == UP].contiguous()
-        return whole
+        elif entry.part == UP:
+            rows = [(entry.shape[0], entry.shape[0])]
+        return [part for start, length in rows for part in self._rows(place, start, length)]
 
     def padding(self, name: str) -> Tensor | None:
         """The vocabulary rows that were cut from ``name``."""
         entry = self._entries[name]
-        key, kept = self._key(entry)[0], entry.shape[0]
+        (key, layer), kept = self._key(entry), entry.shape[0]
         rows, columns = self._stored[key].size
-        return self._read(key, (kept, 0), (rows - kept, columns))
+        return _joined(self._rows((key, layer), kept, rows - kept), self.dtype(name), (rows - kept, columns))
 
     def _key(self, entry: Entry) -> tuple[str, int | None]:
         """The checkpoint's key, and which layer of it: layers of one shape are stored as one tensor."""
         return self._keys.place(entry.megatron, entry.layer, self._stored)
 
-    def _whole(self, entry: Entry) -> Tensor:
-        """The Megatron tensor that ``entry`` is part of; the last one is kept: its parts are asked for in turn."""
-        at = self._key(entry)
-        if self._last is None or self._last[0] != at:
-            key, layer = at
-            size = tuple(self._stored[key].size)
-            if layer is None:
-                tensor = self._read(key, (0,) * len(size), size)
-            else:
-                tensor = self._read(key, (layer, *(0,) * (len(size) - 1)), (1, *size[1:]))[0]
-            self._last = (at, tensor)
+    def _rows(self, place: tuple[str, int | None], start: int, length: int) -> list[Tensor]:
+        """Rows of what is stored at ``place`` (key, layer): views of the files, or of shards of columns one copy."""
+        key, layer = place
+        shape = (length, *self._stored[key].size[1 + (layer is not None) :])
+        found = []
+        for offsets, data in self._chunks(place):
+            begin, end = max(start, offsets[0]), min(start + length, offsets[0] + len(data))
+            if begin < end:
+                found.append(((begin - start, *offsets[1:]), data[begin - offsets[0] : end - offsets[0]]))
+        parts = [part for _, part in found]
+        if all(part.shape[1:] == shape[1:] for part in parts):
+            ends = [0, *accumulate(map(len, parts))]
+            if [at[0] for at, _ in found] == ends[:-1] and ends[-1] == length:
+                return parts
+        if sum(part.numel() for part in parts) != torch.Size(shape).numel():
+            raise ConvertError(f"{self.path}: the shards of {key} overlap")
+        target = torch.empty(shape, dtype=self._stored[key].properties.dtype)
+        for offsets, part in found:
+            target[tuple(slice(at, at + size) for at, size in zip(offsets, part.shape, strict=True))] = part
+        return [target]
+
+    def _chunks(self, place: tuple[str, int | None]) -> list[tuple[tuple[int, ...], Tensor]]:
+        """Where each shard of what is stored at ``place`` begins, and its data.  Kept: parts are asked for in turn."""
+        if self._last is None or self._last[0] != place:
+            try:
+                found = list(self._mapped(*place))
+            except (UnfamiliarError, OSError, KeyError, ValueError):
+                # torch can read it, or say what is wrong.
+                found = [self._whole(*place)]
+            self._last = place, sorted(found, key=lambda chunk: chunk[0])
         return self._last[1]
+
+    def _mapped(self, key: str, layer: int | None) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        stored, written = self._stored[key], self._reader.read_metadata().storage_data
+        for chunk in stored.chunks:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            if not chunk.sizes.numel() or (layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]):
+                continue
+            item = written[MetadataIndex(key, chunk.offsets)]
+            if getattr(item, "transform_descriptors", None):
+                raise UnfamiliarError(f"{key} is compressed")
+            data = read_tensor(self.path / item.relative_path, item.offset, item.length)
+            if tuple(data.shape) != sizes or data.dtype != stored.properties.dtype:
+                raise UnfamiliarError(f"{key} has another shape")
+            yield (offsets, data) if layer is None else (offsets[1:], data[layer - offsets[0]])
+
+    def _whole(self, key: str, layer: int | None) -> tuple[tuple[int, ...], Tensor]:
+        """As if it were one shard."""
+        size = tuple(self._stored[key].size)
+        if layer is None:
+            return (0,) * len(size), self._read(key, (0,) * len(size), size)
+        rest = size[1:]
+        return (0,) * len(rest), self._read(key, (layer, *(0,) * len(rest)), (1, *rest))[0]
 
     def _read(self, key: str, offsets: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         target = torch.empty(size, dtype=self._stored[key].properties.dtype)
@@ -205,6 +250,11 @@ class MegatronSource:
         unknown = sorted(set(self._stored) - known)
         if unknown:
             raise ConvertError(f"{self.path}: tensor {unknown[0]} is not part of this architecture")
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """``parts``, one after the other, in memory of their own."""
+    return torch.cat([torch.empty(0, *shape[1:], dtype=dtype), *parts])
 
 
 def stored_tensors(folder: Path, reader: FileSystemReader | None = None) -> dict[str, TensorStorageMetadata]:

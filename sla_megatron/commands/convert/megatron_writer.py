@@ -15,7 +15,7 @@ import torch
 from ...common.errors import flag_of
 from ...flags import rope_scaling
 from .architecture import argv_from_config
-from .megatron_model import CONTENT, args_of, build, fill, megatron_alone
+from .megatron_model import CONTENT, args_of, build, filled, megatron_alone
 from .megatron_reader import TRACKER
 from .source import Source
 
@@ -53,7 +53,7 @@ def write_megatron(
             "checkpoint_version": 3.0,
             "iteration": 0,
             "num_floating_point_operations_so_far": 0,
-            "model": fill(model, source, rows, args),
+            "model": filled(model, source, rows, args),
         }
         release = folder / RELEASE
         release.mkdir()

@@ -62,6 +62,7 @@ REFUSED: Mapping[str, str] = {
 #: Values of a refused argument that say what is the case anyway.
 FINE: Mapping[str, tuple[object, ...]] = {
     "rope_type": ("rope",),
+    "softmax_type": ("vanilla",),
     # Megatron's own hybrid layers, which its manual puts on every command line.
     "spec": (["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"],),
 }

@@ -25,12 +25,13 @@ from ...common.patterns import MLP, kinds
 from ...common.tokenizers import CARRIED
 from ...flags.asked import hybrid_pattern
 from ...flags.gpt_hybrid_load import NOT_IN_GPTS, mlp_kinds, stores_numbered_layers
-from .commands import stored_args
+from .checkpoint_arguments import stored_args
 from .errors import ConvertError
 from .megatron_model import CONTENT, megatron_alone
-from .megatron_reader import TRACKER, checkpoint_folder, stored_metadata
+from .megatron_reader import TRACKER, checkpoint_folder, stored_metadata, stored_tensors
 from .megatron_writer import RELEASE
 from .output import finished_folder
+from .progress import progress
 
 # Of the run that wrote the checkpoint: how its layers were shared out, and how far it had come.
 _FORGOTTEN: Mapping[str, Any] = {
@@ -121,7 +122,9 @@ def _write(
             f"{folder}: --mtp-num-layers {args.mtp_num_layers}: layers that predict further tokens have no place in a "
             "checkpoint of the other kind"
         )
-    with finished_folder(out, overwrite, [folder]) as place, megatron_alone():
+    tensors = stored_tensors(folder).values()
+    total = sum(stored.size.numel() * stored.properties.dtype.itemsize for stored in tensors)
+    with finished_folder(out, overwrite, [folder]) as place, progress(out, place, total), megatron_alone():
         from megatron.core import dist_checkpointing
 
         named = _in_stack(folder, pairs) if into_hybrid else _in_gpt(folder, pairs, stores_numbered_layers(its))

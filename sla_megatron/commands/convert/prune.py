@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,29 @@ from torch import Tensor
 
 from .architecture import MODEL_TYPE, rope_parameters
 from .errors import ConvertError
-from .hf_folder import CODE_FILES, TensorInfo, model_kind, write_code, write_json, write_weights
+from .hf_folder import (
+    CODE_FILES,
+    OLD_PADDING_FILE,
+    PADDING_FILE,
+    TensorInfo,
+    model_kind,
+    padding_file,
+    write_code,
+    write_json,
+    write_weights,
+)
 from .hf_reader import HFSource
 from .mapping import KEY, VALUE, entries, sla_of
 from .output import finished_folder
+from .progress import progress
 from .source import Source
 from .weight_files import read_json
 
-#: Of a folder, what is written anew, or is of the weights as they were.
-_NOT_COPIED = ("config.json", "sla_convert.json", "model*.safetensors*", "pytorch_model*.bin*", "optimizer.*", ".*")
+#: Of a folder, what is written anew or in another place, or is of the weights as they were.
+_NOT_COPIED = (
+    *("config.json", "sla_convert.json", "model*.safetensors*", "pytorch_model*.bin*", "optimizer.*", ".*"),
+    OLD_PADDING_FILE,
+)
 
 
 class Pruned:
@@ -51,6 +65,10 @@ class Pruned:
         """The full tensor; of keys and values, the rows of live groups."""
         tensor = self.full.get(name)
         return live_rows(tensor, self.config, self._layers[name]) if name in self._layers else tensor
+
+    def parts(self, name: str) -> Sequence[Tensor]:
+        """Likewise."""
+        return [self.get(name)] if name in self._layers else self.full.parts(name)
 
     def padding(self, name: str) -> Tensor | None:
         """The full model's."""
@@ -86,14 +104,17 @@ def prune(folder: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: i
         [TensorInfo(entry.hf, dtype or full.dtype(entry.hf), entry.shape) for entry in entries(config)]
         for config in (full.config, source.config)
     )
-    with finished_folder(out, overwrite, [folder]) as place:
-        write_weights(place, infos, source.get, max_shard_bytes)
+    sizes = [sum(info.num_bytes for info in infos) for infos in (before, infos)]
+    with finished_folder(out, overwrite, [folder]) as place, progress(out, place, sizes[1]):
+        write_weights(place, infos, source.parts, max_shard_bytes)
         for path in sorted(folder.iterdir()):
             if path.name in CODE_FILES or any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
                 continue
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, place / path.name)
+        if padding_file(folder) == folder / OLD_PADDING_FILE:
+            (place / PADDING_FILE).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / OLD_PADDING_FILE, place / PADDING_FILE)
         config = read_json(folder / "config.json") | {"sla_kv_projection": "pruned"}
         write_json(place / "config.json", config | rope_parameters(full.config) | model_kind(infos[0].dtype))
         write_code(place)
-    sizes = [sum(info.num_bytes for info in infos) for infos in (before, infos)]
     return f"{sizes[1] / 1e6:.1f} MB of weights, {(sizes[0] - sizes[1]) / 1e6:.1f} MB that nobody reads left out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,12 @@ class Source(Protocol):
 
     def get(self, name: str) -> Tensor:
         """A tensor by its Hugging Face name, on the CPU.  Raises ``ConvertError`` if it cannot be read."""
+
+    def parts(self, name: str) -> Sequence[Tensor]:
+        """The same tensor in parts of whole rows, one after the other, to be written and not to be written to.
+
+        They are views of mapped files where that can be had, and need not lie where their type would have them.
+        """
 
     def padding(self, name: str) -> Tensor | None:
         """The rows that Megatron padded a vocabulary tensor with; ``None`` where they are not known."""

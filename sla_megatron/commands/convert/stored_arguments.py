@@ -46,13 +46,24 @@ def megatron_defaults() -> Mapping[str, Any]:
         return vars(parser.parse_args([]))
 
 
-def completed(stored: Namespace) -> Namespace:
-    """``stored`` under today's names, with Megatron's default for what the version that wrote them did not have."""
+def renamed(stored: Namespace) -> dict[str, Any]:
+    """``stored`` under today's names."""
     given = dict(vars(stored))
     for old, new in _RENAMED.items():
         if old in given and new not in given:
             given[new] = given.pop(old)
-    args = Namespace(**{**megatron_defaults(), rope_scaling.HONOURED: False, **given})
+    return given
+
+
+def completed(stored: Namespace, defaults: Mapping[str, Any] | None = None) -> Namespace:
+    """``stored`` under today's names, with Megatron's default for what the version that wrote them did not have.
+
+    Args:
+        stored: what a checkpoint holds.
+        defaults: in place of Megatron's, where the others are not needed.
+    """
+    known = megatron_defaults() if defaults is None else defaults
+    args = Namespace(**{**known, rope_scaling.HONOURED: False, **renamed(stored)})
     # As Megatron's validation does.  Checkpoints from before --position-embedding-type say so in this way alone.
     if args.use_rotary_position_embeddings:
         args.position_embedding_type = "rope"
@@ -82,6 +93,7 @@ def require_understood(args: Namespace) -> None:
 def _may_matter(name: str, value: Any) -> bool:
     if name in _known() or _is_off(value) or value in FINE.get(name, ()):
         return False
+    # Importing Megatron for them takes seconds, and few arguments come to this.
     defaults = megatron_defaults()
     return name not in defaults or value != defaults[name]
 

@@ -121,7 +121,11 @@ def vocabulary_size(args: Namespace, model: str | None = None) -> int:
     Raises:
         TokenizerError: if the tokenizer cannot be read.
     """
-    tokens = token_count(_megatron_tokenizer(_settings(args, model)))
+    settings = _settings(args, model)
+    if settings.tokenizer_type == "NullTokenizer" and settings.vocab_size:
+        # As Megatron's, which is that number; importing it takes more time than a small export.
+        return _fitting(settings, int(settings.vocab_size))
+    tokens = token_count(_megatron_tokenizer(settings))
     named = getattr(args, "vocab_size", None) or 0
     if args.tokenizer_type == "HuggingFaceTokenizer" and named <= (getattr(args, "padded_vocab_size", None) or 0):
         return max(tokens, named)
@@ -191,13 +195,19 @@ def _megatron_tokenizer(settings: Namespace) -> Any:
     """The object that Megatron trains with."""
     gpt2 = settings.tokenizer_type == "GPT2BPETokenizer"
     tokenizer = _megatron_gpt2(settings) if gpt2 else build(settings)
+    _fitting(settings, token_count(tokenizer))
+    return tokenizer
+
+
+def _fitting(settings: Namespace, tokens: int) -> int:
+    """``tokens``, where the checkpoint's vocabulary has a row for each."""
     rows = getattr(settings, "padded_vocab_size", None)
-    if rows is not None and (tokens := token_count(tokenizer)) > rows:
+    if rows is not None and tokens > rows:
         raise TokenizerError(
             f"{tokenizer_name(settings)} has {tokens} tokens, the checkpoint's vocabulary {rows}: "
             "it is not the tokenizer of this checkpoint: --tokenizer-model PATH"
         )
-    return tokenizer
+    return tokens
 
 
 def _megatron_gpt2(settings: Namespace) -> Any:

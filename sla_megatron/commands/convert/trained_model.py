@@ -19,6 +19,7 @@ from ...common.errors import flag_of, last_line
 from ...common.patterns import kinds
 from ...common.silence import silence
 from ...flags.asked import hybrid_pattern
+from .checkpoint_arguments import whole
 from .errors import ConvertError
 from .megatron_model import build, sharded_state, sharded_tensors
 from .megatron_reader import MegatronSource, stored_tensors
@@ -132,7 +133,7 @@ def trained_model(source: MegatronSource) -> Any:
     Raises:
         ConvertError: where Megatron cannot build it on a CPU, or the weights are not those of the model.
     """
-    args = _args_here(source.args, source.path)
+    args = _args_here(whole(source.args), source.path)
     try:
         with silence():
             model = build(args)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +16,12 @@ from torch import Tensor
 from ...common.errors import first_line
 from .errors import ConvertError
 
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
 
 
 class WeightFiles:
-    """The weights of one folder; those of safetensors are read one at a time, the others are mapped into memory.
+    """The weights of one folder, mapped into memory.
 
     As in transformers, safetensors come before ``pytorch_model.bin``, and one file before several with an index.
 
@@ -28,6 +31,7 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self._loaded: dict[Path, dict[str, Tensor]] = {}
+        self._mapped: dict[Path, _Mapped] = {}
         self._files = {name: file for file in _files(folder) for name in self._names_in(file)}
 
     def names(self) -> set[str]:
@@ -55,7 +59,9 @@ class WeightFiles:
             return list(self._loaded[file])
         try:
             with safe_open(file, "pt") as opened:
-                return list(opened.keys())
+                names = list(opened.keys())
+            self._mapped[file] = _Mapped(file)
+            return names
         except (OSError, SafetensorError) as error:
             raise ConvertError(f"{file} cannot be read: {error}") from error
 
@@ -63,6 +69,8 @@ class WeightFiles:
         file = self._files[name]
         if file in self._loaded:
             return self._loaded[file][name]
+        if name in self._mapped[file].places:
+            return self._mapped[file].tensor(name)
         try:
             with safe_open(file, "pt") as opened:
                 found = opened.get_slice(name)
@@ -70,6 +78,32 @@ class WeightFiles:
                 return found if found.get_shape() else opened.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ConvertError(f"{file}: {name} cannot be read: {error}") from error
+
+
+class _Mapped:
+    """The floating point tensors of a file of safetensors, which its library found sound, as views of mapped memory.
+
+    Each is of memory of its own, so that a writer need not copy it; the library's are all of one.
+    """
+
+    def __init__(self, file: Path) -> None:
+        with file.open("rb") as opened:
+            view = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+        begin = 8 + int.from_bytes(view[:8], "little")
+        self._data = view[begin:]
+        self.places = {
+            name: (_TYPES[entry["dtype"]], tuple(entry["shape"]), slice(*entry["data_offsets"]))
+            for name, entry in json.loads(bytes(view[8:begin])).items()
+            if name != "__metadata__"
+            and entry["dtype"] in _TYPES
+            and entry["data_offsets"][0] < entry["data_offsets"][1]
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """Not to be written to."""
+        dtype, shape, place = self.places[name]
+        with catch_warnings(action="ignore"):
+            return torch.frombuffer(self._data[place], dtype=dtype).view(shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:
