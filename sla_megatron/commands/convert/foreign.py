@@ -196,6 +196,11 @@ class Qwen2(Family):
         """Its configuration has no such field: vLLM computes it, transformers reads it if it is there."""
         return {"head_dim": ours["hidden_size"] // ours["num_attention_heads"]}
 
+    def theirs(self, ours: Mapping[str, Any]) -> Config:
+        """That field only where it says something."""
+        found = super().theirs(ours)
+        return {name: value for name, value in found.items() if name != "head_dim" or not self.is_usual(ours)}
+
 
 class Qwen3(Family):
     """Norms of queries and keys."""
