@@ -13,6 +13,7 @@ import torch
 from tests.support.argument_rows import SWIGLU
 from tests.support.convert_models import LAYERS, argv_of, save_random_checkpoint
 from tests.support.foreign_models import LLAMA3, save_foreign, tensors
+from tests.support.tokenizers import hugging_face_folder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 
@@ -186,6 +187,34 @@ def test_the_command_exports_it_as_what_it_is(tmp_path: Path, convert: Callable[
     status, said = convert("describe", tmp_path / "gpt2")
     assert status == 0 and "exported as: gpt2 (or --as sla_gpt)" in said
     assert "transformer.h.3.attn.c_attn.weight           32x32  value " in said
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_the_tokenizer_is_the_checkpoint_s(tmp_path: Path, convert: Callable[..., tuple[int, str]], kind: str) -> None:
+    """transformers reads every tokenizer in a Qwen2's folder as Qwen2's: another one's model does not leave as that."""
+    from transformers import AutoTokenizer
+
+    hugging_face_folder(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    save_foreign(tmp_path / "hf", kind.capitalize(), vocab_size=len(tokenizer))
+    assert convert("hf-to-megatron", tmp_path / "hf", tmp_path / "ck")[0] == 0
+    trained_with = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tmp_path / "tokenizer"}
+    options = [word for name, value in trained_with.items() for word in ("--override", f"{name}={value}")]
+
+    status, said = convert("megatron-to-hf", tmp_path / "ck", tmp_path / "out", "--verify", *options)
+    written_as = json.loads((tmp_path / "out/config.json").read_text())["model_type"]
+    assert status == 0 and written_as == ("sla_gpt" if kind == "qwen2" else kind), said
+    assert ("sla-convert: not exported as qwen2, with the tokenizer that transformers " in said) == (kind == "qwen2")
+    text = "Straße 1234\n\n  don't"
+    found = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+    status, said = convert("megatron-to-hf", tmp_path / "ck", tmp_path / "asked", "--as", kind, *options)
+    assert status == (2 if kind == "qwen2" else 0)
+    if kind == "qwen2":
+        (line,) = [line for line in said.splitlines() if line.startswith("sla-convert")]
+        assert "error: --as qwen2: with the tokenizer" in line and line.endswith(": expected sla_gpt")
+        assert not (tmp_path / "asked").exists()
 
 
 def test_a_wrong_export_is_found(

@@ -205,16 +205,16 @@ def _megatron_to_hf(args: argparse.Namespace) -> int:
     from .commands import megatron_to_hf
     from .output import require_free
     from .prune import Pruned
-    from .to_foreign import chosen, exported_as
+    from .to_foreign import exported_as
+    from .weight_files import read_json
 
     require_free(args.out, args.overwrite, [args.checkpoint])
     source = _checkpoint(args, args.checkpoint)
     written = Pruned(source) if args.prune else source
-    kind = chosen(written, args.kind)
     carried = megatron_to_hf(
-        written, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.special_tokens_as_text, kind
+        written, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.special_tokens_as_text, args.kind
     )
-    said = kind if args.kind else exported_as(written, kind)
+    said = args.kind or exported_as(written, read_json(args.out / "config.json")["model_type"])
     print(f"{args.out}: written as {said}; tokenizer: {carried}")
     return _compare(args, source, args.out) if args.verify else 0
 

@@ -44,8 +44,8 @@ from .prune import live_rows
 from .source import Source
 from .stored_arguments import completed
 from .stored_keys import StoredKeys
-from .to_foreign import AsForeign, chosen, exported_as
-from .tokenizer import carry_tokenizer, vocabulary_size, with_model
+from .to_foreign import AsForeign, carry, chosen, exported_as
+from .tokenizer import vocabulary_size, with_model
 from .tokenizer_place import placed
 from .weight_files import read_json
 
@@ -122,27 +122,26 @@ def megatron_to_hf(
     ``kind`` is the folder's ``model_type``, such as ``llama``; without, the one of :func:`to_foreign.chosen`.
     Memory: one tensor of the checkpoint and one of the result, beside the libraries.
     """
-    kind = chosen(source, kind)
-    foreign = None if kind == MODEL_TYPE else AsForeign(source, kind)
-    infos = _infos(source, dtype) if foreign is None else foreign.infos(dtype)
-    stored = source.get if foreign is None else foreign.get
-    with finished_folder(out, overwrite, _read_by(source)) as folder, _progress(infos, "megatron-to-hf") as bar:
+    itself = chosen(source, kind)
+    with finished_folder(out, overwrite, _read_by(source)) as folder:
+        # First: what cannot be carried is known before hours of writing, and may decide the kind.
+        kind, carried = carry(source, folder, itself, kind is not None, special_as_text)
+        foreign = None if kind == MODEL_TYPE else AsForeign(source, kind)
+        infos = _infos(source, dtype) if foreign is None else foreign.infos(dtype)
+        stored = source.get if foreign is None else foreign.get
+        with _progress(infos, "megatron-to-hf") as bar:
 
-        def get(name: str) -> Tensor:
-            tensor = stored(name)
-            bar.update(tensor.numel() * tensor.element_size())
-            return tensor
+            def get(name: str) -> Tensor:
+                tensor = stored(name)
+                bar.update(tensor.numel() * tensor.element_size())
+                return tensor
 
-        write_weights(folder, infos, get, max_shard_bytes)
+            write_weights(folder, infos, get, max_shard_bytes)
         # The rows by which Megatron pads a vocabulary's tensors.
         padding = {entry.hf: source.padding(entry.hf) for entry in entries(source.config) if entry.part == VOCABULARY}
         padding = {name: rows for name, rows in padding.items() if rows is not None}
         cut = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
         write_safetensors(folder / PADDING_FILE, cut, padding.__getitem__)
-        try:
-            carried = carry_tokenizer(source.args, folder, special_as_text=special_as_text)
-        except TokenizerError as error:
-            raise ConvertError(str(error)) from error
         special = _special_ids(folder)
         if foreign is None:
             write_model_files(folder, source.config, infos[0].dtype, special)

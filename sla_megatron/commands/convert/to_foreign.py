@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.tokenizers import TokenizerError
 from .architecture import MODEL_TYPE
 from .errors import ConvertError
 from .foreign import FOREIGN
 from .hf_folder import TensorInfo, write_json
 from .mapping import Entry, entries, sla_of
 from .source import Source
+from .tokenizer import carry_tokenizer
 
 
 def fitting(config: Mapping[str, Any]) -> list[str]:
@@ -51,6 +54,36 @@ def exported_as(source: Source, kind: str) -> str:
     """``kind``, and which others ``--as`` takes."""
     others = [other for other in fitting(source.config) if other != kind]
     return f"{kind} (or --as {', '.join(others)})" if others else kind
+
+
+def carry(source: Source, folder: Path, kind: str, asked: bool, special_as_text: bool) -> tuple[str, str]:
+    """Write the tokenizer of ``source`` into ``folder``; returns what the model can leave as with it, and what it is.
+
+    transformers reads some architectures' folders with a tokenizer of its own choice: Qwen2's, with Qwen2's, whatever
+    the files say.  Where that is another one than the checkpoint's, the folder is of our format, unless ``asked``.
+
+    Raises:
+        ConvertError: if the tokenizer cannot be carried, or not into what was ``asked`` for.
+    """
+    other: TokenizerError | None = None
+    if kind != MODEL_TYPE:
+        write_json(folder / "config.json", {"model_type": kind})
+        try:
+            return kind, carry_tokenizer(source.args, folder, special_as_text=special_as_text)
+        except TokenizerError as error:
+            other = error
+        (folder / "config.json").unlink()
+    try:
+        carried = carry_tokenizer(source.args, folder, special_as_text=special_as_text)
+    except TokenizerError as error:
+        raise ConvertError(str(error)) from error
+    if other is None:
+        return MODEL_TYPE, carried
+    why = f"with the tokenizer that transformers finds in such a folder: {other}"
+    if asked:
+        raise ConvertError(f"--as {kind}: {why}: expected sla_gpt")
+    print(f"sla-convert: not exported as {kind}, {why}", file=sys.stderr)
+    return MODEL_TYPE, carried
 
 
 class AsForeign:
