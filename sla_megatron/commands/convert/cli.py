@@ -44,13 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("megatron-to-hf", help="a checkpoint, however it was sharded, to a folder")
     export.add_argument("checkpoint", type=Path, help="the --save folder, or one iter_* of it")
     export.add_argument("out", type=Path)
-    export.add_argument(
-        "--as",
-        dest="kind",
-        choices=KINDS,
-        help="of a dense model: the folder's model_type, and class; default: the one of these that it is, such as "
-        "llama, or else sla_gpt, the format with code of its own",
-    )
+    _add_kind(export)
     _add_shard_size(export)
     export.add_argument("--prune", action="store_true", help="of a full model: without the K/V rows that nobody reads")
     export.add_argument(
@@ -128,6 +122,16 @@ def _add_kinds(commands: Any) -> None:
 
 class _Raw(argparse.RawDescriptionHelpFormatter):
     pass
+
+
+def _add_kind(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--as",
+        dest="kind",
+        choices=KINDS,
+        help="of a dense model: the folder's model_type, and class; default: the one of these that it is, such as "
+        "llama, or else sla_gpt, the format with code of its own",
+    )
 
 
 def _add_shard_size(parser: argparse.ArgumentParser) -> None:
