@@ -44,9 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("megatron-to-hf", help="a checkpoint, however it was sharded, to a folder")
     export.add_argument("checkpoint", type=Path, help="the --save folder, or one iter_* of it")
     export.add_argument("out", type=Path)
-    _add_kind(export)
+    _add_form(export)
     _add_shard_size(export)
-    export.add_argument("--prune", action="store_true", help="of a full model: without the K/V rows that nobody reads")
     export.add_argument(
         "--special-tokens-as-text",
         action="store_true",
@@ -124,7 +123,7 @@ class _Raw(argparse.RawDescriptionHelpFormatter):
     pass
 
 
-def _add_kind(parser: argparse.ArgumentParser) -> None:
+def _add_form(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as",
         dest="kind",
@@ -132,6 +131,7 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
         help="of a dense model: the folder's model_type, and class; default: the one of these that it is, such as "
         "llama, or else sla_gpt, the format with code of its own",
     )
+    parser.add_argument("--prune", action="store_true", help="of a full model: without the K/V rows that nobody reads")
 
 
 def _add_shard_size(parser: argparse.ArgumentParser) -> None:
