@@ -220,26 +220,27 @@ def test_the_tokenizer_is_the_checkpoint_s(tmp_path: Path, convert: Callable[...
 def test_a_wrong_export_is_found(
     tmp_path: Path, convert: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that are not transposed, keys in the values' place, a field that is dropped: the logits differ."""
+    """A weight that is not transposed, queries in the values' place, a field that is dropped: the logits differ."""
+    from sla_megatron.commands.convert import to_foreign
     from sla_megatron.commands.convert.foreign import GPT2, Llama
+    from sla_megatron.commands.convert.mapping import entries
 
     save_random_checkpoint(tmp_path / "gpt2", {"norm_epsilon": 1e-3})
     save_random_checkpoint(tmp_path / "llama", SWIGLU | {"rotary_base": 500})
-    right = GPT2.stored
 
-    def square_as_it_is(self: Any, ours: str, parts: Any) -> Any:
-        return parts[0] if "o_proj.weight" in ours else right(self, ours, parts)
+    def square_as_it_is(self: Any, ours: str) -> bool:
+        return ours.endswith("_proj.weight") and "o_proj" not in ours
 
-    def exchanged(self: Any, ours: str, parts: Any) -> Any:
-        return right(self, ours, [parts[0], *parts[:0:-1]])
+    def backwards(config: Any) -> Any:
+        return reversed(list(entries(config)))
 
     def without(kind: Any, *fields: str) -> Any:
         whole = kind.theirs
         return lambda self, ours: {name: value for name, value in whole(self, ours).items() if name not in fields}
 
     for name, kind, attribute, wrong in (
-        ("gpt2", GPT2, "stored", square_as_it_is),
-        ("gpt2", GPT2, "stored", exchanged),
+        ("gpt2", GPT2, "is_transposed", square_as_it_is),
+        ("gpt2", to_foreign, "entries", backwards),
         ("gpt2", GPT2, "theirs", without(GPT2, "layer_norm_epsilon")),
         ("llama", Llama, "theirs", without(Llama, "rope_parameters", "rope_theta")),
     ):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .architecture import MODEL_TYPE, Config
@@ -106,10 +105,9 @@ class Foreign:
         """Our tensor from theirs."""
         return stored
 
-    def stored(self, ours: str, parts: Sequence[Tensor]) -> Tensor:
-        """Their tensor from ours that are in it, in order; ``ours`` names the first."""
-        (tensor,) = parts
-        return tensor
+    def is_transposed(self, ours: str) -> bool:
+        """Whether our tensor is the other way round in theirs."""
+        return False
 
 
 class Family(Foreign):
@@ -284,28 +282,19 @@ class GPT2(Foreign):
 
     def stored_shape(self, ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Their shape of our tensor."""
-        if not self._is_linear(ours):
-            return shape
-        rows = 3 * shape[0] if self._third(ours) is not None else shape[0]
-        return (*shape[1:], rows)
+        rows = shape[0] if self._third(ours) is None else 3 * shape[0]
+        return (*shape[1:], rows) if self.is_transposed(ours) else (rows, *shape[1:])
 
     def tensor(self, ours: str, stored: Tensor) -> Tensor:
         """Our tensor from theirs."""
-        if not self._is_linear(ours):
-            return stored
         third = self._third(ours)
         if third is not None:
             stored = stored.chunk(3, dim=-1)[third]
-        return stored.t() if stored.dim() == 2 else stored
+        return stored.t() if self.is_transposed(ours) else stored
 
-    def stored(self, ours: str, parts: Sequence[Tensor]) -> Tensor:
-        """Their tensor from ours: queries, keys and values, or one."""
-        tensor = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-        return tensor.t() if self._is_linear(ours) and tensor.dim() == 2 else tensor
-
-    @staticmethod
-    def _is_linear(ours: str) -> bool:
-        return "_proj." in ours
+    def is_transposed(self, ours: str) -> bool:
+        """Linear weights are."""
+        return ours.endswith("_proj.weight")
 
     @staticmethod
     def _third(ours: str) -> int | None:

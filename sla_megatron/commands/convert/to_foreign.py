@@ -91,22 +91,25 @@ class AsForeign:
 
     def __init__(self, source: Source, kind: str) -> None:
         self._source, self._foreign = source, FOREIGN[kind]
-        #: Our tensors that are in theirs, by its name; in all but GPT-2's mixed projection, it is one of the same name.
-        self.parts: dict[str, list[Entry]] = {}
+        # Ours that are in theirs, by its name: one, but for GPT-2's mixed projection.
+        self._entries: dict[str, list[Entry]] = {}
         for entry in entries(source.config):
-            self.parts.setdefault(self._foreign.names(entry.hf)[0], []).append(entry)
+            self._entries.setdefault(self._foreign.names(entry.hf)[0], []).append(entry)
 
     def infos(self, dtype: torch.dtype | None) -> list[TensorInfo]:
         """What is going to be written, in ``dtype`` or as stored."""
         return [
             TensorInfo(name, dtype or self._source.dtype(first.hf), self._foreign.stored_shape(first.hf, first.shape))
-            for name, (first, *_) in self.parts.items()
+            for name, (first, *_) in self._entries.items()
         ]
 
     def get(self, name: str) -> Tensor:
         """Their tensor of that name."""
-        parts = self.parts[name]
-        return self._foreign.stored(parts[0].hf, [self._source.get(part.hf) for part in parts])
+        first, *more = self._entries[name]
+        tensor = self._source.get(first.hf)
+        if more:
+            tensor = torch.cat([tensor, *(self._source.get(entry.hf) for entry in more)])
+        return tensor.t() if self._foreign.is_transposed(first.hf) else tensor
 
     def write_model_files(self, folder: Path, dtype: torch.dtype, special: Mapping[str, Any]) -> None:
         """``config.json`` and ``generation_config.json``: transformers has the code.  ``special``: token ids."""
