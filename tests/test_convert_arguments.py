@@ -296,7 +296,7 @@ def test_rows_beyond_the_tokens_are_padding(tmp_path: Path) -> None:
     """A folder of more rows than there are tokens is equal; one of fewer lacks tokens that were trained."""
     save_random_checkpoint(tmp_path / "megatron", {"num_layers": 1})
     source = commands.open_megatron(tmp_path / "megatron")
-    commands.megatron_to_hf(source, tmp_path / "hf")
+    commands.megatron_to_hf(source, tmp_path / "hf", kind="sla_gpt")
     config, weights = tmp_path / "hf" / "config.json", tmp_path / "hf" / "model.safetensors"
     tensors = load_file(weights)
     embeddings = tensors["model.embed_tokens.weight"]

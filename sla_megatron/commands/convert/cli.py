@@ -1,6 +1,7 @@
 """``sla-convert``: Megatron checkpoints to Hugging Face folders and back, exactly, without a GPU.
 
 sla-convert megatron-to-hf checkpoints exported --verify
+sla-convert megatron-to-hf dense-checkpoints exported --as llama
 sla-convert hf-to-megatron exported checkpoints-again
 sla-convert prune exported pruned
 sla-convert dense-to-sla dense-checkpoints sla-checkpoints --sla-skip-distance 9
@@ -24,6 +25,9 @@ from ...common.flag_types import OneLineParser
 
 _SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+#: What a model can be exported as: each ``model_type`` that is known, named here as importing the table takes seconds.
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "sla_gpt")
+
 
 def main() -> None:
     """Run one command.  What cannot be done ends it: one line on stderr, exit status 2; logits that differ, 1."""
@@ -40,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("megatron-to-hf", help="a checkpoint, however it was sharded, to a folder")
     export.add_argument("checkpoint", type=Path, help="the --save folder, or one iter_* of it")
     export.add_argument("out", type=Path)
+    _add_form(export)
     _add_shard_size(export)
-    export.add_argument("--prune", action="store_true", help="of a full model: without the K/V rows that nobody reads")
     export.add_argument(
         "--special-tokens-as-text",
         action="store_true",
@@ -117,6 +121,17 @@ def _add_kinds(commands: Any) -> None:
 
 class _Raw(argparse.RawDescriptionHelpFormatter):
     pass
+
+
+def _add_form(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--as",
+        dest="kind",
+        choices=KINDS,
+        help="of a dense model: the folder's model_type, and class; default: the one of these that it is, such as "
+        "llama, or else sla_gpt, the format with code of its own",
+    )
+    parser.add_argument("--prune", action="store_true", help="of a full model: without the K/V rows that nobody reads")
 
 
 def _add_shard_size(parser: argparse.ArgumentParser) -> None:
@@ -203,13 +218,16 @@ def _megatron_to_hf(args: argparse.Namespace) -> int:
     _begin(args, args.checkpoint)
     from .commands import megatron_to_hf
     from .prune import Pruned
+    from .to_foreign import exported_as
+    from .weight_files import read_json
 
     source = _checkpoint(args, args.checkpoint)
     written = Pruned(source) if args.prune else source
     carried = megatron_to_hf(
-        written, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.special_tokens_as_text
+        written, args.out, _dtype(args), args.max_shard_size, args.overwrite, args.special_tokens_as_text, args.kind
     )
-    print(f"{args.out}: written; tokenizer: {carried}")
+    said = args.kind or exported_as(written, read_json(args.out / "config.json")["model_type"])
+    print(f"{args.out}: written as {said}; tokenizer: {carried}")
     return _compare(args, source, args.out) if args.verify else 0
 
 

@@ -28,7 +28,9 @@ from ...flags.validation import parse_layers
 from .architecture import MODEL_TYPE, argv_from_config
 from .checkpoint_arguments import export_args, whole
 from .errors import ConvertError
+from .foreign import FOREIGN
 from .hf_folder import TensorInfo, write_model_files, write_padding, write_weights
+from .hf_reader import HFSource
 from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
 from .megatron_reader import MegatronSource, checkpoint_folder
 from .megatron_writer import RELEASE, write_megatron
@@ -37,7 +39,8 @@ from .progress import progress
 from .prune import live_rows
 from .source import Source
 from .stored_keys import StoredKeys
-from .tokenizer import carry_tokenizer, vocabulary_size, with_model
+from .to_foreign import AsForeign, carry, chosen, exported_as
+from .tokenizer import vocabulary_size, with_model
 from .tokenizer_place import placed
 from .weight_files import read_json
 
@@ -84,30 +87,40 @@ def megatron_to_hf(
     max_shard_bytes: int = 5 * _GIB,
     overwrite: bool = False,
     special_as_text: bool = False,
+    kind: str | None = None,
 ) -> str:
     """Write ``source`` as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns what was carried.
 
+    ``kind`` is the folder's ``model_type``, such as ``llama``; without, the one of :func:`to_foreign.chosen`.
     Memory: one tensor of the checkpoint and one of the result, beside the libraries.
     """
-    infos = [
-        TensorInfo(entry.hf, dtype or source.dtype(entry.hf), entry.shape)
-        for entry in entries(source.config)
-        if torch.Size(entry.shape).numel()
-    ]
-    total = sum(info.num_bytes for info in infos)
-    with finished_folder(out, overwrite, _read_by(source)) as folder, progress(out, folder, total):
-        write_weights(folder, infos, source.parts, max_shard_bytes)
+    itself = chosen(source, kind)
+    with finished_folder(out, overwrite, _read_by(source)) as folder:
+        # First: what cannot be carried is known before hours of writing, and may decide the kind.
+        kind, carried = carry(source, folder, itself, kind is not None, special_as_text)
+        foreign = None if kind == MODEL_TYPE else AsForeign(source, kind)
+        infos = _infos(source, dtype) if foreign is None else foreign.infos(dtype)
+        with progress(out, folder, sum(info.num_bytes for info in infos)):
+            write_weights(folder, infos, (foreign or source).parts, max_shard_bytes)
         # The rows by which Megatron pads a vocabulary's tensors.
         padding = {entry.hf: source.padding(entry.hf) for entry in entries(source.config) if entry.part == VOCABULARY}
         padding = {name: rows for name, rows in padding.items() if rows is not None}
         cut = [TensorInfo(name, dtype or rows.dtype, tuple(rows.shape)) for name, rows in padding.items()]
         write_padding(folder, cut, padding.__getitem__)
-        try:
-            carried = carry_tokenizer(source.args, folder, special_as_text=special_as_text)
-        except TokenizerError as error:
-            raise ConvertError(str(error)) from error
-        write_model_files(folder, source.config, infos[0].dtype, _special_ids(folder))
+        special = _special_ids(folder)
+        if foreign is None:
+            write_model_files(folder, source.config, infos[0].dtype, special)
+        else:
+            foreign.write_model_files(folder, infos[0].dtype, special)
     return carried
+
+
+def _infos(source: Source, dtype: torch.dtype | None) -> list[TensorInfo]:
+    return [
+        TensorInfo(entry.hf, dtype or source.dtype(entry.hf), entry.shape)
+        for entry in entries(source.config)
+        if torch.Size(entry.shape).numel()
+    ]
 
 
 def _read_by(source: Source) -> list[Path]:
@@ -248,17 +261,23 @@ class WithSLA:
 def describe(source: Source) -> str:
     """The architecture, and the table by which every tensor is converted."""
     config, sla = source.config, sla_of(source.config)
+    # Of a checkpoint, what it is exported as.
+    kind = source.kind if isinstance(source, HFSource) else chosen(source)
     lines = [f"{source.path}"]
+    if not isinstance(source, HFSource):
+        lines.append(f"  exported as: {exported_as(source, kind)}")
+    config = config | {"model_type": kind}
     lines += [f"  {name}: {value}" for name, value in config.items() if not name.startswith("sla_")]
     skipping = "dense" if sla.is_dense else f"distance {' '.join(map(str, sla.skip_distances))}, {sla.pattern()}"
     lines.append(f"  skip-layer attention: {skipping}, layers {compact_ranges(sla.consumer_layers) or 'none'}")
     rows = list(entries(config))
-    width = max(len(entry.hf) for entry in rows)
+    names = {entry.hf: FOREIGN[kind].names(entry.hf)[0] if kind in FOREIGN else entry.hf for entry in rows}
+    width = max(map(len, names.values()))
     keys = StoredKeys(source.args or Namespace())
     for entry in rows:
         # Of a GPT, as if it held all layers as one tensor.
         key, layer = keys.place(entry.megatron, entry.layer, (entry.megatron,))
         where = key if layer is None else f"{key} [{layer}]"
         shape = "x".join(map(str, entry.shape))
-        lines.append(f"{entry.hf:{width}}  {shape:>14}  {entry.part:10}  {where}")
+        lines.append(f"{names[entry.hf]:{width}}  {shape:>14}  {entry.part:10}  {where}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from ...attention.sla_config import evenly_spread
 from ...common.errors import last_line
 from .architecture import MODEL_TYPE, Config
 from .errors import ConvertError
-from .foreign import FOREIGN, Foreign, foreign_config, refuse_quantised
+from .foreign import FOREIGN, Foreign
 from .hf_folder import padding_file
 from .mapping import entries, sla_of
 from .weight_files import WeightFiles, read_json
@@ -55,9 +55,9 @@ class HFSource:
         self._check()
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it is an export, not another architecture."""
-        return self._foreign is None
+    def kind(self) -> str:
+        """The folder's ``model_type``."""
+        return MODEL_TYPE if self._foreign is None else self._foreign.kind
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
@@ -133,20 +133,19 @@ def _architecture(path: Path) -> tuple[Mapping[str, Any], Foreign | None]:
         return _ours(config, path), None
     if kind not in FOREIGN:
         raise ConvertError(f"{path}: model_type {kind}: expected {MODEL_TYPE}, {', '.join(FOREIGN)}")
-    theirs = foreign_config(path)
+    theirs = _foreign_config(path)
     try:
-        foreign = FOREIGN[kind](theirs)
-        ours = foreign.config(theirs)
+        ours = FOREIGN[kind].config(theirs)
     except ConvertError as error:
         raise ConvertError(f"{path / 'config.json'}: {error}") from error
     _complete(ours, path)
-    return ours, foreign
+    return ours, FOREIGN[kind]
 
 
 def _ours(config: Mapping[str, Any], path: Path) -> Config:
     """A configuration of our format, with the defaults that transformers leaves out when it saves one."""
     complete = _complete(config, path)
-    refuse_quantised(config, path)
+    _refuse_quantised(config, path)
     found = dict(config) | {name: getattr(complete, name) for name in _FIELDS}
     groups = found["num_key_value_heads"]
     if tuple(found["sla_skip_groups"]) != evenly_spread(len(found["sla_skip_groups"]), groups):
@@ -163,3 +162,31 @@ def _complete(config: Mapping[str, Any], path: Path) -> Any:
         return SlaGPTConfig.from_dict(dict(config))
     except Exception as error:  # transformers' own checks have no common class.
         raise ConvertError(f"{path / 'config.json'}: {last_line(error).strip()}") from error
+
+
+def _foreign_config(folder: Path) -> Config:
+    """The fields of ``config.json`` and transformers' defaults for all others, whichever version wrote the file.
+
+    Raises:
+        ConvertError: for what transformers refuses, or for weights that are quantised.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    except Exception as error:  # Of many kinds, and strict ones of no common class.
+        raise ConvertError(f"{folder / 'config.json'} cannot be read: {last_line(error).strip()}") from error
+    finally:
+        logging.set_verbosity(level)
+    _refuse_quantised(theirs, folder)
+    return theirs
+
+
+def _refuse_quantised(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise ``ConvertError`` for weights that are not numbers of floating point."""
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"].get("quant_method", "of some kind")
+        raise ConvertError(f"{folder}: quantization_config ({method}): expected weights that are not quantised")

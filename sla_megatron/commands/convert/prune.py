@@ -96,9 +96,8 @@ def prune(folder: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: i
         ConvertError: for a folder that holds no ``full`` skip-layer export.
     """
     full = HFSource(folder)
-    if not full.is_ours:
-        kind = read_json(folder / "config.json")["model_type"]
-        raise ConvertError(f"{folder}: model_type {kind}: expected {MODEL_TYPE}, an export")
+    if full.kind != MODEL_TYPE:
+        raise ConvertError(f"{folder}: model_type {full.kind}: expected {MODEL_TYPE}, an export")
     source = Pruned(full)
     before, infos = (
         [TensorInfo(entry.hf, dtype or full.dtype(entry.hf), entry.shape) for entry in entries(config)]

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .architecture import MODEL_TYPE
 from .errors import ConvertError
 from .megatron_model import megatron_alone
 from .megatron_reader import MegatronSource
 from .trained_model import trained_model
+from .weight_files import read_json
 
 #: Relative error in the 2-norm up to which fp32 logits count as equal: rounding, in sums of another order.
 THRESHOLD = 1e-5
@@ -130,7 +132,7 @@ def _hf_model(folder: Path) -> Iterator[Logits]:
     """The same of the model in ``folder``, with all its rows."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **_trust(folder)).eval()
 
     def logits(tokens: Tensor, start: int) -> Tensor:
         # Left out where a user would leave it out: what the model makes of that is compared, too.
@@ -143,7 +145,12 @@ def _hf_model(folder: Path) -> Iterator[Logits]:
 def _hf_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    return AutoConfig.from_pretrained(folder, **_trust(folder))
+
+
+def _trust(folder: Path) -> dict[str, bool]:
+    """A folder of another architecture has to work without its own code, as everywhere."""
+    return {"trust_remote_code": read_json(folder / "config.json").get("model_type") == MODEL_TYPE}
 
 
 def _positions(tokens: Tensor, start: int) -> Tensor:
