@@ -6,9 +6,9 @@ the export; the logits are Megatron's.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +93,8 @@ class SLAMegatronLM(HFLM):
         stored = stored_args(folder)
         text, vocabulary = tokenizer_of(stored, folder, tokenizer, tokenizer_model, trust_remote_code)
         self._ranks = Ranks(device, sizes)
-        atexit.register(self.close)
+        #: Ends the process groups, after which the model cannot be used; done by itself when nobody holds the model.
+        self.close = weakref.finalize(self, self._ranks.close)
         checkpoint = CheckpointModel(folder, stored, vocabulary, self._ranks, sizes, kind)
         _check_length(max_length, checkpoint)
         with _quiet("lm_eval.models.huggingface"):
@@ -110,12 +111,6 @@ class SLAMegatronLM(HFLM):
         # lm-eval's first copy writes results where LOCAL_RANK is 0; over several nodes, each has such a rank.
         if "LOCAL_RANK" in os.environ:
             os.environ["LOCAL_RANK"] = os.environ["RANK"]
-
-    def close(self) -> None:
-        """End the process groups; the model cannot be used after."""
-        atexit.unregister(self.close)
-        if dist.is_initialized():
-            self._ranks.close()
 
     @property
     def max_gen_toks(self) -> int:

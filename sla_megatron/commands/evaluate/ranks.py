@@ -68,7 +68,8 @@ class Ranks:
     def __init__(self, requested: str | None, sizes: Sizes) -> None:
         if dist.is_initialized():
             raise EvaluationError("this process has a process group already: expected none; close() ends a model's own")
-        self.device = choose_device(requested or "auto")
+        # What lm-eval says where its user says nothing; with several ranks, each has a GPU of its own.
+        self.device = choose_device("auto" if requested in (None, "cuda:0") else requested)
         self._is_alone = "RANK" not in os.environ
         with self.megatron(), torch.random.fork_rng(devices=[]):
             # Imported here, on the device that was chosen.
