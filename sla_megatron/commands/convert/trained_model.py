@@ -158,12 +158,12 @@ def args_here(stored: Namespace, path: Path) -> Namespace:
 
     for name, why in _NOT_HERE.items():
         if getattr(stored, name, None):
-            raise ConvertError(f"{path}: {flag_of(name)} cannot be compared on a CPU: {why}")
+            raise ConvertError(f"{path}: {flag_of(name)} cannot be computed here: {why}")
     if not stored.swiglu and not (stored.bias_gelu_fusion and stored.add_bias_linear):
         # Transformer Engine's GELU is the tanh approximation; without fusion torch's is exact.
         for name in ("use_te_activation_func", "use_transformer_engine_op_fuser"):
             if getattr(stored, name):
-                raise ConvertError(f"{path}: {flag_of(name)} cannot be compared on a CPU: its activation is another")
+                raise ConvertError(f"{path}: {flag_of(name)} cannot be computed here: its activation is another")
     args = Namespace(**{**vars(stored), **HERE, "attention_backend": AttnBackend.auto})
     # One rank has all layers: where a pipeline's stages end does not count.
     if (pattern := hybrid_pattern(stored)) is not None:
