@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from .launch import ROOT
 
@@ -39,3 +40,38 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.train_from_iterator([TEXT], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(folder)
+
+
+def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
+
+
+#: Empty contexts, contexts beyond the window, and continuations of one token that share a context.
+PAIRS = [(q["question"], " " + choice) for q in QUESTIONS for choice in q["choices"]]
+PAIRS += [("", "old mats"), (TEXT[:300], " met him"), ("the clocks", " w"), ("the clocks", " o")]
+
+
+def log_likelihoods(model: Any) -> list[float]:
+    """Of pairs, and of texts, one of which is several windows long."""
+    pairs = model.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True)
+    texts = requests("loglikelihood_rolling", (TEXT[:400],), ("on the stairs",), ("a",))
+    return [value for value, _ in pairs] + model.loglikelihood_rolling(texts, disable_tqdm=True)
+
+
+def generated(model: Any) -> list[str]:
+    """Greedy, of contexts of different lengths in a batch, one cut, with stop words; and drawn."""
+    import torch
+
+    greedy = {"until": ["k", "."], "max_gen_toks": 10}
+    drawn = {"until": ["zz"], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
+    torch.manual_seed(5)
+    contexts = [
+        ("on", greedy),
+        ("It was a bright cold", greedy),
+        (TEXT[:300], greedy),
+        ("the", drawn),
+        ("a day", drawn),
+    ]
+    return model.generate_until(requests("generate_until", *contexts), disable_tqdm=True)

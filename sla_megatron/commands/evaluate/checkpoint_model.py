@@ -17,7 +17,8 @@ from ...common.silence import silence
 from ..convert.megatron_model import build
 from ..convert.megatron_reader import stored_tensors
 from ..convert.trained_model import PARALLELISM, PRECISION, TRAINING_ALONE, args_here, load
-from .ranks import EvaluationError, Ranks, Sizes
+from .arguments import EvaluationError, Sizes
+from .ranks import Ranks
 
 #: Layers that predict further tokens: nobody asks them.
 _FURTHER = ("mtp.",)

@@ -5,27 +5,31 @@
         --model_args pretrained=checkpoints,tensor_model_parallel_size=2 --tasks hellaswag --batch_size 8
 
 Flags are lm-eval's: sla-eval run --help lists them.  Its other models and commands are there too.
-
---model_args of sla_megatron, separated by commas:
-  pretrained=PATH   what --save named, or one iter_* folder of it; load=PATH is the same; ckpt_step=N chooses one
-  tensor_model_parallel_size=N, pipeline_model_parallel_size=N, expert_model_parallel_size=N
-                    how the model lies over the ranks here; further ranks are copies that share the documents
-  dtype=float32     or bfloat16, float16; by itself fp32 on a CPU, the checkpoint's own on a GPU
-  tokenizer=PATH    a Hugging Face tokenizer in place of the checkpoint's; tokenizer_model=PATH: where its own is now
-  max_length=N, max_gen_toks=N, devices=N, and of --model hf: {of_hflm}
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
 
 from ...common.errors import one_line_errors
-from .ranks import EvaluationError, world_size
+from ...common.flag_types import OneLineParser
+from .arguments import OF_HFLM, EvaluationError, world_size
 
 MODEL = "sla_megatron"
 _CLASS = "sla_megatron.commands.evaluate.megatron_lm:SLAMegatronLM"
+
+_MODEL_ARGS = f"""--model_args of {MODEL}, separated by commas:
+  pretrained=PATH     what --save named, or one iter_* folder of it; load=PATH is the same; ckpt_step=N chooses one
+  tensor_model_parallel_size=N, pipeline_model_parallel_size=N, expert_model_parallel_size=N
+                      how the model lies over the ranks here; further ranks are copies that share the documents
+  dtype=float32       or bfloat16, float16; by itself fp32 on a CPU, the checkpoint's own on a GPU
+  tokenizer=PATH      a Hugging Face tokenizer in place of the checkpoint's own
+  tokenizer_model=PATH  where its own is now, if it has moved
+  max_length=N, max_gen_toks=N, devices=N, trust_remote_code=True, and as --model hf has them:
+  {", ".join(OF_HFLM)}"""
 
 
 def main() -> None:
@@ -68,9 +72,14 @@ def _check(args: object) -> None:
 
 
 def _help() -> None:
-    from .megatron_lm import OF_HFLM
-
-    print(__doc__.format(of_hflm=", ".join(OF_HFLM)))
+    OneLineParser(
+        "sla-eval",
+        usage="sla-eval [run | ls | validate] FLAGS",
+        description=__doc__,
+        epilog=_MODEL_ARGS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    ).print_help()
 
 
 if __name__ == "__main__":

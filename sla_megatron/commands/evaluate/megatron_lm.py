@@ -21,24 +21,11 @@ from lm_eval.models.huggingface import HFLM
 
 from ..convert.commands import DTYPES, stored_args
 from ..convert.megatron_reader import checkpoint_folder
+from .arguments import OF_HFLM, EvaluationError, Sizes, world_size
 from .causal_lm import MegatronCausalLM
 from .checkpoint_model import CheckpointModel
-from .ranks import EvaluationError, Ranks, Sizes, world_size
+from .ranks import Ranks
 from .text import tokenizer_of
-
-#: Arguments of ``HFLM`` that mean here what they mean there.
-OF_HFLM = (
-    "add_bos_token",
-    "batch_size",
-    "chat_template_args",
-    "enable_thinking",
-    "logits_cache",
-    "max_batch_size",
-    "prefix_token_id",
-    "softmax_dtype",
-    "think_end_token",
-    "truncation",
-)
 
 _DTYPES = {**DTYPES, **{str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}}
 

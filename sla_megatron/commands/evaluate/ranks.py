@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,44 +13,7 @@ import torch.distributed as dist
 from ...common.errors import StartError
 from ...cpu.backend import cpu_backend
 from ...cpu.device import choose_device, megatron_device
-
-
-class EvaluationError(StartError):
-    """What cannot be evaluated, in one line."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Over how many ranks a model's parts lie; the rest of a job's ranks hold copies.
-
-    Raises:
-        EvaluationError: for what the job's ranks, or these sizes, do not allow.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-
-    def __post_init__(self) -> None:
-        world = world_size()
-        for name, size in (("tensor", self.tensor), ("pipeline", self.pipeline), ("expert", self.expert)):
-            if not isinstance(size, int) or size < 1:
-                raise EvaluationError(f"{name}_model_parallel_size={size}: expected an integer from 1")
-        if world % (self.tensor * self.pipeline):
-            raise EvaluationError(
-                f"tensor_model_parallel_size={self.tensor}, pipeline_model_parallel_size={self.pipeline}: expected "
-                f"sizes whose product divides the {world} ranks of this job (torchrun --nproc-per-node)"
-            )
-        if world // self.pipeline % (self.tensor * self.expert):
-            raise EvaluationError(
-                f"expert_model_parallel_size={self.expert}: expected a divisor of the "
-                f"{world // (self.tensor * self.pipeline)} copies that {world} ranks have of the rest of the model"
-            )
-
-
-def world_size() -> int:
-    """The job's, as ``torchrun`` says it; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from .arguments import EvaluationError, Sizes
 
 
 class Ranks:
@@ -66,6 +29,9 @@ class Ranks:
     """
 
     def __init__(self, requested: str | None, sizes: Sizes) -> None:
+        if dist.is_initialized():
+            # Of a model that nobody holds any more, but that was not yet found to be gone.
+            gc.collect()
         if dist.is_initialized():
             raise EvaluationError("this process has a process group already: expected none; close() ends a model's own")
         # What lm-eval says where its user says nothing; with several ranks, each has a GPU of its own.

@@ -12,7 +12,7 @@ from ...common.errors import first_line
 from ...common.tokenizers import TokenizerError
 from ..convert.tokenizer import carry_tokenizer, vocabulary_size, with_model
 from ..convert.tokenizer_place import placed
-from .ranks import EvaluationError
+from .arguments import EvaluationError
 
 
 def tokenizer_of(
