@@ -53,6 +53,7 @@ setup(
             "sla-plan = sla_megatron.commands.plan.cli:main",
             "sla-convert = sla_megatron.commands.convert.cli:main",
             "sla-data = sla_megatron.commands.data.cli:main",
+            "sla-eval = sla_megatron.commands.evaluate.cli:main",
             "sla-doctor = sla_megatron.commands.doctor.cli:main",
             "sla-job = sla_megatron.commands.job.cli:main",
             "sla-sweep = sla_megatron.commands.sweep.cli:main",

@@ -17,24 +17,13 @@ import torch
 
 from examples.evaluate import perplexity
 from tests.support.convert_models import save_random_checkpoint
+from tests.support.evaluation import QUESTIONS, TEXT, block, save_tokenizer
 from tests.support.launch import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LENGTH = 32
 FLAGS = {"sla": True, "sla_skip_distance": [1, 2], "sla_num_skip_groups": 2, "max_position_embeddings": LENGTH}
-# With a character of two bytes and a line end of two.
-TEXT = 4 * (
-    "It was a bright cold day in spring, and the clocks were striking. A smell of cabbage and old mats met him\r\n"
-    "on the stairs; the café below was shut, and nobody had come up since the lights went out.\n"
-)
-QUESTIONS = [
-    {"question": "It was a bright", "choices": ["cold day", "café", "smell of old mats"], "answer": 0},
-    {"question": "the clocks", "choices": ["were striking", "went out"], "answer": 0},
-    {"question": "on", "choices": ["him", "the stairs; the lights went out."], "answer": 1},
-    {"question": "A smell of cabbage and old mats met", "choices": ["nobody", "him"], "answer": 1},
-]
-README = (ROOT / "examples" / "evaluate" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(path / "exported")
     (path / "text.txt").write_bytes(TEXT.encode())
     return path
-
-
-def save_tokenizer(folder: Path) -> None:
-    """The checkpoint is one of NullTokenizer: this one is small enough for its vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator([TEXT], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-    fast.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +54,6 @@ def token_ids(folder: Path, text: str) -> list[int]:
 
 
 # lm-eval
-
-
-def block(start: str) -> str:
-    """The README's block that begins so."""
-    (found,) = [b for b in re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL) if b.startswith(start)]
-    return found
 
 
 def log_probability(model: Any, folder: Path, context: str, continuation: str) -> float:
@@ -108,7 +78,7 @@ def test_lm_eval_sees_the_models_probabilities(folder: Path, model: Any) -> None
         "HF_HOME": str(folder / "home"),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = ["sh", "-c", block("HF_HUB_OFFLINE=1")]
+    command = ["sh", "-c", block("HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 lm_eval")]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
 

@@ -85,7 +85,10 @@ def args_of(argv: Sequence[str], dtype: torch.dtype) -> Namespace:
 
 
 def build(args: Namespace) -> Any:
-    """The ``GPTModel`` or ``HybridModel`` of ``args``, all of it, in evaluation mode, in ``args.params_dtype``."""
+    """The ``GPTModel`` or ``HybridModel`` of ``args``, in evaluation mode, in ``args.params_dtype``.
+
+    Of a pipeline, this rank's stage.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.models.gpt import GPTModelConfig
 
@@ -100,7 +103,7 @@ def build(args: Namespace) -> Any:
     # Every weight is about to be overwritten.
     config.transformer.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = config.get_builder_cls()(config).build_model(groups, pre_process=True, post_process=True)
+    model = config.get_builder_cls()(config).build_model(groups)
     return model.to(args.params_dtype).eval()
 
 

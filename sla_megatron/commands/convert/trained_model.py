@@ -24,10 +24,9 @@ from .errors import ConvertError
 from .megatron_model import build, sharded_state, sharded_tensors
 from .megatron_reader import MegatronSource, stored_tensors
 
-#: Arguments that are others here than in training, and change no function: one rank's, fp32's, and those of kernels
-#: that a CPU has.
-HERE: Mapping[str, Any] = {
-    # Parallelism.
+# Arguments that are others here than in training, and change no function: one rank's, fp32's, those of kernels that a
+# CPU has, and none of what is for a backward pass, for first weights or for a record.
+PARALLELISM: Mapping[str, Any] = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "transformer_pipeline_model_parallel_size": 1,
@@ -61,7 +60,9 @@ HERE: Mapping[str, Any] = {
     "overlap_dispatch_backward_with_experts_wgrad": False,
     "ep_overlap_early_attn_memory_release": False,
     "symmetric_ar_type": None,
-    # Precision.
+}
+
+PRECISION: Mapping[str, Any] = {
     "fp16": False,
     "bf16": False,
     "params_dtype": torch.float32,
@@ -76,7 +77,9 @@ HERE: Mapping[str, Any] = {
     "te_precision_config_file": None,
     "kitchen_config_file": None,
     "kitchen_recipe_number": None,
-    # Kernels, and what is kept for a backward pass.
+}
+
+KERNELS: Mapping[str, Any] = {
     "transformer_impl": "local",
     "core_attention": "megatron",
     "flash_attention_version": None,
@@ -96,6 +99,9 @@ HERE: Mapping[str, Any] = {
     "flash_decode": False,
     "inference_fuse_tp_communication": False,
     "inference_disable_triton_nvls_kernels": False,
+}
+
+TRAINING_ALONE: Mapping[str, Any] = {
     "cuda_graph_impl": "none",
     "cuda_graph_modules": [],
     "inference_cuda_graph_scope": None,
@@ -110,7 +116,6 @@ HERE: Mapping[str, Any] = {
     "cpu_offloading_num_layers": 0,
     "fine_grained_activation_offloading": False,
     "offload_modules": [],
-    # The first weights, and what is recorded.
     "use_cpu_initialization": True,
     "init_model_with_meta_device": False,
     "config_logger_dir": "",
@@ -118,6 +123,8 @@ HERE: Mapping[str, Any] = {
     "qk_clip": False,
     "test_mode": False,
 }
+
+HERE: Mapping[str, Any] = {**PARALLELISM, **PRECISION, **KERNELS, **TRAINING_ALONE}
 
 # What Megatron's layers of torch do not do, so that the model would be another one in silence: attribute, and why.
 _NOT_HERE: Mapping[str, str] = {
@@ -133,7 +140,7 @@ def trained_model(source: MegatronSource) -> Any:
     Raises:
         ConvertError: where Megatron cannot build it on a CPU, or the weights are not those of the model.
     """
-    args = _args_here(whole(source.args), source.path)
+    args = args_here(whole(source.args), source.path)
     try:
         with silence():
             model = build(args)
@@ -142,21 +149,22 @@ def trained_model(source: MegatronSource) -> Any:
             f"{source.path}: Megatron's model of these arguments cannot be built on a CPU, and so not be compared: "
             f"{last_line(error)}"
         ) from error
-    _load(model, source.path)
+    load(model, source.path)
     return model
 
 
-def _args_here(stored: Namespace, path: Path) -> Namespace:
+def args_here(stored: Namespace, path: Path) -> Namespace:
+    """A checkpoint's arguments for one rank on a CPU, in fp32.  Raises ``ConvertError`` for a model that it has not."""
     from megatron.core.transformer.enums import AttnBackend
 
     for name, why in _NOT_HERE.items():
         if getattr(stored, name, None):
-            raise ConvertError(f"{path}: {flag_of(name)} cannot be compared on a CPU: {why}")
+            raise ConvertError(f"{path}: {flag_of(name)} cannot be computed here: {why}")
     if not stored.swiglu and not (stored.bias_gelu_fusion and stored.add_bias_linear):
         # Transformer Engine's GELU is the tanh approximation; without fusion torch's is exact.
         for name in ("use_te_activation_func", "use_transformer_engine_op_fuser"):
             if getattr(stored, name):
-                raise ConvertError(f"{path}: {flag_of(name)} cannot be compared on a CPU: its activation is another")
+                raise ConvertError(f"{path}: {flag_of(name)} cannot be computed here: its activation is another")
     args = Namespace(**{**vars(stored), **HERE, "attention_backend": AttnBackend.auto})
     # One rank has all layers: where a pipeline's stages end does not count.
     if (pattern := hybrid_pattern(stored)) is not None:
@@ -166,8 +174,15 @@ def _args_here(stored: Namespace, path: Path) -> Namespace:
     return args
 
 
-def _load(model: Any, folder: Path) -> None:
-    """Megatron's own loading of a checkpoint into a model of one rank; all that is stored of a model must be in it."""
+def load(model: Any, folder: Path, passed_over: tuple[str, ...] = ()) -> None:
+    """Megatron's own loading of a checkpoint into what this rank has of a model, on all ranks at once.
+
+    All that is stored of a model must be on some rank, but for keys that begin as one of ``passed_over`` does.
+
+    Raises:
+        ConvertError: on all ranks.
+    """
+    import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
     try:
@@ -180,7 +195,8 @@ def _load(model: Any, folder: Path) -> None:
         raise ConvertError(
             f"{folder}: Megatron cannot load it into the model of its arguments: {last_line(error)}"
         ) from error
-    wanted = {key for key, *_ in sharded_tensors(model, metadata)[1]}
-    left = sorted(set(stored_tensors(folder)) - wanted)
+    wanted: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(wanted, {key for key, *_ in sharded_tensors(model, metadata)[1]})
+    left = [key for key in sorted(set(stored_tensors(folder)).difference(*wanted)) if not key.startswith(passed_over)]
     if left:
         raise ConvertError(f"{folder}: the model of its arguments has no tensor {left[0]}")

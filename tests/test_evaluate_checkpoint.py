@@ -1,0 +1,213 @@
+"""``sla-eval``: lm-eval on Megatron checkpoints as they are, against lm-eval's own ``hf`` on their exports."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.support.convert_models import save_random_checkpoint
+from tests.support.evaluation import PAIRS, QUESTIONS, block, generated, log_likelihoods, requests, save_tokenizer
+from tests.support.launch import free_ports, run_worker
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LENGTH = 32
+BASE = {"seq_length": LENGTH, "max_position_embeddings": LENGTH}
+ROPE = {"position_embedding_type": "rope", "swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm"}
+SKIPPING = {"sla": True, "sla_skip_distance": [1, 2], "sla_num_skip_groups": 2}
+#: Checkpoints that have an export.
+MODELS: dict[str, dict[str, Any]] = {
+    "checkpoints": SKIPPING,
+    "pruned": ROPE | {"sla": True, "sla_skip_distance": [1], "sla_kv_projection": "pruned"},
+    "dense": ROPE | {"untie_embeddings_and_output_weights": True},
+    "hybrid": SKIPPING | {"num_layers": 8, "hybrid_layer_pattern": "*-*-*-*-"},
+}
+#: No export has experts.
+EXPERTS = ROPE | {"sla": True, "sla_skip_distance": [1], "num_experts": 4, "moe_router_load_balancing_type": "none"}
+#: Of a log-likelihood, relative: rounding of fp32, in sums of another order.
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each of ``MODELS``, and a tokenizer; ``tasks``: the README's."""
+    path = tmp_path_factory.mktemp("evaluate")
+    save_tokenizer(path / "tokenizer")
+    for name, flags in (MODELS | {"experts": EXPERTS}).items():
+        save(path, name, flags)
+    tasks = path / "tasks"
+    tasks.mkdir()
+    (tasks / "my_choices.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (tasks / "my_choices.yaml").write_text(block("task: my_choices"))
+    return path
+
+
+def save(folder: Path, name: str, flags: dict[str, Any], **stored: Any) -> None:
+    """A checkpoint of the folder's tokenizer."""
+    own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder / "tokenizer")}
+    save_random_checkpoint(folder / name, BASE | flags, stored=own | stored)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """A model's process groups end with it, before the next test."""
+    yield
+    if dist.is_initialized():
+        gc.collect()
+    assert not dist.is_initialized()
+
+
+def checkpoint_model(folder: Path, **arguments: Any) -> Any:
+    from sla_megatron.commands.evaluate.megatron_lm import SLAMegatronLM
+
+    return SLAMegatronLM(**{"pretrained": str(folder), "batch_size": 3, **arguments})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_is_scored_as_its_export(folder: Path, tmp_path: Path, name: str) -> None:
+    """Its log-likelihoods are those that lm-eval's own class finds for the export, and it writes the same words."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
+    from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
+
+    megatron_to_hf(open_megatron(folder / name), tmp_path / "exported")
+    exported = SlaGPTForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    hf = HFLM(exported, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "exported"), batch_size=3)
+    ours = checkpoint_model(folder / name)
+    assert log_likelihoods(ours) == pytest.approx(log_likelihoods(hf), rel=CLOSE)
+    assert generated(ours) == generated(hf)
+    assert (ours.max_length, ours.prefix_token_id) == (hf.max_length, hf.prefix_token_id)
+    ours.close()
+
+
+def test_a_plain_gpt_of_the_same_weights_is_told_apart(folder: Path, tmp_path: Path) -> None:
+    """What lm-eval's ``megatron_lm`` would build: Megatron's own GPT, filled without an error."""
+    save_tokenizer(tmp_path / "tokenizer")
+    save(tmp_path, "plain", SKIPPING, sla=False)
+    ours = checkpoint_model(folder / "checkpoints")
+    expected = log_likelihoods(ours)
+    ours.close()
+    plain = checkpoint_model(tmp_path / "plain")
+    found = log_likelihoods(plain)
+    plain.close()
+    differences = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
+    assert sum(difference > 100 * CLOSE for difference in differences) > 0.9 * len(differences)
+
+
+@pytest.mark.distributed
+def test_over_several_ranks(folder: Path, tmp_path: Path) -> None:
+    """On two ranks, whatever they share: what one rank finds.  The README's command writes it once."""
+    words = shlex.split(block("HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 sla-eval").replace("\\\n", ""))
+    command = words[words.index("sla-eval") + 1 :]
+    at = command.index("pretrained=checkpoints")
+    command[at] += ",tensor_model_parallel_size=2"
+    models = {
+        "tensor": {"pretrained": "checkpoints", "tensor_model_parallel_size": 2},
+        "pipeline": {"pretrained": "checkpoints", "pipeline_model_parallel_size": 2},
+        "hybrid-pipeline": {"pretrained": "hybrid", "pipeline_model_parallel_size": 2},
+        "experts": {"pretrained": "experts", "expert_model_parallel_size": 2},
+    }
+    request = {"folder": folder, "command": command, "models": models, "copies": {"pretrained": "checkpoints"}}
+    ports = free_ports(len(models) + 2)
+    answers = run_worker("evaluate_worker", request | {"ports": ports}, 2, tmp_path / "ranks")
+
+    for name, arguments in models.items():
+        alone = checkpoint_model(folder / arguments["pretrained"])
+        expected, words = log_likelihoods(alone), generated(alone)
+        if name == "tensor":
+            scored = scores(alone)
+        alone.close()
+        for answer in answers:
+            found, written = answer[name]
+            assert found == pytest.approx(expected, rel=CLOSE), name
+            assert written == words, name
+    # Copies have half of the documents each; the first has all answers.
+    assert [answer["copies"] is None for answer in answers] == [False, True]
+    assert answers[0]["copies"] == {question: pytest.approx(each, rel=CLOSE) for question, each in scored.items()}
+
+    (samples,) = folder.glob("results/*/samples_my_choices_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    found = {line["doc"]["question"]: [float(answer[0][0]) for answer in line["resps"]] for line in lines}
+    assert found == {question: pytest.approx(each, rel=CLOSE) for question, each in scored.items()}
+    for line in lines:
+        best = max(scored[line["doc"]["question"]])
+        assert line["acc"] == float(scored[line["doc"]["question"]].index(best) == line["doc"]["answer"])
+
+
+def scores(model: Any) -> dict[str, list[float]]:
+    """Each question's log-likelihoods of its choices."""
+    asked = [(question["question"], " " + choice) for question in QUESTIONS for choice in question["choices"]]
+    found = iter(model.loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True))
+    return {question["question"]: [next(found)[0] for _ in question["choices"]] for question in QUESTIONS}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained": None}, "model_args: expected a checkpoint's folder, pretrained=PATH"),
+        ({"load": "also"}, "model_args: expected a checkpoint's folder, pretrained=PATH"),
+        ({"pretrained": "nowhere"}, "nowhere: no such checkpoint folder"),
+        ({"ckpt_step": 3}, "iter_0000003: no such checkpoint folder"),
+        ({"ckpt_step": "last"}, "ckpt_step=last: expected an iteration"),
+        ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size=2, pipeline_model_parallel_size=1: expected"),
+        ({"pipeline_model_parallel_size": "two"}, "pipeline_model_parallel_size=two: expected an integer from 1"),
+        ({"expert_model_parallel_size": 2}, "expert_model_parallel_size=2: expected a divisor of the 1 copies"),
+        ({"devices": 4}, "devices=4: expected 1, the ranks of this job"),
+        ({"dtype": "int8"}, "dtype=int8: expected auto or one of fp32"),
+        ({"device": "tpu"}, "--device tpu: expected one of auto, cpu, cuda"),
+        ({"max_length": LENGTH + 1}, f"max_length=33: expected at most {LENGTH}"),
+        ({"seq_length": 16}, "model_args seq_length: sla_megatron has no such argument"),
+        ({"tokenizer": "./nowhere"}, "tokenizer=./nowhere: no such folder"),
+        ({"tokenizer_model": "/nowhere"}, "tokenizer model /nowhere of the checkpoint is not there"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(folder: Path, changes: dict[str, Any], message: str) -> None:
+    """Before a model is built, and so that another can be."""
+    from sla_megatron.common.errors import StartError
+
+    with pytest.raises(StartError) as raised:
+        checkpoint_model(folder / "checkpoints", **changes)
+    assert message in raised.value.reason and "\n" not in raised.value.reason
+
+
+def test_texts_of_another_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """NullTokenizer has none of its own; one with more tokens than the model is refused."""
+    from sla_megatron.common.errors import StartError
+
+    save_random_checkpoint(tmp_path / "ids", BASE | SKIPPING)
+    save_random_checkpoint(tmp_path / "small", BASE | SKIPPING | {"vocab_size": 40})
+    with pytest.raises(StartError, match="its NullTokenizer has no texts: expected tokenizer=PATH"):
+        checkpoint_model(tmp_path / "ids")
+    with pytest.raises(StartError, match="it has a token 8., the model's are below 4"):
+        checkpoint_model(tmp_path / "small", tokenizer=str(folder / "tokenizer"))
+    given = checkpoint_model(tmp_path / "ids", tokenizer=str(folder / "tokenizer"))
+    # The same weights, but for the vocabulary's padding.
+    found = log_likelihoods(given)
+    given.close()
+    assert len(found) == len(PAIRS) + 3
+
+
+def test_the_command_ends_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2, and nothing is written."""
+    from sla_megatron.commands.evaluate import cli
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = "--model sla_megatron --model_args load=checkpoints --tasks my_choices --output_path refused"
+    monkeypatch.setattr("sys.argv", ["sla-eval", *words.split(), "--use_cache", "kept"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sla-eval: error: ")]
+    assert ended.value.code == 2 and len(lines) == 1 and "--use_cache: expected one process" in lines[0]
+    assert not (folder / "refused").exists() and not (folder / "kept").exists()
