@@ -2,10 +2,10 @@
 
     python -m benchmarks.tokenize_startup --out benchmarks/results/tokenize-startup-cpu.json
 
-The command runs as its users run it, from the start of Python on, with its output in a pipe: on one document, whose time
-is nearly all start-up; on 64 small shards, where every worker has work; and on 8 MB with one worker, beside a process
-that does no more than encode the same lines with the same library.  CPU seconds are those of all its processes, whoever
-their parents are.  Rates of long runs are ``tokenize_throughput.py``'s.
+The command runs as its users run it, from the start of Python on, with its output in a pipe: on one document, whose
+time is nearly all start-up; on 64 small shards, where every worker has work; and on 8 MB with one worker, beside a
+process that does no more than encode the same lines with the same library.  CPU seconds are those of all its processes,
+whoever their parents are.  Rates of long runs are ``tokenize_throughput.py``'s.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from .contents import Documents
 from .errors import DataError
 from .inspection import Index
 from .plain_tokenizers import build_for_data
+from .progress import waiting_for
 
 _SPLITS = ("_train", "_valid", "_test")
 #: Beyond this a JSON file is a corpus.
@@ -120,7 +121,7 @@ class Known:
         namespace = Namespace(**{**DEFAULTS, **settings})
         self.name = tokenizer_name(namespace)
         self.origin = origin
-        with without_announcements():
+        with without_announcements(), waiting_for("loading the tokenizer"):
             self._tokenizer = build_for_data(namespace)
         self.vocabulary: int = self._tokenizer.vocab_size
         eod = getattr(self._tokenizer, "eod", None)
