@@ -90,6 +90,13 @@ SECTIONS = (
         "",
     ),
     Section(
+        "tokenize",
+        "Text to tokens",
+        "benchmarks.tokenize_startup",
+        "`sla-data tokenize` from its start; [data](data.md) has its rates in long runs.",
+        "",
+    ),
+    Section(
         "sweep",
         "Loss",
         "benchmarks.sweep",
@@ -179,6 +186,11 @@ Before, a `full` model gathered the live rows of its K/V weights for each token;
 that reads an earlier one projected keys and values one by one, and called attention for each layer that it reads; now
 they are projected together, and where few keys and values are read, copies of them take one call. Before, two threads;
 after, one (`OMP_NUM_THREADS=1`).
+""",
+    "tokenize-startup-cpu": """\
+Before, the command and the server of its workers imported Megatron before a word was said, and each worker started at
+once, to import transformers and build its tokenizer. Now what waits says so; a worker starts when a shard is there for
+it; and a tokenizer of sentencepiece or transformers comes from that library, with the ids that Megatron's object has.
 """,
     "generation-cpu-narrow-compiled": """\
 The same change; of it a compiled step has the one call of attention. Two threads before, and one after, too.

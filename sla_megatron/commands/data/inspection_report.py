@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy
 from tqdm import tqdm
 
+from ...common.waiting import bar
 from .contents import Documents, document_figures, empty_sequences, scan
 from .errors import DataError
 from .histogram import Bin, as_text, check_plot, histogram, plot
 from .inspection import Index, index_faults, layout_fault, open_index
 from .known_tokenizer import Known, Tokenizers, find_manifest
-from .progress import bar, waiting_for
+from .progress import waiting_for
 
 #: Progress is shown for ``.bin`` files from this many bytes on.
 _PATIENCE = 10**8

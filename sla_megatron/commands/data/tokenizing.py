@@ -17,6 +17,7 @@ import numpy
 from ...common.files import flush, write_json, written_whole
 from ...common.silence import without_announcements
 from ...common.tokenizers import TOKENIZER_PATHS
+from ...common.waiting import bar
 from .blocks import Block
 from .documents import FAULTS, fault_message
 from .encoding import Encoder
@@ -26,7 +27,7 @@ from .inputs import Inputs
 from .manifests import SPLITS
 from .merging import IndexedWriter, Part, first_occurrences, split_of
 from .plain_tokenizers import preloaded
-from .progress import Progress, bar, waiting_for
+from .progress import Progress, waiting_for
 from .shards import (
     FatalFault,
     ShardRecord,

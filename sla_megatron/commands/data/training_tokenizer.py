@@ -21,10 +21,11 @@ from pathlib import Path
 
 from ...common.files import write_whole
 from ...common.replacing import replaced_input
+from ...common.waiting import bar
 from .documents import Fault, count_lines, fault_message
 from .errors import DataError, file_errors
 from .inputs import Inputs
-from .progress import bar, waiting_for
+from .progress import waiting_for
 
 MODEL_TYPES = ("bpe", "unigram")
 NORMALIZATIONS = ("identity", "nmt_nfkc")

@@ -16,6 +16,7 @@ from sla_megatron.commands.data.shards import Advance, ShardRecord
 from sla_megatron.commands.data.sources import TextFile
 from sla_megatron.commands.data.tokenizing import Job, _prepare
 from sla_megatron.commands.data.workers import ThisProcess
+from sla_megatron.common import waiting
 from sla_megatron.common.tokenizers import DEFAULTS
 from tests.support.tokenizers import train_sentencepiece
 
@@ -28,8 +29,8 @@ class Screen(io.StringIO):
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second takes 20 ms."""
-    monkeypatch.setattr(progress, "_FIRST_MINUTE_SECONDS", 0.02)
-    monkeypatch.setattr(progress, "_TERMINAL_SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "_FIRST_MINUTE_SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "_TERMINAL_SECONDS", 0.02)
 
 
 def lines_until(stream: io.StringIO, count: int) -> None:
@@ -46,7 +47,7 @@ def test_something_is_said_although_nothing_moves(
 ) -> None:
     err = stream()
     monkeypatch.setattr(sys, "stderr", err)
-    with progress.bar("reading", 100.0):
+    with waiting.bar("reading", 100.0):
         assert "reading:   0%" in err.getvalue()  # At once.
         lines_until(err, 4)
     with progress.waiting_for("waiting"):
@@ -59,9 +60,9 @@ def test_something_is_said_although_nothing_moves(
 
 
 def test_a_log_has_fewer_lines_after_a_minute(often: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_MINUTE", -1.0)
+    monkeypatch.setattr(waiting, "_MINUTE", -1.0)
     monkeypatch.setattr(sys, "stderr", err := io.StringIO())
-    with progress.bar("reading", 100.0):
+    with waiting.bar("reading", 100.0):
         time.sleep(0.3)
     assert err.getvalue().count("\n") == 2, "the first, and at the end"
 
@@ -106,7 +107,7 @@ def test_within_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         shares = [advance.share for advance, _ in mine]
         assert shares == sorted(shares) and 0 < shares[0] and 0.7 < shares[-1] <= 1
     monkeypatch.setattr(sys, "stderr", err := io.StringIO())
-    with progress.bar("tokenizing", inputs.work) as drawn:
+    with waiting.bar("tokenizing", inputs.work) as drawn:
         shown = progress.Progress(drawn, [])
         for advance, work in heard.advances:
             shown.advance(advance, work)
