@@ -68,8 +68,7 @@ def main() -> None:
         args = parser.parse_args()
     check_output(parser, args)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Whose parent has ended is this process's child then, and its CPU time can be asked for.
-    ctypes.CDLL(None).prctl(_SUBREAPER, 1)
+    adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="sla-data-") as name:
         folder = Path(name)
         parts = write_corpus(folder, 40_000_000)
@@ -78,6 +77,11 @@ def main() -> None:
         made = {name: make[name](folder, parts, 8192) for name in args.tokenizers}
         rows = measure(args, folder, corpora, made)
     write_result(args, "tokenize", "cpu", rows, tables)
+
+
+def adopt_orphans() -> None:
+    """Whose parent ends is this process's child from now on, so that its CPU time can be asked for."""
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1)
 
 
 def _first_lines(path: Path, target: Path, size: int) -> Path:

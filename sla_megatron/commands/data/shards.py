@@ -89,7 +89,7 @@ class ShardWriter:
     def write(self, block: Block, advanced: Callable[[Advance], None]) -> ShardRecord:
         """Encode ``block``, and have all of it on disk before its record appears.
 
-        ``advanced`` is called about once a second meanwhile.
+        ``advanced`` is called about twice a second meanwhile.
         """
         prefix = shard_prefix(self.folder, block.number)
         # A worker of a killed run may still be at the same shard.

@@ -124,8 +124,10 @@ def tokenize(job: Job, workers: int, overwrite: bool, say: Callable[[str], None]
         DataError: with one line, for whatever ends the job; finished shards stay.
         TokenizerError: if the tokenizer cannot be built.
     """
-    workdir, settings = job.workdir, job.settings()
-    workdir.require_no_input([*job.inputs.files(), *map(Path, settings["tokenizer_files"])])
+    workdir = job.workdir
+    with waiting_for("looking at the files", quick=True):
+        settings = job.settings()
+        workdir.require_no_input([*job.inputs.files(), *map(Path, settings["tokenizer_files"])])
     with workdir.held():
         manifest = None if overwrite else workdir.finished(settings)
         if manifest is not None:
