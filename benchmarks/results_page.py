@@ -90,6 +90,13 @@ SECTIONS = (
         "",
     ),
     Section(
+        "tokenize",
+        "Text to tokens",
+        "benchmarks.tokenize_startup",
+        "`sla-data tokenize` from its start; [data](data.md) has its rates in long runs.",
+        "",
+    ),
+    Section(
         "sweep",
         "Loss",
         "benchmarks.sweep",
@@ -184,6 +191,11 @@ after, one (`OMP_NUM_THREADS=1`).
 CPU seconds; each against a copy in its own run. Before, a tensor was read whole and copied into another one, its rows
 put together in a third, and then written; now rows go to the file from the mapped file that they lie in, both ways. An
 export imported Megatron's trainer for the types of a checkpoint's arguments and for a tokenizer; now neither.
+""",
+    "tokenize-startup-cpu": """\
+Before, the command and the server of its workers imported Megatron before a word was said, and each worker started at
+once, to import transformers and build its tokenizer. Now what waits says so; a worker starts when a shard is there for
+it; and a tokenizer of sentencepiece or transformers comes from that library, with the ids that Megatron's object has.
 """,
     "generation-cpu-narrow-compiled": """\
 The same change; of it a compiled step has the one call of attention. Two threads before, and one after, too.

@@ -97,6 +97,10 @@ _HEADERS = {
     "generation": (("prompt", "batch", "model"), ("decode / dense",)),
     "convert": (("direction",), ("imports, s", "fixed, s", "s/GB over a copy's")),
     "operations": (("model", "layout", "variant, distance"), ("operations / consumer", "hidden states written")),
+    "tokenize": (
+        ("tokenizer", "input", "workers"),
+        ("first word, s", "longest silence, s", "first shard, s", "CPU, s"),
+    ),
 }
 
 
@@ -117,6 +121,16 @@ def _comparable(name: str, result: Result) -> list[tuple[tuple[str, ...], tuple[
             )
             for row in result["rows"]
             if "operations_beyond" in row and "layout" in row
+        ]
+    if name == "tokenize":
+        figures = ("first_word", "longest_silence", "first_shard", "cpu_seconds")
+        return [
+            (
+                (row["tokenizer"], row["run"], str(row["workers"])),
+                tuple(shown(row[figure], 2) for figure in figures),
+            )
+            for row in result["rows"]
+            if "first_word" in row
         ]
     if name == "throughput":
         return [

@@ -150,6 +150,26 @@ def test_convert(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("sla-convert-*"))
 
 
+def test_startup_counts_processes_whose_parents_are_gone() -> None:
+    """As the server of sla-data's workers, which its command does not wait for."""
+    orphan = """
+import os, time
+if os.fork():
+    os._exit(0)
+print("word", flush=True)
+while time.process_time() < 0.5:
+    pass
+"""
+    code = f"""
+import sys
+from benchmarks.tokenize_startup import adopt_orphans, one_run
+adopt_orphans()
+print(one_run([sys.executable, "-c", {orphan!r}])["cpu_seconds"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert 0.5 <= float(done.stdout) < 5, done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
@@ -159,6 +179,7 @@ def test_convert(tmp_path: Path) -> None:
         ("generation", ["--rounds", "none"], "--rounds none: expected an integer of 1 or more"),
         ("generation", ["--seconds", "0"], "--seconds 0: expected an integer of 1 or more"),
         ("generation", ["--compile", "--warmup", "0"], "--warmup 0: expected 1 or more with --compile"),
+        ("tokenize_startup", ["--rounds", "0"], "--rounds 0: expected an integer of 1 or more"),
         ("convert", ["--folder", "no/such"], "--folder no/such: expected a folder that is there"),
     ],
 )

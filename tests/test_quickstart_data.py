@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from examples.quickstart import build_dataset, corpus
-from sla_megatron.commands.data import tokenize_command
+from sla_megatron.commands.data import tokenizing
 from sla_megatron.commands.data.training_tokenizer import EOS_ID, PAD_ID
 from sla_megatron.common.silence import without_announcements
 
@@ -116,7 +116,7 @@ def test_interrupted_build_goes_on(library: Path, tmp_path: Path, monkeypatch: p
 
     data, said = tmp_path / "out" / "data", []
     with monkeypatch.context() as patched:
-        patched.setattr(tokenize_command, "tokenize", interrupted)
+        patched.setattr(tokenizing, "tokenize", interrupted)
         with pytest.raises(SystemExit, match="130"):
             build_dataset.build(data, 10**7, 512, say=lambda line: None, root=library)
     assert "tokens" not in build_dataset.load_manifest(data)

@@ -115,13 +115,9 @@ def build(settings: Namespace) -> Any:
     with without_announcements():
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    # The name that Megatron may have to ask the Hub for.
-    hub_name = {"GPT2BPETokenizer": "gpt2", "HuggingFaceTokenizer": settings.tokenizer_model}.get(
-        settings.tokenizer_type
-    )
     try:
         # Without a process group Megatron wonders about its rank.
-        with warnings.catch_warnings(action="ignore"), _hub(needed=bool(hub_name) and not os.path.exists(hub_name)):
+        with warnings.catch_warnings(action="ignore"), hub_asked_for(settings):
             return build_tokenizer(Namespace(**{**vars(settings), "pad_vocab_size": False}))
     except Exception as error:
         raise TokenizerError(f"{tokenizer_name(settings)} cannot be read: {first_line(error)}") from error
@@ -193,10 +189,18 @@ def is_path(model: str) -> bool:
 
 
 @contextmanager
-def _hub(needed: bool) -> Iterator[None]:
-    """Within the block the Hub is asked only if it is needed and there; retries would take a minute for each file."""
+def hub_asked_for(settings: Namespace) -> Iterator[None]:
+    """Within the block the Hub is asked only if the tokenizer is not on this machine, and the Hub is there.
+
+    Retries would take a minute for each file.
+    """
+    name = {"GPT2BPETokenizer": "gpt2", "HuggingFaceTokenizer": settings.tokenizer_model}.get(settings.tokenizer_type)
+    if name is None:
+        yield
+        return
     from huggingface_hub import constants
 
+    needed = bool(name) and not os.path.exists(name)
     offline = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = offline or not (needed and _answers(constants.ENDPOINT))
     try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pyarrow
+if TYPE_CHECKING:
+    import pyarrow
 
 #: Kinds of faults, each with what the report says of it.
 FAULTS = {
@@ -83,6 +85,8 @@ def _lines(payload: bytes) -> list[bytes]:
 
 
 def _column(payload: bytes) -> pyarrow.Array:
+    import pyarrow.ipc
+
     return pyarrow.ipc.open_stream(payload).read_next_batch().column(0)
 
 

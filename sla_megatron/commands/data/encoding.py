@@ -1,4 +1,4 @@
-"""Documents to token ids, by the tokenizer that Megatron trains with."""
+"""Documents to token ids, those of the tokenizer that Megatron trains with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy
 
-from ...common.tokenizers import TokenizerError, build, tokenizer_name
+from ...common.tokenizers import TokenizerError, tokenizer_name
+from .index_format import dtype_of
+from .plain_tokenizers import build_for_data
 
 
 class Encoder:
@@ -24,13 +26,11 @@ class Encoder:
     """
 
     def __init__(self, settings: dict[str, Any], append_eod: bool) -> None:
-        from megatron.core.datasets.indexed_dataset import DType
-
         # A long document is no reason for transformers to warn: pretraining cuts it.
         logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
-        self.tokenizer = build(Namespace(**settings))
+        self.tokenizer = build_for_data(Namespace(**settings))
         self.vocab_size: int = self.tokenizer.vocab_size
-        self.dtype: type[numpy.number] = DType.optimal_dtype(self.vocab_size)
+        self.dtype = dtype_of(self.vocab_size)
         self._end = self._end_of_document(Namespace(**settings)) if append_eod else []
 
     def _end_of_document(self, settings: Namespace) -> list[int]:

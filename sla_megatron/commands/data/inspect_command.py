@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from ...common.tokenizers import add_tokenizer_arguments
-from .inspection_report import inspect
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -24,7 +23,13 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the documents' lengths as a picture")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing picture")
     add_tokenizer_arguments(parser)
-    parser.set_defaults(command=inspect)
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .inspection_report import inspect
+
+    return inspect(args)
 
 
 def _count(text: str) -> int:

@@ -1,20 +1,11 @@
 """Megatron's indexed format, read without trusting it: what ``PREFIX.idx`` says, and whether ``PREFIX.bin`` agrees.
 
 Everything is read in pieces, so that memory does not grow with the data.
-
-    .idx: magic, version, dtype code, how many sequences S, how many document indices D (34 bytes),
-          S lengths (int32, tokens), S pointers (int64, bytes into .bin), D document indices (int64, sequences),
-          and in multimodal data S modes (int8)
-    .bin: the token ids of all sequences
-
-The first document index is 0; each further one is where a document ends. Upstream:
-``megatron.core.datasets.indexed_dataset``.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,21 +14,7 @@ from pathlib import Path
 import numpy
 
 from .errors import DataError
-
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-#: Megatron's numbers for numpy's types.
-DTYPES = {
-    1: "uint8",
-    2: "int8",
-    3: "int16",
-    4: "int32",
-    5: "int64",
-    6: "float64",
-    7: "float32",
-    8: "uint16",
-}
-_HEADER = struct.Struct("<9sQBQQ")
+from .index_format import DTYPES, HEADER, MAGIC, VERSION
 
 #: How many entries of the index are in memory at once.
 ENTRIES = 1 << 20
@@ -89,15 +66,15 @@ class Index:
 
     @property
     def lengths(self) -> Part:
-        return Part("lengths", "<i4", _HEADER.size, self.sequences)
+        return Part("lengths", "<i4", HEADER.size, self.sequences)
 
     @property
     def pointers(self) -> Part:
-        return Part("pointers", "<i8", _HEADER.size + 4 * self.sequences, self.sequences)
+        return Part("pointers", "<i8", HEADER.size + 4 * self.sequences, self.sequences)
 
     @property
     def document_indices(self) -> Part:
-        return Part("document indices", "<i8", _HEADER.size + 12 * self.sequences, self.boundaries)
+        return Part("document indices", "<i8", HEADER.size + 12 * self.sequences, self.boundaries)
 
     @property
     def has_modes(self) -> bool:
@@ -107,7 +84,7 @@ class Index:
     @property
     def expected_bytes(self) -> int:
         """How long ``.idx`` is by its header, without modes."""
-        return _HEADER.size + 12 * self.sequences + 8 * self.boundaries
+        return HEADER.size + 12 * self.sequences + 8 * self.boundaries
 
     def mapped(self, part: Part, first: int = 0, count: int | None = None) -> numpy.ndarray:
         """``part``, or ``count`` entries of it, mapped; at least one."""
@@ -131,7 +108,7 @@ def open_index(prefix: str) -> Index:
     """
     try:
         with open(f"{prefix}.idx", "rb") as file:
-            header = file.read(_HEADER.size)
+            header = file.read(HEADER.size)
             idx_bytes = os.fstat(file.fileno()).st_size
         with open(f"{prefix}.bin", "rb") as file:
             bin_bytes = os.fstat(file.fileno()).st_size
@@ -140,10 +117,18 @@ def open_index(prefix: str) -> Index:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}{hint}") from error
     if header[: len(MAGIC)] != MAGIC:
         raise DataError(f"{prefix}.idx is not an index of Megatron's: it starts with {header[:9]!r}, not {MAGIC!r}")
-    if len(header) < _HEADER.size:
-        raise DataError(f"{prefix}.idx is cut off: {len(header)} bytes, a header has {_HEADER.size}")
-    _, version, code, sequences, boundaries = _HEADER.unpack(header)
+    if len(header) < HEADER.size:
+        raise DataError(f"{prefix}.idx is cut off: {len(header)} bytes, a header has {HEADER.size}")
+    _, version, code, sequences, boundaries = HEADER.unpack(header)
     return Index(prefix, version, code, sequences, boundaries, idx_bytes, bin_bytes)
+
+
+def open_sound_index(prefix: str) -> Index:
+    """:func:`open_index`, which also raises for a :func:`layout_fault`."""
+    index = open_index(prefix)
+    if (fault := layout_fault(index)) is not None:
+        raise DataError(fault)
+    return index
 
 
 def layout_fault(index: Index) -> str | None:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy
 from tqdm import tqdm
 
-from ...common.silence import without_announcements
+from ...common.waiting import bar
 from .contents import Documents, document_figures, empty_sequences, scan
 from .errors import DataError
 from .histogram import Bin, as_text, check_plot, histogram, plot
 from .inspection import Index, index_faults, layout_fault, open_index
 from .known_tokenizer import Known, Tokenizers, find_manifest
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+from .progress import waiting_for
 
 #: Progress is shown for ``.bin`` files from this many bytes on.
-_PATIENCE = 10**9
+_PATIENCE = 10**8
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -64,13 +62,14 @@ def _report(prefix: str, args: argparse.Namespace, tokenizers: Tokenizers) -> tu
     manifest = find_manifest(prefix)
     print(prefix)
     fault = layout_fault(index)
-    faults = [fault] if fault is not None else index_faults(index)
+    with waiting_for("checking the index", quick=True):
+        faults = [fault] if fault is not None else index_faults(index)
     bins = []
     if not faults:
         known = tokenizers.of(manifest)
         eod = None if known is None or args.no_scan else known.eod
-        with _progress(index, "ends of documents", needed=eod is not None) as bar:
-            documents = document_figures(index, eod, bar.update)
+        with _progress(index, "ends of documents", needed=eod is not None) as drawn:
+            documents = document_figures(index, eod, drawn.update)
         _print_counts(index, documents)
         faults += [] if manifest is None else manifest.faults(index, documents)
         faults += _print_tokens(index, documents, known, tokenizers, args.no_scan)
@@ -115,44 +114,40 @@ def _print_tokens(
         )
     if no_scan:
         return []
-    with _progress(index, "token ids") as bar:
-        ids = scan(index, None if known is None else known.vocabulary, bar.update)
+    with _progress(index, "token ids") as drawn:
+        ids = scan(index, None if known is None else known.vocabulary, drawn.update)
     different = "" if ids.different is None else f", {ids.different:,} different ones"
     _line("token ids", f"{ids.least:,} to {ids.greatest:,}{different}")
     return [] if ids.fault is None else [ids.fault]
 
 
-def _progress(index: Index, what: str, needed: bool = True) -> tqdm:
+def _progress(index: Index, what: str, needed: bool = True) -> AbstractContextManager[tqdm]:
     """A bar over the bytes of ``.bin``, on stderr, if that takes a while."""
     shown = needed and index.bin_bytes >= _PATIENCE
-    return tqdm(total=index.bin_bytes, unit="B", unit_scale=True, desc=what, disable=not shown)
+    return bar(what, index.bin_bytes, disable=not shown)
 
 
 def _show(index: Index, known: Known | None, args: argparse.Namespace) -> None:
-    """Print the first documents, as Megatron reads them."""
+    """Print the first documents."""
     count = min(args.documents, index.documents)
     if not count:
         return
-    with without_announcements():
-        # Megatron takes seconds to import.
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        data = IndexedDataset(index.prefix)
+    ends = index.mapped(index.document_indices)
     for number in range(count):
-        first, end = (int(at) for at in data.document_indices[number : number + 2])
-        tokens = int(data.sequence_lengths[first:end].sum())
+        first, end = (int(at) for at in ends[number : number + 2])
+        tokens = int(index.mapped(index.lengths, first, end - first).sum()) if end > first else 0
         print(f"  document {number}: {tokens:,} tokens" + (f" in {end - first} sequences" if end - first > 1 else ""))
-        for line in _text(data, first, end, known, args.characters).split("\n"):
+        for line in _text(index, first, end, known, args.characters).split("\n"):
             print(f"    {line}".rstrip())
     print()
 
 
-def _text(data: IndexedDataset, first: int, end: int, known: Known | None, characters: int) -> str:
+def _text(index: Index, first: int, end: int, known: Known | None, characters: int) -> str:
     """The beginning of the document in sequences ``first`` to ``end``; ids if there is no text of them."""
     wanted = max(characters, 8)
     while True:
         # Of a long document only as much as is shown; a character may take several tokens.
-        ids, whole = _ids(data, first, end, wanted)
+        ids, whole = _ids(index, first, end, wanted)
         valid = ids.size == 0 or (ids.min() >= 0 and known is not None and ids.max() < known.vocabulary)
         text = known.decode(ids.tolist()) if known and valid else " ".join(map(str, numpy.asarray(ids)))
         # The last characters of a part may be broken.
@@ -164,16 +159,14 @@ def _text(data: IndexedDataset, first: int, end: int, known: Known | None, chara
     return _printable(text)
 
 
-def _ids(data: IndexedDataset, first: int, end: int, count: int) -> tuple[numpy.ndarray, bool]:
+def _ids(index: Index, first: int, end: int, count: int) -> tuple[numpy.ndarray, bool]:
     """The first ``count`` token ids of sequences ``first`` to ``end``, and whether these are all."""
-    parts = [numpy.zeros(0, data.index.dtype)]
-    for sequence in range(first, end):
-        length = int(data.sequence_lengths[sequence])
-        if length > count:
-            return numpy.concatenate([*parts, data.get(sequence, 0, count)]), False
-        parts.append(data[sequence])
-        count -= length
-    return numpy.concatenate(parts), True
+    if first == end:
+        return numpy.zeros(0, index.dtype), True
+    # Of an index without faults, sequences follow each other.
+    start = int(index.mapped(index.pointers, first, 1)[0])
+    there = int(index.mapped(index.lengths, first, end - first).sum())
+    return numpy.fromfile(index.bin, index.dtype, min(there, count), offset=start), there <= count
 
 
 def _printable(text: str) -> str:

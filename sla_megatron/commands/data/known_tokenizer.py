@@ -14,7 +14,6 @@ from ...common.tokenizers import (
     DEFAULTS,
     TOKENIZER_PATHS,
     TokenizerError,
-    build,
     decode,
     tokenizer_name,
     tokenizer_settings,
@@ -22,6 +21,8 @@ from ...common.tokenizers import (
 from .contents import Documents
 from .errors import DataError
 from .inspection import Index
+from .plain_tokenizers import build_for_data
+from .progress import waiting_for
 
 _SPLITS = ("_train", "_valid", "_test")
 #: Beyond this a JSON file is a corpus.
@@ -120,8 +121,8 @@ class Known:
         namespace = Namespace(**{**DEFAULTS, **settings})
         self.name = tokenizer_name(namespace)
         self.origin = origin
-        with without_announcements():
-            self._tokenizer = build(namespace)
+        with without_announcements(), waiting_for("loading the tokenizer"):
+            self._tokenizer = build_for_data(namespace)
         self.vocabulary: int = self._tokenizer.vocab_size
         eod = getattr(self._tokenizer, "eod", None)
         # A token that there is not has the id -1 in some of Megatron's tokenizers.

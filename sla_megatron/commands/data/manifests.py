@@ -13,6 +13,8 @@ _BEGINNING = re.compile(rb'\s*\{\s*"settings"\s*:\s*\{')
 _WORK_BEGINNING = re.compile(rb'\s*\{\s*"inputs"\s*:\s*\{')
 #: How the name of a folder of unfinished work ends.
 WORK_FOLDER = ".sla-data"
+#: What ``--split`` divides a corpus into.
+SPLITS = ("train", "valid", "test")
 _KEYS = {"settings", "outputs", "documents", "tokens"}
 
 

@@ -13,6 +13,8 @@ import numpy
 
 from ...common.files import flush
 from .errors import DataError, file_errors
+from .index_format import header
+from .inspection import open_sound_index
 
 _COPY = 1 << 24
 
@@ -33,7 +35,7 @@ class IndexedWriter:
     :meth:`put` they are in ``folder``, on the same file system.
     """
 
-    def __init__(self, prefix: Path, dtype: type[numpy.number], folder: Path) -> None:
+    def __init__(self, prefix: Path, dtype: numpy.dtype, folder: Path) -> None:
         self.prefix, self.dtype = prefix, dtype
         self.documents = self.sequences = self.tokens = 0
         names = ("bin", "lengths", "pointers", "ends", "idx")
@@ -56,7 +58,7 @@ class IndexedWriter:
         """Copy a part's documents, in their order."""
         lengths, ends = _index(part.prefix, self.dtype)
         offsets = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
-        itemsize = numpy.dtype(self.dtype).itemsize
+        itemsize = self.dtype.itemsize
         with Path(f"{part.prefix}.bin").open("rb") as source:
             # Documents to keep as runs of neighbours, from the first of each to before the one after its last.
             for first, after in _runs(part.keep, len(ends) - 1):
@@ -73,16 +75,14 @@ class IndexedWriter:
 
     def finish(self) -> None:
         """Put the index together, and have both files on the disk."""
-        from megatron.core.datasets.indexed_dataset import _IndexWriter
-
+        index = self._files["idx"]
+        index.write(header(self.dtype, self.sequences, self.documents))
         for file in self._files.values():
             file.flush()
-        index = self._paths["idx"]
-        with _IndexWriter(str(index), self.dtype) as writer:  # It writes magic, version and type.
-            _append(writer.idx_writer, numpy.array([self.sequences, self.documents + 1], numpy.uint64))
-            for name in ("lengths", "pointers", "ends"):
-                with self._paths[name].open("rb") as file:
-                    shutil.copyfileobj(file, writer.idx_writer, _COPY)
+        for name in ("lengths", "pointers", "ends"):
+            with self._paths[name].open("rb") as file:
+                shutil.copyfileobj(file, index, _COPY)
+        index.flush()
         for name in ("bin", "idx"):
             flush(self._paths[name])
 
@@ -96,16 +96,14 @@ def _append(file: BinaryIO, values: numpy.ndarray) -> None:
     file.write(values.tobytes())
 
 
-def _index(prefix: Path, dtype: type[numpy.number]) -> tuple[numpy.ndarray, numpy.ndarray]:
+def _index(prefix: Path, dtype: numpy.dtype) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Tokens of each sequence, and the sequences at which documents end, from 0 on."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    if not Path(f"{prefix}.bin").stat().st_size:  # Nothing can be mapped into memory there.
+    index = open_sound_index(str(prefix))
+    if not index.bin_bytes:  # Of no documents, whatever the type.
         return numpy.zeros(0, numpy.int32), numpy.zeros(1, numpy.int64)
-    data = IndexedDataset(str(prefix))
-    if data.index.dtype != dtype:
-        raise DataError(f"{prefix} holds {data.index.dtype.__name__}: expected {dtype.__name__}, as the first has")
-    return data.sequence_lengths.astype(numpy.int32), data.document_indices.astype(numpy.int64)
+    if index.dtype != dtype:
+        raise DataError(f"{prefix} holds {index.dtype}: expected {dtype}, as the first has")
+    return numpy.array(index.mapped(index.lengths)), numpy.array(index.mapped(index.document_indices))
 
 
 def _runs(keep: numpy.ndarray | None, documents: int) -> Iterator[tuple[int, int]]:

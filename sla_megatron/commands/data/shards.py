@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy
 
@@ -16,10 +18,13 @@ from ...common.files import flush, write_json
 from .blocks import Block
 from .documents import Fault, count_lines
 from .encoding import Encoder
+from .index_format import write_index
 from .inputs import Inputs
 
 # Two numbers of 64 bits.
 _DIGEST_BYTES = 16
+# How often is said how far a block is.
+_ADVANCE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,16 @@ class ShardRecord:
     faults: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """How far a worker is within the block ``number``: ``share`` of it (0 to 1), ``documents``, ``tokens``."""
+
+    number: int
+    share: float
+    documents: int
+    tokens: int
+
+
 class FatalFault(Exception):
     """The first fault of a block, where faults end the job; ``number`` is the block's."""
 
@@ -66,19 +81,24 @@ class ShardWriter:
     def __init__(self, folder: Path, inputs: Inputs, encoder: Encoder, digests: bool, fatal: bool) -> None:
         self.folder, self.inputs, self.encoder, self.digests, self.fatal = folder, inputs, encoder, digests, fatal
 
-    def write(self, block: Block) -> ShardRecord:
-        """Encode ``block``, and have all of it on disk before its record appears."""
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    @property
+    def vocab_size(self) -> int:
+        """Of the encoder."""
+        return self.encoder.vocab_size
 
+    def write(self, block: Block, advanced: Callable[[Advance], None]) -> ShardRecord:
+        """Encode ``block``, and have all of it on disk before its record appears.
+
+        ``advanced`` is called about twice a second meanwhile.
+        """
         prefix = shard_prefix(self.folder, block.number)
         # A worker of a killed run may still be at the same shard.
         unfinished = prefix.with_name(f"{prefix.name}.{os.getpid()}")
         paths = {suffix: Path(f"{unfinished}{suffix}") for suffix in (".bin", ".idx", ".digests", ".faults")}
         try:
-            builder = IndexedDatasetBuilder(str(paths[".bin"]), dtype=self.encoder.dtype)
-            with builder.data_file:
-                counts, digests, faults = self._encode(block, builder)
-                builder.finalize(str(paths[".idx"]))
+            with paths[".bin"].open("wb") as tokens:
+                lengths, counts, digests, faults = self._encode(block, tokens, advanced)
+            write_index(paths[".idx"], self.encoder.dtype, lengths)
             paths[".digests"].write_bytes(digests)
             paths[".faults"].write_text("".join(json.dumps(asdict(fault)) + "\n" for fault in faults))
             record = self._record(block, counts, faults)
@@ -91,8 +111,11 @@ class ShardWriter:
         write_json(Path(f"{prefix}.json"), asdict(record))
         return record
 
-    def _encode(self, block: Block, builder: Any) -> tuple[Counter, bytearray, list[Fault]]:
-        counts, digests, faults = Counter(), bytearray(), []
+    def _encode(
+        self, block: Block, file: BinaryIO, advanced: Callable[[Advance], None]
+    ) -> tuple[list[int], Counter, bytearray, list[Fault]]:
+        lengths, counts, digests, faults = [], Counter(), bytearray(), []
+        said = time.monotonic()
         for document in self.inputs.documents(block):
             if not isinstance(document, Fault):
                 try:
@@ -104,11 +127,17 @@ class ShardWriter:
                     raise FatalFault(block.number, block.source, document)
                 faults.append(document)
                 continue
-            builder.add_document(ids, [len(ids)])
+            file.write(ids.tobytes())
+            lengths.append(len(ids))
             counts.update(documents=1, tokens=len(ids), text_bytes=len(document.encoded))
             if self.digests:
                 digests += hashlib.blake2b(document.encoded, digest_size=_DIGEST_BYTES).digest()
-        return counts, digests, faults
+            if (now := time.monotonic()) - said >= _ADVANCE_SECONDS:
+                said = now
+                # What is around the texts, as in JSON lines, is taken to be evenly spread.
+                share = min(counts["text_bytes"] / max(len(block.payload or b""), 1), 1.0)
+                advanced(Advance(block.number, share, counts["documents"], counts["tokens"]))
+        return lengths, counts, digests, faults
 
     def _record(self, block: Block, counts: Counter, faults: list[Fault]) -> ShardRecord:
         kind = self.inputs.sources[block.source].kind

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import pyarrow
-import pyarrow.compute
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...common.errors import first_line
 from .blocks import Cut, cut_lines, cut_whole
 from .errors import DataError, file_errors
+
+if TYPE_CHECKING:
+    import pyarrow
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _ROWS = 64
@@ -84,6 +84,8 @@ class TextFile:
         if not self.work:
             yield lambda size: b""
             return
+        import pyarrow
+
         with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), codec) as stream:
             left = start
             while left and (chunk := stream.read(min(left, 1 << 20))):
@@ -111,6 +113,8 @@ class Table:
         return self.described
 
     def cuts(self, start: int, block_bytes: int, limit: int) -> Iterator[tuple[Cut, float]]:
+        import pyarrow.compute
+
         del limit  # Rows are in memory when they are first seen.
         if self.described.get("rows") == 0:  # The library refuses a Parquet file without rows.
             return
@@ -136,6 +140,8 @@ class Table:
 
     def _binary(self, table: pyarrow.Table) -> pyarrow.ChunkedArray:
         """The column's bytes: what claims to be UTF-8 need not be."""
+        import pyarrow
+
         if self.column not in table.column_names:
             raise DataError(f"--field {self.column}: {self.name} has the columns {', '.join(table.column_names)}")
         column = table[self.column]
@@ -158,6 +164,8 @@ class Table:
 
 def _packed(batches: list[pyarrow.Array]) -> bytes:
     """Arrays of large binaries as one Arrow stream."""
+    import pyarrow
+
     column = pyarrow.concat_arrays(batches)
     batch = pyarrow.record_batch([column], names=["text"])
     sink = pyarrow.BufferOutputStream()

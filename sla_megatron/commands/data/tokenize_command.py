@@ -7,14 +7,18 @@ import math
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...common.splits import split_hint
 from ...common.tokenizers import TokenizerError, add_tokenizer_arguments, tokenizer_settings
 from .documents import FAULTS
 from .errors import DataError
 from .inputs import add_input_arguments, inputs_from_args
-from .tokenizing import SPLITS, Job, tokenize
+from .manifests import SPLITS
+from .progress import waiting_for
+
+if TYPE_CHECKING:
+    from .tokenizing import Job
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -69,8 +73,12 @@ def _tokenize(args: Namespace) -> int:
         raise TokenizerError("--tokenizer-type: expected one, such as SentencePieceTokenizer")
     if not args.output_prefix.name:
         raise DataError(f"--output-prefix {args.output_prefix}: expected a name, such as data/corpus")
+    with waiting_for("opening the input", quick=True):
+        from .tokenizing import Job, tokenize
+
+        inputs = inputs_from_args(args)
     job = Job(
-        inputs=inputs_from_args(args),
+        inputs=inputs,
         prefix=args.output_prefix,
         tokenizer=tokenizer_settings(args),
         append_eod=args.append_eod,

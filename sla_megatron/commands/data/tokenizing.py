@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from tqdm import tqdm
 
 from ...common.files import flush, write_json, written_whole
 from ...common.silence import without_announcements
 from ...common.tokenizers import TOKENIZER_PATHS
+from ...common.waiting import bar
 from .blocks import Block
 from .documents import FAULTS, fault_message
 from .encoding import Encoder
 from .errors import DataError, file_errors
+from .index_format import dtype_of
 from .inputs import Inputs
+from .manifests import SPLITS
 from .merging import IndexedWriter, Part, first_occurrences, split_of
-from .progress import Progress
+from .plain_tokenizers import preloaded
+from .progress import Progress, waiting_for
 from .shards import (
     FatalFault,
     ShardRecord,
@@ -36,9 +39,8 @@ from .shards import (
 )
 from .sources import Table
 from .workdir import Workdir
-from .workers import begin_preloading, work_through
+from .workers import Team, ThisProcess
 
-SPLITS = ("train", "valid", "test")
 #: Libraries whose versions the ids depend on.
 _LIBRARIES = ("megatron-core", "sentencepiece", "tokenizers", "transformers", "tiktoken")
 
@@ -122,49 +124,56 @@ def tokenize(job: Job, workers: int, overwrite: bool, say: Callable[[str], None]
         DataError: with one line, for whatever ends the job; finished shards stay.
         TokenizerError: if the tokenizer cannot be built.
     """
-    workdir, settings = job.workdir, job.settings()
-    workdir.require_no_input([*job.inputs.files(), *map(Path, settings["tokenizer_files"])])
+    workdir = job.workdir
+    with waiting_for("looking at the files", quick=True):
+        settings = job.settings()
+        workdir.require_no_input([*job.inputs.files(), *map(Path, settings["tokenizer_files"])])
     with workdir.held():
         manifest = None if overwrite else workdir.finished(settings)
         if manifest is not None:
             workdir.remove_work()
             say(f"{workdir.manifest}: nothing to do")
             return manifest
-        if workers > 1:
-            begin_preloading()  # While this process imports Megatron too.
-        with without_announcements():
-            encoder = Encoder(job.tokenizer, job.append_eod)
-        if workdir.begin(settings, overwrite):
-            say(f"going on in {workdir.folder}")
+        with _workers(job, workers) as team:
+            with waiting_for("loading the tokenizer"):
+                vocab_size = team.vocab_size()
+            if workdir.begin(settings, overwrite):
+                say(f"going on in {workdir.folder}")
+            with file_errors(f"{workdir.folder} (the same command goes on)"):
+                records = _write_shards(job, workdir.shards, team)
         with file_errors(f"{workdir.folder} (the same command goes on)"):
-            records = _write_shards(job, workdir.shards, workers, encoder)
-            manifest = {"settings": settings, **_summary(job, records, encoder)}
-            manifest |= _merge(job, workdir, records, encoder.dtype)
-            _write_faults(job, workdir, records)
+            manifest = {"settings": settings, **_summary(job, records, vocab_size)}
+            with waiting_for("merging", quick=True):
+                manifest |= _merge(job, workdir, records, dtype_of(vocab_size))
+                _write_faults(job, workdir, records)
             write_json(workdir.manifest, manifest)
         workdir.remove_work()
         return manifest
 
 
-def _write_shards(job: Job, folder: Path, workers: int, encoder: Encoder) -> list[ShardRecord]:
+def _workers(job: Job, most: int) -> Team | ThisProcess:
+    """Who turns blocks into shards; one worker is this process."""
+    if most == 1:
+        return ThisProcess(_prepare, (job,))
+    # Workers are handed blocks: data sets need not travel to them.
+    sources = [replace(source, data=None) if isinstance(source, Table) else source for source in job.inputs.sources]
+    theirs = replace(job, inputs=replace(job.inputs, sources=sources))
+    rows = ("pyarrow",) if any(source.kind == "rows" for source in sources) else ()
+    return Team(most, _prepare, (theirs,), (*preloaded(job.tokenizer), *rows))
+
+
+def _write_shards(job: Job, folder: Path, team: Team | ThisProcess) -> list[ShardRecord]:
     """All shards, those that are finished as they are."""
     records = read_records(folder)
     for record in records.values():
         if job.fatal and record.faults:
             fault = FatalFault(record.number, record.source, read_faults(folder, record.number)[0])
             raise _fatal(job.inputs, records, fault)
-    digests = job.split is not None or job.deduplicate
-    todo = _blocks_left(job.inputs, records)
-    if workers == 1:
-        done = work_through(todo, 1, _prepare, folder, job, digests, encoder)
-    else:
-        # Workers are handed blocks: data sets need not travel to them.
-        sources = [replace(source, data=None) if isinstance(source, Table) else source for source in job.inputs.sources]
-        theirs = replace(job, inputs=replace(job.inputs, sources=sources))
-        done = work_through(todo, workers, _prepare, folder, theirs, digests)
-    with Progress(job.inputs.work, job.inputs.unit, records.values()) as progress:
+    before = sum(record.work for record in records.values())
+    with bar("tokenizing", job.inputs.work, job.inputs.unit, initial=before) as drawn:
+        progress = Progress(drawn, records.values())
         try:
-            for record in done:
+            for record in team.results(_blocks_left(job.inputs, records), progress):
                 records[record.number] = record
                 progress.add(record)
         except FatalFault as error:
@@ -172,11 +181,12 @@ def _write_shards(job: Job, folder: Path, workers: int, encoder: Encoder) -> lis
     return [records[number] for number in sorted(records)]
 
 
-def _prepare(folder: Path, job: Job, digests: bool, encoder: Encoder | None = None) -> Callable[[Block], ShardRecord]:
-    """What a worker does; one that is a process of its own makes its own encoder."""
-    if encoder is None:
+def _prepare(job: Job) -> ShardWriter:
+    """What a worker needs."""
+    with without_announcements():
         encoder = Encoder(job.tokenizer, job.append_eod)
-    return ShardWriter(folder, job.inputs, encoder, digests, job.fatal).write
+    digests = job.split is not None or job.deduplicate
+    return ShardWriter(job.workdir.shards, job.inputs, encoder, digests, job.fatal)
 
 
 def _blocks_left(inputs: Inputs, records: dict[int, ShardRecord]) -> Iterator[Block]:
@@ -198,13 +208,13 @@ def _fatal(inputs: Inputs, records: dict[int, ShardRecord], error: FatalFault) -
     return DataError(fault_message(inputs.sources[error.source].name, line, fault) + ", which goes on from here")
 
 
-def _summary(job: Job, records: list[ShardRecord], encoder: Encoder) -> dict[str, Any]:
+def _summary(job: Job, records: list[ShardRecord], vocab_size: int) -> dict[str, Any]:
     faults = Counter()
     for record in records:
         faults.update(record.faults)
     return {
         "tokenizer": job.tokenizer,
-        "vocab_size": encoder.vocab_size,
+        "vocab_size": vocab_size,
         "append_eod": job.append_eod,
         "documents": sum(record.documents for record in records),
         "tokens": sum(record.tokens for record in records),
@@ -215,7 +225,7 @@ def _summary(job: Job, records: list[ShardRecord], encoder: Encoder) -> dict[str
     }
 
 
-def _merge(job: Job, workdir: Workdir, records: list[ShardRecord], dtype: type[numpy.number]) -> dict[str, Any]:
+def _merge(job: Job, workdir: Workdir, records: list[ShardRecord], dtype: numpy.dtype) -> dict[str, Any]:
     """The shards' documents, in order, in their splits; what became of them."""
     fresh, folder = None, workdir.shards
     if job.deduplicate:
@@ -226,7 +236,7 @@ def _merge(job: Job, workdir: Workdir, records: list[ShardRecord], dtype: type[n
             name: stack.enter_context(IndexedWriter(prefix, dtype, workdir.merged)) for name, prefix in outputs.items()
         }
         seen = 0
-        for record in tqdm(records, desc="merging", unit="shard", disable=len(records) < 100):
+        for record in records:
             keep = None if fresh is None else fresh[seen : seen + record.documents]
             seen += record.documents
             prefix = shard_prefix(folder, record.number)

@@ -11,7 +11,6 @@ import io
 import os
 import re
 import shlex
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,14 +19,13 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
-import sentencepiece
-from tqdm import tqdm
-
 from ...common.files import write_whole
 from ...common.replacing import replaced_input
+from ...common.waiting import bar
 from .documents import Fault, count_lines, fault_message
 from .errors import DataError, file_errors
 from .inputs import Inputs
+from .progress import waiting_for
 
 MODEL_TYPES = ("bpe", "unigram")
 NORMALIZATIONS = ("identity", "nmt_nfkc")
@@ -47,8 +45,6 @@ _SENTENCE_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 16
 # Of the sample, what bytes a token are measured on.
 _MEASURED_BYTES = 8 * 10**6
-# A log file gets a line now and then, a terminal a bar that moves.
-_LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -158,10 +154,7 @@ def read_sample(inputs: Inputs, sample: Sample, fatal: bool) -> Read:
     """
     read, mark = Read(), SPACE_MARK.encode()
     lines: Counter[int] = Counter()  # Of each source, before the block.
-    quick = sys.stderr.isatty()
-    with tqdm(
-        desc="reading", total=inputs.work, unit=inputs.unit, unit_scale=True, mininterval=0.1 if quick else _LOG_SECONDS
-    ) as bar:
+    with bar("reading", inputs.work, inputs.unit) as drawn:
         for block in inputs.blocks():
             for document in inputs.documents(block):
                 if isinstance(document, Fault):
@@ -176,8 +169,8 @@ def read_sample(inputs: Inputs, sample: Sample, fatal: bool) -> Read:
                 read.marked += mark in document.encoded
             kind = inputs.sources[block.source].kind
             lines[block.source] += 1 if block.payload is None else count_lines(block.payload, kind)[0]
-            bar.set_postfix_str(f"{read.documents:,} documents", refresh=False)
-            bar.update(block.work)
+            drawn.set_postfix_str(f"{read.documents:,} documents", refresh=False)
+            drawn.update(block.work)
     return read
 
 
@@ -189,6 +182,8 @@ def train_model(documents: Iterable[bytes], settings: ModelSettings) -> bytes:
     Raises:
         DataError: with one line, if sentencepiece cannot make it.
     """
+    import sentencepiece
+
     settings.check()
     model = io.BytesIO()
     try:
@@ -252,6 +247,8 @@ def _refusal(settings: ModelSettings, message: str) -> str:
 
 def bytes_per_token(model: bytes, documents: list[bytes]) -> tuple[float, int]:
     """UTF-8 bytes that a token stands for on average, and on how many bytes of ``documents`` that was measured."""
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     tokens = measured = 0
     for document in documents:
@@ -327,7 +324,7 @@ def _require_place(output: Path, overwrite: bool, inputs: Inputs) -> None:
 
 
 def _beside(work: Callable[[], bytes]) -> bytes:
-    """``work()`` in a thread, with its time shown on a terminal.
+    """``work()`` in a thread, with its time shown.
 
     sentencepiece looks at no signals, and holds no lock of Python's: waited for like this, Control-C ends the process
     at once.
@@ -341,7 +338,7 @@ def _beside(work: Callable[[], bytes]) -> bytes:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    with tqdm(desc="training", bar_format="{desc} {elapsed}", leave=False, disable=not sys.stderr.isatty()) as clock:
+    with waiting_for("training", quick=True):
         while not wait([outcome], timeout=1).done:
-            clock.refresh()
+            pass
     return outcome.result()

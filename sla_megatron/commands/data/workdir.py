@@ -25,6 +25,7 @@ from typing import Any
 from ...common.files import read_json, write_json
 from ...common.replacing import file_identity
 from .errors import DataError, file_errors
+from .index_format import MAGIC
 from .manifests import WORK_FOLDER, is_work_folder, read_manifest
 
 #: Names of what is made in each folder of unfinished work.
@@ -33,8 +34,6 @@ _MADE_IN = {
     "merged": re.compile(r".+\.(bin|lengths|pointers|ends|idx)"),
     ".": re.compile(r"\.?(settings\.json|replaces|putting)[\w.-]*"),
 }
-#: What the index of a data set begins with (``megatron/core/datasets/indexed_dataset.py``).
-_INDEX_HEADER = b"MMIDIDX\x00\x00"
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ def _is_data_set(prefix: Path) -> bool:
     """Whether both files are there, the index with Megatron's header."""
     try:
         with Path(f"{prefix}.idx").open("rb") as file:
-            return file.read(len(_INDEX_HEADER)) == _INDEX_HEADER and Path(f"{prefix}.bin").is_file()
+            return file.read(len(MAGIC)) == MAGIC and Path(f"{prefix}.bin").is_file()
     except OSError:
         return False
 

@@ -1,4 +1,4 @@
-"""Processes that turn blocks into results, as many at a time as asked, and end with the process that started them."""
+"""Processes that turn blocks into results, as many as there is work for; they end with the process that began them."""
 
 from __future__ import annotations
 
@@ -6,80 +6,164 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Protocol
 
 from ...common.tokenizers import TokenizerError
 from .blocks import Block
 from .errors import DataError
-from .shards import FatalFault
-
-Work = Callable[[Block], Any]
+from .shards import Advance, FatalFault
 
 #: Raised in a worker and again, as they are, in the process that waits for it.
 _EXPECTED = (DataError, TokenizerError, FatalFault, OSError)
 
 
-def work_through(blocks: Iterator[Block], workers: int, prepare: Callable[..., Work], *args: Any) -> Iterator[Any]:
-    """``prepare(*args)(block)`` for each block, in the order in which they are finished.
+class Work(Protocol):
+    """What a worker does with blocks; ``vocab_size`` is what whoever hands them out wants to know first."""
 
-    One worker is this process.  An exception of a worker ends the others after the block they are at: of several
-    exceptions that of the earliest block is raised.
+    vocab_size: int
 
-    Raises:
-        DataError: if a worker was killed.
+    def write(self, block: Block, advanced: Callable[[Advance], None]) -> Any:
+        """The result of ``block``; how far it is meanwhile is for ``advanced``."""
+
+
+class Listener(Protocol):
+    """Hears how the work is going on."""
+
+    def advance(self, advance: Advance, work: float) -> None:
+        """A block, whose part of all work is ``work``, is so far."""
+
+    def staff(self, ready: int, started: int, most: int) -> None:
+        """So many workers have built what they need, of those started, of those allowed."""
+
+
+class ThisProcess:
+    """One worker, without a process of its own."""
+
+    def __init__(self, prepare: Callable[..., Work], args: Sequence[Any]) -> None:
+        self._prepare, self._args = prepare, args
+
+    def __enter__(self) -> ThisProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def vocab_size(self) -> int:
+        self._work = self._prepare(*self._args)
+        return self._work.vocab_size
+
+    def results(self, blocks: Iterator[Block], listener: Listener) -> Iterator[Any]:
+        for block in blocks:
+            yield self._work.write(block, lambda advance, work=block.work: listener.advance(advance, work))
+
+
+class Team:
+    """At most ``most`` processes, each of which calls ``prepare(*args)`` once and then works at one block at a time.
+
+    The first is started to say what it is asked, each further one when a block is there and no other is idle.
     """
-    if workers == 1:
-        yield from map(prepare(*args), blocks)
-        return
-    begin_preloading()
-    context = multiprocessing.get_context("forkserver")
-    with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(_Worker(context, prepare, args)) for _ in range(workers)]
-        busy: dict[Connection, _Worker] = {}
+
+    def __init__(self, most: int, prepare: Callable[..., Work], args: Sequence[Any], imports: Sequence[str]) -> None:
+        self._most, self._prepare, self._args = most, prepare, args
+        begin_preloading(imports)
+        self._context = multiprocessing.get_context("forkserver")
+        self._workers: list[_Worker] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def vocab_size(self) -> int:
+        """Starts the first worker, and waits until it is ready."""
+        worker = self._start()
+        worker.send(None)
+        message = worker.receive()
+        if isinstance(message, BaseException):
+            raise message
+        return message.vocab_size
+
+    def results(self, blocks: Iterator[Block], listener: Listener) -> Iterator[Any]:
+        """The result of each block, in the order in which they are finished.
+
+        An exception of a worker ends the others after the block they are at: of several exceptions that of the earliest
+        block is raised.
+
+        Raises:
+            DataError: if a worker was killed.
+        """
+        idle, busy = list(self._workers), {}
         failures: list[tuple[int, BaseException]] = []
-        blocks = iter(blocks)
         block = next(blocks, None)
         while busy or (block is not None and not failures):
-            while idle and block is not None and not failures:
-                worker = idle.pop()
-                worker.start(block)
+            self._tell(listener)
+            while block is not None and not failures and (idle or len(self._workers) < self._most):
+                worker = idle.pop() if idle else self._start()
+                self._tell(listener)
+                worker.send(block)
                 busy[worker.connection] = worker
                 block = next(blocks, None)
             for connection in wait(list(busy)):
-                worker = busy.pop(connection)
-                idle.append(worker)
-                result = worker.result()
-                if isinstance(result, BaseException):
-                    failures.append((worker.number, result))
+                worker = busy[connection]
+                message = worker.receive()
+                if isinstance(message, _Ready):
+                    continue
+                if isinstance(message, Advance):
+                    listener.advance(message, worker.block.work)
+                    continue
+                idle.append(busy.pop(connection))
+                if isinstance(message, BaseException):
+                    failures.append((worker.block.number, message))
                 else:
-                    yield result
+                    yield message
         if failures:
             raise min(failures, key=lambda failure: failure[0])[1]
 
+    def _start(self) -> _Worker:
+        self._workers.append(self._stack.enter_context(_Worker(self._context, self._prepare, self._args)))
+        return self._workers[-1]
 
-def begin_preloading() -> None:
-    """Start the process that workers are forks of, which imports Megatron once for all of them, unless it runs.
+    def _tell(self, listener: Listener) -> None:
+        listener.staff(sum(worker.ready for worker in self._workers), len(self._workers), self._most)
+
+
+def begin_preloading(imports: Sequence[str] = ()) -> None:
+    """Start the process that workers are forks of, which imports once for all of them, unless it runs.
 
     It holds no ends of workers' pipes: a worker sees at once that the process it works for is gone.
+
+    Args:
+        imports: modules, besides those of the job.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__package__ + ".worker_imports"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__package__ + ".tokenizing", *imports])
     forkserver.ensure_running()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A worker's first message."""
+
+    vocab_size: int
 
 
 class _Worker:
     """One process, and the block that it is at."""
 
-    def __init__(self, context: Any, prepare: Callable[..., Work], args: tuple) -> None:
+    def __init__(self, context: Any, prepare: Callable[..., Work], args: Sequence[Any]) -> None:
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs, prepare, args), daemon=True)
         self.process.start()
         theirs.close()
-        self.number = -1
+        self.block: Block | None = None
+        self.ready = False
 
     def __enter__(self) -> _Worker:
         return self
@@ -90,40 +174,45 @@ class _Worker:
             self.process.terminate()
         self.process.join()
 
-    def start(self, block: Block) -> None:
-        self.number = block.number
+    def send(self, block: Block | None) -> None:
+        self.block = block
         with contextlib.suppress(BrokenPipeError):  # Its end is seen where its result is awaited.
             self.connection.send(block)
 
-    def result(self) -> Any:
+    def receive(self) -> Any:
         try:
-            return self.connection.recv()
+            message = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode
             ending = signal.Signals(-code).name if code is not None and code < 0 else f"status {code}"
+            where = "before its first shard" if self.block is None else f"at shard {self.block.number}"
             return DataError(
-                f"a worker was ended ({ending}) at shard {self.number}: if memory ran out, "
+                f"a worker was ended ({ending}) {where}: if memory ran out, "
                 "expected fewer --workers or a smaller --shard-mb; the same command goes on"
             )
+        self.ready |= isinstance(message, _Ready)
+        return message
 
 
-def _serve(connection: Connection, prepare: Callable[..., Work], args: tuple) -> None:
-    """A worker's life: until the other end is closed, which the death of its process does too."""
+def _serve(connection: Connection, prepare: Callable[..., Work], args: Sequence[Any]) -> None:
+    """A worker's life: until the other end is closed, which the death of its process does too.
+
+    Its first block is taken in before it prepares: who hands out blocks need not wait for that.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C is for the process that hands out work.
-    try:
-        work = prepare(*args)
-    except _EXPECTED as error:
-        problem = error
-
-        def work(block: Block) -> Any:
-            raise problem
-
+    work = None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             block = connection.recv()
             try:
-                result = work(block)
+                if work is None:
+                    work = prepare(*args)
+                    connection.send(_Ready(work.vocab_size))
+                result = None if block is None else work.write(block, connection.send)
+            except (BrokenPipeError, ConnectionResetError):
+                return
             except _EXPECTED as error:
                 result = error
-            connection.send(result)
+            if block is not None or result is not None:
+                connection.send(result)

@@ -14,10 +14,11 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ...common.waiting import waiting_for
 from . import checkpoints
 from .finding import FAIL, OK, Doubt, Fault, Finding, Skipped, found, from_text
 from .folders import nearest_existing, probe_file
@@ -40,7 +41,9 @@ def examine(asked: Asked, place: Place) -> int:
     Raises:
         Fault: if the ranks cannot meet.
     """
-    meeting = Meeting(connection(place, asked.timeout), place.rank, place.world_size)
+    # torch is imported for it.
+    with waiting_for("sla-doctor", "meeting the other ranks", quick=True) if place.rank == 0 else nullcontext():
+        meeting = Meeting(connection(place, asked.timeout), place.rank, place.world_size)
     return (Lead if place.rank == 0 else Rank)(asked, place, meeting).examine()
 
 
@@ -63,7 +66,7 @@ class Lead(Rank):
         nodes = Counter(self.node_of.values())
         self.meeting.publish("nodes", nodes)
         with ExitStack() as stack:
-            with self._deadline():
+            with self._deadline(), waiting_for("sla-doctor", "examining this node", quick=True):
                 mine = self.examine_node(stack, nodes[self.place.node])
             self._hear_nodes(mine)
             self._share_folder()

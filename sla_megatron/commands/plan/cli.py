@@ -20,6 +20,7 @@ from pathlib import Path
 from ...common.errors import one_line_errors
 from ...common.files import write_whole
 from ...common.flag_types import OneLineParser
+from ...common.waiting import waiting_for
 from ...flags.sla_flags import add_sla_args, refuse_unknown_sla_flags
 from .as_json import as_json
 from .figures import Figures
@@ -52,7 +53,9 @@ def main() -> None:
 
 
 def _plan(asked: argparse.Namespace) -> None:
-    figures = Figures.of(settled_job(), rates(asked), asked.suggest, _progress())
+    with waiting_for("sla-plan", "asking Megatron what the flags mean", quick=True):
+        job = settled_job()
+    figures = Figures.of(job, rates(asked), asked.suggest, _progress())
     if asked.plot is not None:
         plot(figures.prediction, Path(asked.plot))
     if asked.json == STDOUT:

@@ -133,3 +133,12 @@ def test_bad_flags_of_every_command(argv: list[str], line: str) -> None:
     assert (done.returncode, imported, done.stdout) == (2, [], "")
     assert done.stderr.count("\n") == 1 and line in done.stderr, done.stderr
     assert done.stderr.startswith(argv[0]) and ": error: " in done.stderr
+
+
+def test_what_takes_long_says_so_first() -> None:
+    """Megatron is imported for what these flags mean: that is said meanwhile, in lines of their own."""
+    done, imported = started("sla-plan", "--num-layers", "4")
+    assert "megatron" in imported and done.returncode == 2
+    first, *_, last = done.stderr.splitlines()
+    assert first == "sla-plan: asking Megatron what the flags mean, 0 s"
+    assert last.startswith("sla-plan: error: "), done.stderr

@@ -1,0 +1,85 @@
+"""Tokenizers as their own libraries build them, where that is all that Megatron's object does.
+
+Importing Megatron takes six seconds of a processor, longer than encoding the first megabytes.  Of the two common kinds
+its object adds nothing to the ids: it calls ``SentencePieceProcessor.encode_as_ids``, or a tokenizer of transformers,
+and ends documents with their end-of-sentence token.  Other kinds, and other flags than the model's, are Megatron's.
+Upstream: ``megatron/core/tokenizers/text/libraries``, ``sentencepiece_tokenizer.py`` and ``huggingface_tokenizer.py``.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from ...common.errors import first_line
+from ...common.tokenizers import DEFAULTS, TokenizerError, build, hub_asked_for, tokenizer_name
+
+#: The two kinds, and what they import.
+_IMPORTED = {
+    "SentencePieceTokenizer": ("sentencepiece",),
+    "HuggingFaceTokenizer": ("transformers.models.auto.tokenization_auto",),
+}
+_MEGATRON = (__package__ + ".megatron_imports",)
+
+
+def build_for_data(settings: Namespace) -> Any:
+    """What has the ids of Megatron's tokenizer: ``tokenize``, ``detokenize``, ``vocab_size``, ``eod`` and ``library``.
+
+    Args:
+        settings: as of :func:`sla_megatron.common.tokenizers.build`.
+
+    Raises:
+        TokenizerError: with one line, if it cannot be built.
+    """
+    if not _is_plain(settings):
+        return build(settings)
+    kind = {"SentencePieceTokenizer": _SentencePiece, "HuggingFaceTokenizer": _HuggingFace}[settings.tokenizer_type]
+    try:
+        with hub_asked_for(settings):
+            plain = kind(settings.tokenizer_model)
+    except Exception as error:  # The libraries', of many types.
+        raise TokenizerError(f"{tokenizer_name(settings)} cannot be read: {first_line(error)}") from error
+    # Without one, Megatron gives the separator that role.
+    return build(settings) if plain.eod is None else plain
+
+
+def preloaded(settings: dict[str, Any]) -> tuple[str, ...]:
+    """The modules that :func:`build_for_data` imports for these settings."""
+    return _IMPORTED[settings["tokenizer_type"]] if _is_plain(Namespace(**settings)) else _MEGATRON
+
+
+def _is_plain(settings: Namespace) -> bool:
+    """Whether it is of the two kinds, and no flag but the model's is given."""
+    others = {name: default for name, default in DEFAULTS.items() if name != "tokenizer_model"}
+    return (
+        settings.tokenizer_type in _IMPORTED
+        and bool(settings.tokenizer_model)
+        and all(getattr(settings, name) == default for name, default in others.items())
+    )
+
+
+class _SentencePiece:
+    library = "sentencepiece"
+
+    def __init__(self, model: str) -> None:
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor(model_file=model)
+        self.tokenize, self.detokenize = processor.encode_as_ids, processor.decode_ids
+        self.vocab_size: int = processor.get_piece_size()
+        self.eod: int = processor.eos_id()
+
+
+class _HuggingFace:
+    library = "transformers"
+
+    def __init__(self, model: str) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False)
+        self.detokenize = self._tokenizer.decode
+        self.vocab_size = len(self._tokenizer)
+        self.eod: int | None = self._tokenizer.eos_token_id
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer(text).input_ids
