@@ -19,7 +19,8 @@ import torch.distributed as dist
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..convert.commands import DTYPES, stored_args
+from ..convert.checkpoint_arguments import stored_args
+from ..convert.commands import DTYPES
 from ..convert.megatron_reader import checkpoint_folder
 from .arguments import OF_HFLM, EvaluationError, Sizes, world_size
 from .causal_lm import MegatronCausalLM
