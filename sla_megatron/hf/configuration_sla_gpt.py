@@ -73,7 +73,6 @@ class SlaGPTConfig(RopeFields, PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    # Not of a model that skips, see below.
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -128,10 +127,18 @@ class SlaGPTConfig(RopeFields, PreTrainedConfig):
             )
         self.sla_layers = list(self.sla_layers)
         self._check()
+        self._fit_plans()
+        super().__post_init__(**kwargs)
+
+    def _fit_plans(self) -> None:
+        """To the modules that there are, and to what engines can do."""
+        absent = [] if self.gated_mlp else ["gate_proj"]
+        absent += [] if self.qk_layernorm else ["q_norm", "k_norm"]
+        plan = type(self).base_model_tp_plan
+        self.base_model_tp_plan = {name: plan[name] for name in plan if name.rpartition(".")[2] not in absent}
         if self.sla_skip_distances and self.sla_skip_groups and self.sla_layers:
             # Engines hand hidden states alone from one stage to the next.
             self.base_model_pp_plan = None
-        super().__post_init__(**kwargs)
 
     def validate(self) -> None:
         """Run by ``save_pretrained``, as fields can be set after the configuration was made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sla_megatron.hf import attention_sla_gpt
@@ -140,6 +142,15 @@ def test_ranks_that_hold_whole_blocks_of_heads_add_up(name: str, size: int) -> N
     ranks = [run(layers) for layers in split(model, size)]
     for parts, whole in zip(zip(*ranks, strict=True), expected, strict=True):
         assert relative_error(sum(parts), whole) <= 1e-12
+
+
+@pytest.mark.parametrize("has_more", [False, True])
+def test_the_plan_names_every_linear_layer_and_nothing_that_is_not_there(has_more: bool) -> None:
+    model = SlaGPTForCausalLM(tiny(gated_mlp=has_more, qk_layernorm=has_more))
+    names = {re.sub(r"\d+", "*", name): module for name, module in model.named_modules()}
+    # The embeddings' rule is transformers' own.
+    assert set(model.tp_plan) <= set(names) and set(model.tp_plan.values()) <= set(ALL_PARALLEL_STYLES)
+    assert {name for name, module in names.items() if isinstance(module, nn.Linear)} <= set(model.tp_plan)
 
 
 def test_ranks_that_would_cut_a_block_are_refused() -> None:
