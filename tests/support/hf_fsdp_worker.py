@@ -28,13 +28,13 @@ def main(out: Path) -> None:
         reshard_after_forward=True,
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    # It takes FSDP for GPUs alone, and would go on with DDP.
-    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     for name, changes in MODELS.items():
         model = build(tiny(**changes), dtype=torch.float32).train()
         if name == "recomputed":
             model.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        # It takes FSDP for GPUs alone, and would go on with DDP on each look at its state.
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
         model, optimizer = accelerator.prepare(model, optimizer)
         # A row for each rank: together, the batch of the model that is whole.
         batch = tokens()[accelerator.process_index][None]

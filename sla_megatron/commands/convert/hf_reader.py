@@ -146,7 +146,8 @@ def _ours(config: Mapping[str, Any], path: Path) -> Config:
     """A configuration of our format, with the defaults that transformers leaves out when it saves one."""
     complete = _complete(config, path)
     _refuse_quantised(config, path)
-    found = dict(config) | {name: getattr(complete, name) for name in _FIELDS}
+    fields = complete.to_dict()
+    found = dict(config) | {name: fields.get(name) for name in _FIELDS}
     groups = found["num_key_value_heads"]
     if tuple(found["sla_skip_groups"]) != evenly_spread(len(found["sla_skip_groups"]), groups):
         raise ConvertError(f"{path}: sla_skip_groups {found['sla_skip_groups']} are not spread evenly")
