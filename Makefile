@@ -40,7 +40,7 @@ test: $(STAMP) ## run the tests that need no GPU
 test-upstream: $(STAMP) ## run the tests of parity, pipelines and hybrids with a checkout's Megatron (DIR=/path/to/it)
 	@$(RUN) tests.support.upstream $(DIR) $(PYTEST_ARGS)
 
-test-serving: $(SERVING_VENV)/.installed ## test exports in vLLM, in an environment that it makes (.venv-serving, 5 GB)
+test-serving: $(SERVING_VENV)/.installed ## test exports in vLLM, in an environment that it makes (.venv-serving, 6 GB)
 	@$(SERVING_VENV)/bin/python -m pytest -q tests/serving $(PYTEST_ARGS)
 
 $(SERVING_VENV)/.installed: setup.py constraints-serving.txt

@@ -21,7 +21,7 @@ fi
 pip() { "$venv/bin/python" -m pip "$@" --quiet --disable-pip-version-check --no-deps --no-compile; }
 
 echo "installing $vllm, and the torch and transformers that it wants, into $venv"
-echo "(about 3 minutes and 5 GB the first time, seconds after that)"
+echo "(about 3 minutes and 6 GB the first time, seconds after that)"
 if ! pip install "$vllm" 2>"$venv/pip-errors.txt"; then
     cat "$venv/pip-errors.txt" >&2
     if grep -q "No matching distribution found" "$venv/pip-errors.txt"; then
