@@ -16,6 +16,9 @@ from tests.support.launch import ROOT
 
 pytestmark = pytest.mark.distributed
 
+#: Layers, width and positions of the shapes ``tiny`` and ``narrow``.
+SIZES = ((4, 64, 64), (12, 96, 1024))
+
 
 def run(name: str, folder: Path, *flags: str) -> dict[str, Any]:
     """What ``python -m benchmarks.NAME`` writes, once it has printed its tables; checked for honesty."""
@@ -136,17 +139,23 @@ def test_generation(compiled: bool, tmp_path: Path) -> None:
 
 
 def test_convert(tmp_path: Path) -> None:
-    """Both directions, each against a copy of what it reads."""
-    flags = ("--model", "tiny", "--rounds", "1", "--warmup", "0", "--folder", str(tmp_path))
-    export, back = run("convert", tmp_path, *flags)["rows"]
-    assert (export["direction"], back["direction"]) == ("megatron-to-hf", "hf-to-megatron")
-    # Four layers of 12 h^2 + 13 h, embeddings of 512 tokens (500 and padding) and 64 positions, the last norm.
-    assert export["parameters"] == back["parameters"] == 4 * (12 * 64**2 + 13 * 64) + (512 + 64) * 64 + 2 * 64
-    for row in (export, back):
-        assert row["source_bytes"] >= 4 * (row["parameters"] - 12 * 64) and row["result_bytes"] > 4 * 2e5
-        assert row["ratio"]["median"] == row["seconds"]["convert"]["median"] / row["seconds"]["copy"]["median"]
-        assert row["peak_bytes"]["convert"]["median"] > row["result_bytes"] / 4
-        assert row["startup_seconds"] > 0
+    """Both directions, each against a copy of what it reads, at two sizes."""
+    flags = ("--models", "tiny", "narrow", "--rounds", "1", "--warmup", "0", "--folder", str(tmp_path))
+    rows = run("convert", tmp_path, *flags)["rows"]
+    assert [row["direction"] for row in rows] == ["megatron-to-hf", "hf-to-megatron"]
+    # Layers of 12 h^2 + 13 h, embeddings of 512 tokens (500 and padding) and of the positions, the last norm.
+    parameters = [layers * (12 * h**2 + 13 * h) + (512 + at) * h + 2 * h for layers, h, at in SIZES]
+    for row in rows:
+        assert [size["parameters"] for size in row["sizes"]] == parameters
+        for size in row["sizes"]:
+            assert size["source_bytes"] >= 4 * (size["parameters"] - 12 * 96)
+            assert size["result_bytes"] >= 4 * (size["parameters"] - 12 * 96)
+            # Of one run each: all that is not imported is fixed, or grows with the bytes.
+            work = row["fixed_seconds"] + row["seconds_per_gb"]["convert"] * size["source_bytes"] / 1e9
+            assert size["work_seconds"]["convert"]["median"] == pytest.approx(work)
+            seconds = size["cpu_seconds"]["convert"]["median"]
+            assert seconds - work == pytest.approx(row["import_seconds"]["median"], abs=seconds / 2)
+        assert row["slope_over_copy"] == row["seconds_per_gb"]["convert"] / row["seconds_per_gb"]["copy"]
     assert not list(tmp_path.glob("sla-convert-*"))
 
 
@@ -181,6 +190,7 @@ print(one_run([sys.executable, "-c", {orphan!r}])["cpu_seconds"])
         ("generation", ["--compile", "--warmup", "0"], "--warmup 0: expected 1 or more with --compile"),
         ("tokenize_startup", ["--rounds", "0"], "--rounds 0: expected an integer of 1 or more"),
         ("convert", ["--folder", "no/such"], "--folder no/such: expected a folder that is there"),
+        ("convert", ["--package", "tests"], "--package tests: expected a folder with sla_megatron in it"),
     ],
 )
 def test_bad_flags(name: str, flags: list[str], message: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from sla_megatron.commands.convert import cli
+from sla_megatron.commands.convert import cli, progress
 from tests.support.convert_models import save_random_checkpoint
 from tests.support.launch import ROOT
 
@@ -181,6 +182,23 @@ def test_a_full_disk(
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_lines_while_megatron_writes(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Which says nothing of it itself."""
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.002)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["sla-convert", "hf-to-megatron", str(good / "hf"), str(out)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, lines[0]) == (0, f"reading {good / 'hf'}")
+    # The model has 0.2 MB.
+    shown = [re.match(rf"writing {re.escape(str(out))}: (\d+)%, .* of 2\d\dk,", line) for line in lines]
+    percents = [int(match[1]) for match in shown if match]
+    assert percents[0] == 0 and percents == sorted(percents) and percents[-1] > 0
 
 
 def test_sigkill(tmp_path: Path) -> None:

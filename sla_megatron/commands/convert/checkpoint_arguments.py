@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from warnings import catch_warnings
 
@@ -23,7 +24,7 @@ from ...flags.sla_flags import add_sla_args
 from .errors import ConvertError
 from .model_arguments import MAPPED
 from .stored_arguments import completed, names, renamed
-from .stored_items import Member, UnfamiliarError, read_settings
+from .stored_items import Member, UnfamiliarError, Unknown, read_settings
 
 #: The key of what is no tensor, and the file in which it was before.
 _COMMON, _COMMON_FILE = "common_state/shard_0_1", "common.pt"
@@ -89,9 +90,16 @@ def _without_megatron(folder: Path) -> Namespace:
     else:
         state = _common_state(folder)
     args = state.get("args") if isinstance(state, dict) else None
-    if not isinstance(args, Namespace):
-        raise UnfamiliarError("no arguments")
+    if not isinstance(args, Namespace) or _holds_unknown(vars(args)):
+        raise UnfamiliarError("other types")
     return args
+
+
+def _holds_unknown(value: Any) -> bool:
+    if isinstance(value, Namespace | SimpleNamespace):
+        return _holds_unknown(vars(value))
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return isinstance(value, Unknown) or any(map(_holds_unknown, within))
 
 
 def _common_state(folder: Path) -> Any:

@@ -251,7 +251,7 @@ class WithSLA:
 
     def parts(self, name: str) -> Sequence[Tensor]:
         """Likewise."""
-        return [self.get(name)]
+        return [self.get(name)] if self._entries[name].part in (KEY, VALUE) else self.dense.parts(name)
 
     def padding(self, name: str) -> Tensor | None:
         """The dense model's."""

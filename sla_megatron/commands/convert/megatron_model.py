@@ -153,12 +153,15 @@ def filled(model: Any, source: Any, vocabulary_rows: int, args: Namespace) -> di
         args: that it was built of.
 
     Raises:
-        ConvertError: if the model has a tensor that the source says nothing about.
+        ConvertError: if the model has a tensor that the source says nothing about, or one of another shape.
     """
     state, tensors = sharded_tensors(model)
     assembler = Assembler(source, vocabulary_rows, args)
     for key, layer, saved, offsets in tensors:
         # One rank has all columns.
-        saved.data = assembler.tensor(key, layer, offsets[0], len(saved.data)).to(saved.data.dtype)
+        found = assembler.tensor(key, layer, offsets[0], len(saved.data))
+        if found.shape != saved.data.shape:
+            raise ConvertError(f"{source.path}: Megatron's tensor {key} is {saved.data.shape}, not {found.shape}")
+        saved.data = found.to(saved.data.dtype)
     assembler.require_all_used()
     return state

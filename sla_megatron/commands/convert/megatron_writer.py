@@ -7,7 +7,8 @@ those of a training run, for any layer spec and any sharding.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def write_megatron(
         tokenizer: its settings, which are stored too.
         extra_flags: Megatron's.
     """
-    with megatron_alone():
+    with megatron_alone(), _one_thread():
         from megatron.core import dist_checkpointing
 
         rows = vocabulary_rows(source)
@@ -60,6 +61,17 @@ def write_megatron(
         dist_checkpointing.save(state, str(release), content_metadata=dict(CONTENT))
     (folder / TRACKER).write_text(RELEASE)
     return args
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several wait for each other, at full speed, where there is nothing to be done but copying."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _flags(tokenizer: Namespace) -> list[str]:

@@ -50,8 +50,8 @@ def _watch(what: str, folder: Path, total: int, ended: Event) -> None:
         return
     begun = time.monotonic()
     while not ended.wait(LOG_SECONDS):
-        spent = time.monotonic() - begun
-        print(tqdm.format_meter(_size(folder), total, spent, prefix=what, bar_format=_LINE, **units), file=sys.stderr)
+        done, spent = min(_size(folder), total), time.monotonic() - begun
+        print(tqdm.format_meter(done, total, spent, prefix=what, bar_format=_LINE, **units), file=sys.stderr)
 
 
 def _size(folder: Path) -> int:

@@ -59,21 +59,31 @@ class Member:
         return f"{self.enumeration.rpartition('.')[2]}({self.value})"
 
 
+class Unknown:
+    """In place of an object of a class that is not known here: whatever it was given is dropped."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    __setstate__ = __setitem__ = append = extend = __init__
+
+
 def read_tensor(path: Path, offset: int, length: int) -> Tensor:
     """The tensor that ``length`` bytes from ``offset`` on hold: a view that cannot be written to.
 
     It need not lie where its type would have it: copy it before you compute with it.
     """
-    members = _members(path, offset, length)
-    found = _unpickled(members)
+    found = _unpickled(_members(path, offset, length), _Unpickler)
     if not isinstance(found, Tensor):
         raise UnfamiliarError(f"a {type(found).__name__}")
     return found
 
 
 def read_settings(path: Path, offset: int = 0, length: int | None = None) -> Any:
-    """An object without tensors, of builtin types, namespaces, dtypes and signals; enumerations as :class:`Member`."""
-    return _unpickled(_members(path, offset, path.stat().st_size if length is None else length))
+    """An object of builtin types, namespaces, dtypes and signals; in place of anything else are stand-ins.
+
+    Those of Megatron's enumerations are :class:`Member`, of the rest, tensors too, :class:`Unknown`.
+    """
+    return _unpickled(_members(path, offset, path.stat().st_size if length is None else length), _SettingsUnpickler)
 
 
 def _members(path: Path, offset: int, length: int) -> dict[str, memoryview]:
@@ -103,11 +113,11 @@ def _members(path: Path, offset: int, length: int) -> dict[str, memoryview]:
     return found
 
 
-def _unpickled(members: dict[str, memoryview]) -> Any:
+def _unpickled(members: dict[str, memoryview], unpickler: type[_Unpickler]) -> Any:
     if bytes(members.get("byteorder", b"")) != sys.byteorder.encode() or "data.pkl" not in members:
         raise UnfamiliarError("no archive of torch.save of this byte order")
     try:
-        return _Unpickler(members).load()
+        return unpickler(members).load()
     except UnfamiliarError:
         raise
     except Exception as error:  # Of damaged pickles anything comes.
@@ -149,13 +159,28 @@ class _Unpickler(pickle.Unpickler):
         return dtype, data
 
 
+class _SettingsUnpickler(_Unpickler):
+    """Has a stand-in for anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return Unknown if name.startswith("_rebuild_") else super().find_class(module, name)
+        except UnfamiliarError:
+            return Unknown
+
+    def persistent_load(self, pid: Any) -> Any:
+        return Unknown()
+
+
 def _tensor(
     storage: tuple[torch.dtype, memoryview], offset: int, size: Sequence[int], stride: Sequence[int], *_: Any
 ) -> Tensor:
     """As ``torch._utils._rebuild_tensor_v2``."""
     (dtype, data), shape = storage, torch.Size(size)
     count = shape.numel()
-    if tuple(stride) != torch.empty(shape, device="meta").stride() or not count:
+    # Each is the product of the sizes behind it.
+    rows_follow = tuple(stride) == tuple(shape[dim + 1 :].numel() for dim in range(len(shape)))
+    if not rows_follow or not count:
         raise UnfamiliarError(f"a tensor of shape {tuple(shape)} and strides {tuple(stride)}")
     with warnings.catch_warnings(action="ignore"):  # It is not written to.
         return torch.frombuffer(data, dtype=dtype, count=count, offset=offset * dtype.itemsize).view(shape)

@@ -55,9 +55,15 @@ ROWS: dict[ModuleType, dict[str, Any]] = {
         "cache_ratio": {"full": 0.8125, "pruned": 0.8125},
     },
     convert: {
-        **{"model": "tiny", "variant": "full", "parameters": 3e6, "startup_seconds": 9.0},
-        **{"direction": "megatron-to-hf", "source_bytes": 12e6, "result_bytes": 12e6, "ratio": SPREAD},
-        **{name: {"convert": SPREAD, "copy": SPREAD} for name in ("seconds", "peak_bytes")},
+        **{"direction": "megatron-to-hf", "variant": "full", "import_seconds": SPREAD, "fixed_seconds": 0.1},
+        **{"seconds_per_gb": {"convert": 2.0, "copy": 1.0}, "slope_over_copy": 2.0},
+        "sizes": [
+            {
+                **{"model": model, "parameters": 3e6, "source_bytes": 12e6, "result_bytes": 12e6},
+                **{name: {"convert": SPREAD, "copy": SPREAD} for name in ("cpu_seconds", "seconds", "peak_bytes")},
+            }
+            for model in ("tiny", "narrow")
+        ],
     },
 }
 
@@ -185,3 +191,19 @@ def test_the_formula_is_what_is_planned(ranks: int, chunks: int, each: int, head
         assert hop.hidden <= hop.sizes["sla"] <= min(hop.relay, hop.padded)
     if chunks == 1:
         assert all(hop.relay == hop.sizes["sla"] for hop in hops)
+
+
+def test_what_conversions_are_made_of() -> None:
+    """Made up: imports of 3 s, 0.4 s of other work, 2 s a GB; the copy takes 0.5 s a GB, and 0.1 s otherwise."""
+
+    def runs(gb: float) -> dict[str, list[dict[str, float]]]:
+        rest = {"seconds": 9.0, "peak_bytes": 1e9, "source_bytes": gb * 1e9, "result_bytes": gb * 1e9}
+        converted = [{"import_seconds": 3.0 + late, "cpu_seconds": 3.4 + late + 2 * gb, **rest} for late in (0, 0.5, 1)]
+        return {"convert": converted, "copy": [{"import_seconds": 0.02, "cpu_seconds": 0.12 + 0.5 * gb, **rest}]}
+
+    parameters = {"small": 1, "large": 2}
+    row = convert.row_of("megatron-to-hf", "full", {"small": runs(0.5), "large": runs(1.5)}, parameters)
+    assert (row["import_seconds"]["n"], row["import_seconds"]["median"]) == (6, 3.5)
+    assert row["fixed_seconds"] == pytest.approx(0.4)
+    assert row["seconds_per_gb"] == pytest.approx({"convert": 2.0, "copy": 0.5})
+    assert row["slope_over_copy"] == pytest.approx(4.0)
