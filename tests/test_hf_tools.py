@@ -204,7 +204,7 @@ def packed_int4() -> Any:
 
 @pytest.mark.parametrize(
     ("how", "dtype", "close"),
-    [(int8, torch.float32, 1e-5), (int4, torch.float32, 1e-5), (packed_int4, torch.bfloat16, 0.05)],
+    [(int8, torch.float32, 1e-5), (int4, torch.float32, 1e-5), (packed_int4, torch.bfloat16, 0.1)],
     ids=["int8", "int4", "int4 packed"],
 )
 @pytest.mark.parametrize("mode", ["full", "pruned"])
@@ -301,8 +301,8 @@ def test_fsdp2(tmp_path: Path) -> None:
     wait_for_ranks(start_ranks(worker, 2, tmp_path), tmp_path, timeout=120)
     found = torch.load(tmp_path / "gradients.pt")
     for name, changes in SHARDED.items():
-        whole, batch = build(tiny(**changes), dtype=torch.float32).train(), tokens()
+        whole, batch = build(tiny(**changes)).train(), tokens()
         F.cross_entropy(whole(batch).logits.flatten(0, 1), batch.flatten()).backward()
         expected = {key: p.grad for key, p in whole.named_parameters() if p.grad is not None}
         assert found[name].keys() == expected.keys()
-        assert max(relative_error(found[name][key], expected[key]) for key in expected) <= 1e-5, name
+        assert max(relative_error(found[name][key], expected[key]) for key in expected) <= 1e-10, name

@@ -29,7 +29,7 @@ def main(out: Path) -> None:
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     for name, changes in MODELS.items():
-        model = build(tiny(**changes), dtype=torch.float32).train()
+        model = build(tiny(**changes)).train()
         if name == "recomputed":
             model.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
