@@ -87,7 +87,8 @@ def megatron_to_hf(
 ) -> str:
     """Write ``source`` as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns what was carried.
 
-    Memory: one tensor of the checkpoint and one of the result, beside the libraries.
+    Memory, beside the libraries and mapped files: nothing but one tensor, where it changes its type, or was sharded by
+    columns.
     """
     infos = [
         TensorInfo(entry.hf, dtype or source.dtype(entry.hf), entry.shape)
