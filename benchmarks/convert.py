@@ -58,6 +58,7 @@ def main() -> None:
         help=f"two shapes, the smaller first, of {', '.join(SHAPES)} (default: gpt2-124m gpt2-350m)",
     )
     parser.add_argument("--variant", choices=VARIANTS, default="full", help="their attention (default: full)")
+    parser.add_argument("--directions", choices=DIRECTIONS, nargs="+", default=list(DIRECTIONS), help="default: both")
     parser.add_argument("--rounds", type=count("--rounds"), default=3, help="timed (default: 3)")
     parser.add_argument("--warmup", type=count("--warmup", 0), default=1, help="left out (default: 1)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write (default: the system's for such)")
@@ -81,12 +82,12 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One row a direction."""
     package = (args.package or ROOT).resolve()
     parameters = in_child(lambda: [make_checkpoint(args, folder, model) for model in args.models])
-    for model in args.models:
+    for model in args.models if DIRECTIONS[1] in args.directions else ():
         one_run(package, DIRECTIONS[0], "convert", folder / model / DIRECTIONS[0], folder / model / DIRECTIONS[1])
     found: dict[tuple[str, str, str], list[Figures]] = {}
     for turn in range(args.warmup + args.rounds):
         for model in args.models:
-            for direction in DIRECTIONS:
+            for direction in args.directions:
                 for way in WAYS if turn % 2 else WAYS[::-1]:
                     source, result = folder / model / direction, folder / "result"
                     figures = one_run(package, direction, way, source, result)
@@ -102,7 +103,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             {model: {way: found[model, direction, way] for way in WAYS} for model in args.models},
             dict(zip(args.models, parameters, strict=True)),
         )
-        for direction in DIRECTIONS
+        for direction in args.directions
     ]
 
 

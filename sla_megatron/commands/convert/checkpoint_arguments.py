@@ -11,11 +11,12 @@ from argparse import ArgumentParser, Namespace
 from contextlib import redirect_stdout
 from importlib import import_module
 from io import StringIO
-from pathlib import Path
-from types import SimpleNamespace
+from pathlib import Path, PosixPath
+from signal import Signals
 from typing import Any
 from warnings import catch_warnings
 
+import torch
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
@@ -23,11 +24,13 @@ from ...common.errors import last_line
 from ...flags.sla_flags import add_sla_args
 from .errors import ConvertError
 from .model_arguments import MAPPED
-from .stored_arguments import completed, names, renamed
-from .stored_items import Member, UnfamiliarError, Unknown, read_settings
+from .stored_arguments import completed, megatron_defaults, names, renamed
+from .stored_items import Member, UnfamiliarError, read_settings
 
 #: The key of what is no tensor, and the file in which it was before.
 _COMMON, _COMMON_FILE = "common_state/shard_0_1", "common.pt"
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, Signals, PosixPath)
 
 # Mapped, and in no checkpoint of today: names of earlier versions, or what a run of ours adds.
 _MAY_LACK = frozenset(("hybrid_override_pattern", "is_hybrid_model", "rope_scaling_factor_honoured"))
@@ -71,6 +74,8 @@ def stored_args(folder: Path) -> Namespace:
 
 def whole(args: Namespace) -> Namespace:
     """What :func:`export_args` left out too: values of Megatron's types, and the defaults of what is not stored."""
+    # It imports Megatron such that it can be, on a CPU too.
+    megatron_defaults()
     return completed(Namespace(**{name: _resolved(value) for name, value in vars(args).items()}))
 
 
@@ -78,7 +83,9 @@ def _resolved(value: Any) -> Any:
     if isinstance(value, Member):
         module, _, name = value.enumeration.rpartition(".")
         return getattr(import_module(module), name)(value.value)
-    return [_resolved(each) for each in value] if isinstance(value, list) else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_resolved, value))
+    return {key: _resolved(each) for key, each in value.items()} if type(value) is dict else value
 
 
 def _without_megatron(folder: Path) -> Namespace:
@@ -90,16 +97,16 @@ def _without_megatron(folder: Path) -> Namespace:
     else:
         state = _common_state(folder)
     args = state.get("args") if isinstance(state, dict) else None
-    if not isinstance(args, Namespace) or _holds_unknown(vars(args)):
+    if not isinstance(args, Namespace) or not _is_known(vars(args)):
         raise UnfamiliarError("other types")
     return args
 
 
-def _holds_unknown(value: Any) -> bool:
-    if isinstance(value, Namespace | SimpleNamespace):
-        return _holds_unknown(vars(value))
-    within = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-    return isinstance(value, Unknown) or any(map(_holds_unknown, within))
+def _is_known(value: Any) -> bool:
+    """Whether ``value`` is as Megatron would read it once it is :func:`_resolved`."""
+    if type(value) in (dict, list, tuple):
+        return all(map(_is_known, value.values() if isinstance(value, dict) else value))
+    return type(value) in _PLAIN or isinstance(value, Member)
 
 
 def _common_state(folder: Path) -> Any:

@@ -92,7 +92,8 @@ def megatron_to_hf(
     """Write ``source`` as a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns what was carried.
 
     ``kind`` is the folder's ``model_type``, such as ``llama``; without, the one of :func:`to_foreign.chosen`.
-    Memory: one tensor of the checkpoint and one of the result, beside the libraries.
+    Memory, beside the libraries and mapped files: nothing but one tensor, where it changes its type, or was sharded by
+    columns.
     """
     itself = chosen(source, kind)
     with finished_folder(out, overwrite, _read_by(source)) as folder:

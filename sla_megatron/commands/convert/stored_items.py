@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path, PosixPath
 from typing import Any
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
@@ -98,8 +98,8 @@ def _members(path: Path, offset: int, length: int) -> dict[str, memoryview]:
         # What is before an archive is passed over.
         with ZipFile(pages) as archive:  # type: ignore[type-var]
             listed = archive.infolist()
-    except (BadZipFile, ValueError, NotImplementedError) as error:
-        raise UnfamiliarError(str(error)) from error
+    except Exception as error:  # Of damaged archives anything comes.
+        raise UnfamiliarError(repr(error)) from error
     for member in listed:
         header = view[member.header_offset : member.header_offset + _HEADER]
         if member.compress_type != ZIP_STORED or len(header) < _HEADER or header[:4] != _SIGNATURE:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -91,6 +92,17 @@ def test_what_is_not_known_without_megatron_is_asked_of_it(monkeypatch: pytest.M
             del given.rotary_percent
             monkeypatch.setattr(checkpoint_arguments, "_without_megatron", lambda _: given)
         assert checkpoint_arguments.export_args(STEP) is asked
+
+
+def test_arguments_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older versions of Megatron store them, in place of those in the shards; expected: what went into it."""
+    args = checkpoint_arguments.stored_args(STEP)
+    shutil.copytree(STEP, tmp_path / "step")
+    args.num_layers = -1
+    torch.save({"args": args, "iteration": 3}, tmp_path / "step" / "common.pt")
+    monkeypatch.setattr(checkpoint_arguments, "stored_args", lambda _: pytest.fail("Megatron was asked"))
+    found = checkpoint_arguments.export_args(tmp_path / "step")
+    assert found.num_layers == -1 and vars(checkpoint_arguments.whole(found)) == vars(args)
 
 
 def raising(*_: Any) -> Any:
