@@ -22,11 +22,11 @@ LENGTH = 32
 BASE = {"seq_length": LENGTH, "max_position_embeddings": LENGTH}
 ROPE = {"position_embedding_type": "rope", "swiglu": True, "disable_bias_linear": True, "normalization": "RMSNorm"}
 SKIPPING = {"sla": True, "sla_skip_distance": [1, 2], "sla_num_skip_groups": 2}
-#: Checkpoints that have an export.
+#: Checkpoints that have an export, without the layers that predict further tokens.
 MODELS: dict[str, dict[str, Any]] = {
     "checkpoints": SKIPPING,
     "pruned": ROPE | {"sla": True, "sla_skip_distance": [1], "sla_kv_projection": "pruned"},
-    "dense": ROPE | {"untie_embeddings_and_output_weights": True},
+    "dense": ROPE | {"untie_embeddings_and_output_weights": True, "mtp_num_layers": 1},
     "hybrid": SKIPPING | {"num_layers": 8, "hybrid_layer_pattern": "*-*-*-*-"},
 }
 #: No export has experts.
@@ -74,14 +74,14 @@ def checkpoint_model(folder: Path, **arguments: Any) -> Any:
 def test_a_checkpoint_is_scored_as_its_export(folder: Path, tmp_path: Path, name: str) -> None:
     """Its log-likelihoods are those that lm-eval's own class finds for the export, and it writes the same words."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
     from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 
-    megatron_to_hf(open_megatron(folder / name), tmp_path / "exported")
+    megatron_to_hf(open_megatron(folder / name, drop_mtp=True), tmp_path / "exported")
     exported = SlaGPTForCausalLM.from_pretrained(tmp_path / "exported").eval()
-    hf = HFLM(exported, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "exported"), batch_size=3)
+    hf = HFLM(exported, tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported"), batch_size=3)
     ours = checkpoint_model(folder / name)
     assert log_likelihoods(ours) == pytest.approx(log_likelihoods(hf), rel=CLOSE)
     assert generated(ours) == generated(hf)
@@ -100,7 +100,7 @@ def test_a_plain_gpt_of_the_same_weights_is_told_apart(folder: Path, tmp_path: P
     found = log_likelihoods(plain)
     plain.close()
     differences = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
-    assert sum(difference > 100 * CLOSE for difference in differences) > 0.9 * len(differences)
+    assert min(differences) > 100 * CLOSE
 
 
 @pytest.mark.distributed
@@ -122,14 +122,14 @@ def test_over_several_ranks(folder: Path, tmp_path: Path) -> None:
 
     for name, arguments in models.items():
         alone = checkpoint_model(folder / arguments["pretrained"])
-        expected, words = log_likelihoods(alone), generated(alone)
+        expected, written_alone = log_likelihoods(alone), generated(alone)
         if name == "tensor":
             scored = scores(alone)
         alone.close()
         for answer in answers:
             found, written = answer[name]
             assert found == pytest.approx(expected, rel=CLOSE), name
-            assert written == words, name
+            assert written == written_alone, name
     # Copies have half of the documents each; the first has all answers.
     assert [answer["copies"] is None for answer in answers] == [False, True]
     assert answers[0]["copies"] == {question: pytest.approx(each, rel=CLOSE) for question, each in scored.items()}
@@ -162,6 +162,7 @@ def scores(model: Any) -> dict[str, list[float]]:
         ({"pipeline_model_parallel_size": "two"}, "pipeline_model_parallel_size=two: expected an integer from 1"),
         ({"expert_model_parallel_size": 2}, "expert_model_parallel_size=2: expected a divisor of the 1 copies"),
         ({"devices": 4}, "devices=4: expected 1, the ranks of this job"),
+        ({"max_gen_toks": "many"}, "max_gen_toks=many: expected an integer from 1"),
         ({"dtype": "int8"}, "dtype=int8: expected auto or one of fp32"),
         ({"device": "tpu"}, "--device tpu: expected one of auto, cpu, cuda"),
         ({"max_length": LENGTH + 1}, f"max_length=33: expected at most {LENGTH}"),

@@ -64,7 +64,7 @@ class CheckpointModel:
         if dtype is None:
             dtype = stored.params_dtype if ranks.device == "cuda" else torch.float32
         self.dtype, self.sizes = dtype, sizes
-        with ranks.megatron(), torch.random.fork_rng(devices=[]):
+        with ranks.megatron(), ranks.own_generators():
             with ranks.together():
                 self._args = _args(stored, folder, ranks.device, sizes, dtype)
                 self._model = _built(self._args, folder).to(ranks.torch_device)
