@@ -13,7 +13,16 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.convert_models import save_random_checkpoint
-from tests.support.evaluation import PAIRS, QUESTIONS, block, generated, log_likelihoods, requests, save_tokenizer
+from tests.support.evaluation import (
+    PAIRS,
+    QUESTIONS,
+    block,
+    generated,
+    log_likelihoods,
+    requests,
+    save_tokenizer,
+    scores,
+)
 from tests.support.launch import free_ports, run_worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -103,50 +112,56 @@ def test_a_plain_gpt_of_the_same_weights_is_told_apart(folder: Path, tmp_path: P
     assert min(differences) > 100 * CLOSE
 
 
-@pytest.mark.distributed
-def test_over_several_ranks(folder: Path, tmp_path: Path) -> None:
-    """On two ranks, whatever they share: what one rank finds.  The README's command writes it once."""
+def test_the_documented_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes what the model finds, and how often the best choice is the right one."""
+    from sla_megatron.commands.evaluate import cli
+
     words = shlex.split(block("HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 sla-eval").replace("\\\n", ""))
-    command = words[words.index("sla-eval") + 1 :]
-    at = command.index("pretrained=checkpoints")
-    command[at] += ",tensor_model_parallel_size=2"
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", words[words.index("sla-eval") :])
+    cli.main()
+    gc.collect()
+    (samples,) = folder.glob("results/checkpoints/samples_my_choices_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    expected = choices(folder / "checkpoints")
+    assert scores(lines) == {question: pytest.approx(each, rel=CLOSE) for question, each in expected.items()}
+    for line in lines:
+        found = expected[line["doc"]["question"]]
+        assert line["acc"] == float(found.index(max(found)) == line["doc"]["answer"])
+
+
+@pytest.mark.distributed
+def test_over_two_ranks(folder: Path, tmp_path: Path) -> None:
+    """Whatever they share: what one rank finds, and lm-eval's results are one rank's to write."""
     models = {
         "tensor": {"pretrained": "checkpoints", "tensor_model_parallel_size": 2},
+        "copies": {"load": "checkpoints", "devices": 2},
         "pipeline": {"pretrained": "checkpoints", "pipeline_model_parallel_size": 2},
-        "hybrid-pipeline": {"pretrained": "hybrid", "pipeline_model_parallel_size": 2},
+        "hybrid": {"pretrained": "hybrid", "pipeline_model_parallel_size": 2},
         "experts": {"pretrained": "experts", "expert_model_parallel_size": 2},
     }
-    request = {"folder": folder, "command": command, "models": models, "copies": {"pretrained": "checkpoints"}}
-    ports = free_ports(len(models) + 2)
-    answers = run_worker("evaluate_worker", request | {"ports": ports}, 2, tmp_path / "ranks")
+    request = {"folder": folder, "models": models, "ports": free_ports(len(models))}
+    request["tasks"] = {"tensor": "my_choices", "copies": "my_choices"}
+    first, second = run_worker("evaluate_worker", request, 2, tmp_path / "ranks")
 
-    for name, arguments in models.items():
-        alone = checkpoint_model(folder / arguments["pretrained"])
-        expected, written_alone = log_likelihoods(alone), generated(alone)
-        if name == "tensor":
-            scored = scores(alone)
+    expected = choices(folder / "checkpoints")
+    for name in request["tasks"]:
+        assert first[name] == {question: pytest.approx(each, rel=CLOSE) for question, each in expected.items()}, name
+        assert second[name] is None
+    for name in models.keys() - request["tasks"].keys():
+        alone = checkpoint_model(folder / models[name]["pretrained"])
+        expected, written = log_likelihoods(alone), generated(alone)
         alone.close()
-        for answer in answers:
-            found, written = answer[name]
-            assert found == pytest.approx(expected, rel=CLOSE), name
-            assert written == written_alone, name
-    # Copies have half of the documents each; the first has all answers.
-    assert [answer["copies"] is None for answer in answers] == [False, True]
-    assert answers[0]["copies"] == {question: pytest.approx(each, rel=CLOSE) for question, each in scored.items()}
-
-    (samples,) = folder.glob("results/*/samples_my_choices_*.jsonl")
-    lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    found = {line["doc"]["question"]: [float(answer[0][0]) for answer in line["resps"]] for line in lines}
-    assert found == {question: pytest.approx(each, rel=CLOSE) for question, each in scored.items()}
-    for line in lines:
-        best = max(scored[line["doc"]["question"]])
-        assert line["acc"] == float(scored[line["doc"]["question"]].index(best) == line["doc"]["answer"])
+        for answer in (first, second):
+            assert answer[name] == [pytest.approx(expected, rel=CLOSE), written], name
 
 
-def scores(model: Any) -> dict[str, list[float]]:
-    """Each question's log-likelihoods of its choices."""
+def choices(checkpoint: Path) -> dict[str, list[float]]:
+    """Each question's log-likelihoods of its choices, by one rank."""
+    model = checkpoint_model(checkpoint)
     asked = [(question["question"], " " + choice) for question in QUESTIONS for choice in question["choices"]]
     found = iter(model.loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True))
+    model.close()
     return {question["question"]: [next(found)[0] for _ in question["choices"]] for question in QUESTIONS}
 
 
