@@ -29,7 +29,7 @@ EXTRAS_REQUIRE = {
     "te": ["transformer-engine[pytorch]"],
     # What --plot of sla-plan and sla-data draws with.
     "plot": ["matplotlib"],
-    # What examples/evaluate runs exported models with.
+    # What sla-eval, and examples/evaluate, run models with.
     "eval": ["lm-eval"],
     # What the plugin serves exports in; an environment that has vLLM needs --no-deps, see docs/serving.md.
     "vllm": ["vllm"],

@@ -75,3 +75,21 @@ def generated(model: Any) -> list[str]:
         ("a day", drawn),
     ]
     return model.generate_until(requests("generate_until", *contexts), disable_tqdm=True)
+
+
+def evaluated(model: Any, task: str) -> dict[str, list[float]] | None:
+    """Each question's log-likelihoods of its choices, as lm-eval finds them; ``None`` where it would write nothing.
+
+    ``task`` is one in the folder ``tasks``.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    tasks = TaskManager(include_path="tasks", include_defaults=False)
+    found = simple_evaluate(model, tasks=[task], task_manager=tasks, log_samples=True)
+    return None if found is None else scores(found["samples"][task])
+
+
+def scores(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The same of samples, as they are or as they are written."""
+    return {sample["doc"]["question"]: [float(each[0][0]) for each in sample["resps"]] for sample in samples}

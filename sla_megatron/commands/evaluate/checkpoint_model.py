@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...common.errors import last_line
+from ...common.errors import FlagError, last_line
+from ...common.patterns import kinds
 from ...common.silence import silence
+from ...flags.asked import hybrid_pattern
+from ...flags.sla_flags import SDPA
 from ..convert.megatron_model import build
 from ..convert.megatron_reader import stored_tensors
 from ..convert.trained_model import PARALLELISM, PRECISION, TRAINING_ALONE, args_here, load
@@ -61,7 +64,7 @@ class CheckpointModel:
         if dtype is None:
             dtype = stored.params_dtype if ranks.device == "cuda" else torch.float32
         self.dtype, self.sizes = dtype, sizes
-        with ranks.megatron(), torch.random.fork_rng(devices=[]):
+        with ranks.megatron(), ranks.own_generators():
             with ranks.together():
                 self._args = _args(stored, folder, ranks.device, sizes, dtype)
                 self._model = _built(self._args, folder).to(ranks.torch_device)
@@ -170,9 +173,11 @@ def _args(stored: Namespace, folder: Path, device: str, sizes: Sizes, dtype: tor
         from ...flags.fused_kernels import switch_off_missing_kernels
 
         args = Namespace(**{**vars(stored), **PARALLELISM, **PRECISION, **TRAINING_ALONE})
+        if (pattern := hybrid_pattern(stored)) is not None:
+            args.hybrid_layer_pattern = kinds(pattern)
         switch_off_missing_kernels(args)
     else:
-        args = Namespace(**{**vars(args_here(stored, folder)), **_PLAIN_EXPERTS})
+        args = _with_torch_attention(Namespace(**{**vars(args_here(stored, folder)), **_PLAIN_EXPERTS}))
     vars(args).update(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -191,6 +196,18 @@ def _args(stored: Namespace, folder: Path, device: str, sizes: Sizes, dtype: tor
 
 
 _EMBEDDINGS = "embedding.word_embeddings.weight"
+
+
+def _with_torch_attention(args: Namespace) -> Namespace:
+    """``args`` with torch's fused attention where the model's is one that it computes; Megatron's holds all scores."""
+    from ...flags.core_attention import resolve_core_attention
+
+    changed = Namespace(**vars(args) | {"core_attention": SDPA})
+    try:
+        resolve_core_attention(changed)
+    except FlagError:
+        return args
+    return changed
 
 
 def _built(args: Namespace, folder: Path) -> Any:

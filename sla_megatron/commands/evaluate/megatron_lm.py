@@ -76,6 +76,9 @@ class SLAMegatronLM(HFLM):
         _check_others(others, sizes)
         if devices not in (None, world_size()):
             raise EvaluationError(f"devices={devices}: expected {world_size()}, the ranks of this job")
+        for name, number in (("max_length", max_length), ("max_gen_toks", max_gen_toks)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise EvaluationError(f"{name}={number}: expected an integer from 1")
         kind = _dtype(dtype)
         folder = _folder(pretrained, load, ckpt_step)
         stored = stored_args(folder)

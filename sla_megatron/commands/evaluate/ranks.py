@@ -37,7 +37,9 @@ class Ranks:
         # What lm-eval says where its user says nothing; with several ranks, each has a GPU of its own.
         self.device = choose_device("auto" if requested in (None, "cuda:0") else requested)
         self._is_alone = "RANK" not in os.environ
-        with self.megatron(), torch.random.fork_rng(devices=[]):
+        if self.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        with self.megatron(), self.own_generators():
             # Imported here, on the device that was chosen.
             from megatron.core import parallel_state, tensor_parallel
 
@@ -51,8 +53,6 @@ class Ranks:
             self.copies = parallel_state.get_data_parallel_group()
 
     def _start(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if self.device == "cuda" else "gloo"
         if self._is_alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -62,6 +62,10 @@ class Ranks:
     def megatron(self) -> AbstractContextManager[object]:
         """Within the block Megatron runs on this device; outside of it, torch is as it was."""
         return cpu_backend() if self.device == "cpu" else megatron_device(["--device", "cuda"])
+
+    def own_generators(self) -> AbstractContextManager[None]:
+        """Whatever is drawn within the block, generation later draws as lm-eval seeded it."""
+        return torch.random.fork_rng([torch.cuda.current_device()] if self.device == "cuda" else [])
 
     @property
     def torch_device(self) -> torch.device:
