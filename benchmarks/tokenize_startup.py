@@ -125,18 +125,22 @@ def measure(
 def one_run(command: list[str], shards: Path | None = None) -> dict[str, float]:
     """Seconds of ``command``: until it said something, its longest silence, until a first shard, in all; and of CPU."""
     begun = time.perf_counter()
-    first_shard, said = None, [0.0]
+    first_shard, over, said = None, None, [0.0]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as child:
         while True:
             ready, _, _ = select.select([child.stdout], [], [], 0.01)
             now = time.perf_counter() - begun
+            # The server of its workers may hold its output open for longer.
+            if over is None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                over = now
             if shards is not None and first_shard is None and any(shards.glob("[0-9]*.json")):
                 first_shard = now
             if ready:
-                text = os.read(child.stdout.fileno(), 1 << 16)
-                said.append(now)
-                if not text:
+                if not os.read(child.stdout.fileno(), 1 << 16):
                     break
+                said.append(now)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        said.append(time.perf_counter() - begun if over is None else over)
         cpu, status = 0.0, 0
         with contextlib.suppress(ChildProcessError):
             while True:

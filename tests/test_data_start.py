@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,3 +122,22 @@ def test_a_tokenizer_that_no_worker_can_build(folder: Path, tmp_path: Path, caps
     assert lines[0] == lines[1] and lines[0].startswith(
         f"sla-data: error: SentencePieceTokenizer {tmp_path}/bad.model cannot be read: "
     )
+
+
+def test_control_c_while_workers_start(folder: Path) -> None:
+    """It reaches all processes of the terminal; the command alone says something."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "sla_megatron.commands.data.cli"),
+            *tokenize(folder, *HUGGING_FACE, "interrupted", "--workers", "2"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    said = [process.stderr.readline() for _ in range(2)]  # The server has begun to import.
+    os.killpg(process.pid, signal.SIGINT)
+    said += process.communicate(timeout=60)[1].splitlines(keepends=True)
+    assert process.returncode == 130 and said[-1] == "sla-data: interrupted\n"
+    assert all(line.startswith("sla-data: loading the tokenizer, ") for line in said[:-1]), said

@@ -1,4 +1,4 @@
-"""What every folder may use: errors, files, flag types, tables, pictures, environment, launchers, tokenizers.
+"""What every folder may use: errors, files, flag types, tables, pictures, environment, launchers, tokenizers, waiting.
 
 Imports nothing of ours; torch and Megatron only within the functions that need them.
 """

@@ -3,12 +3,13 @@
 inputs.py      the flags that say where text is, and the sources they mean
 blocks.py      a source cut into blocks that do not depend on who works on them
 documents.py   a block's documents and faults
-encoding.py    documents to token ids, by Megatron's tokenizer
+encoding.py    documents to token ids, those of Megatron's tokenizer; plain_tokenizers.py without Megatron
 shards.py      one block's result on disk
 workers.py     processes that turn blocks into shards
 workdir.py     what is done already: lock, settings, shards
 tokenizing.py  the whole job: resume, run, report
-merging.py     shards to the final files: split, duplicates
+merging.py     shards to the final files: split, duplicates; index_format.py is what they begin with
+joining.py     finished data sets to one
 
 training_tokenizer.py   a sentencepiece model of a sample of the documents
 inspection.py           whether an index and its data agree; contents.py what is in them

@@ -14,13 +14,6 @@ from typing import Any
 from ...common.errors import first_line
 from ...common.tokenizers import DEFAULTS, TokenizerError, build, hub_asked_for, tokenizer_name
 
-#: The two kinds, and what they import.
-_IMPORTED = {
-    "SentencePieceTokenizer": ("sentencepiece",),
-    "HuggingFaceTokenizer": ("transformers.models.auto.tokenization_auto",),
-}
-_MEGATRON = (__package__ + ".megatron_imports",)
-
 
 def build_for_data(settings: Namespace) -> Any:
     """What has the ids of Megatron's tokenizer: ``tokenize``, ``detokenize``, ``vocab_size``, ``eod`` and ``library``.
@@ -33,33 +26,33 @@ def build_for_data(settings: Namespace) -> Any:
     """
     if not _is_plain(settings):
         return build(settings)
-    kind = {"SentencePieceTokenizer": _SentencePiece, "HuggingFaceTokenizer": _HuggingFace}[settings.tokenizer_type]
     try:
         with hub_asked_for(settings):
-            plain = kind(settings.tokenizer_model)
+            plain = _PLAIN[settings.tokenizer_type](settings.tokenizer_model)
     except Exception as error:  # The libraries', of many types.
         raise TokenizerError(f"{tokenizer_name(settings)} cannot be read: {first_line(error)}") from error
     # Without one, Megatron gives the separator that role.
     return build(settings) if plain.eod is None else plain
 
 
-def preloaded(settings: dict[str, Any]) -> tuple[str, ...]:
-    """The modules that :func:`build_for_data` imports for these settings."""
-    return _IMPORTED[settings["tokenizer_type"]] if _is_plain(Namespace(**settings)) else _MEGATRON
+def imported_for(settings: dict[str, Any]) -> str:
+    """The module, with all that it imports, that :func:`build_for_data` needs for these settings."""
+    plain = _is_plain(Namespace(**settings))
+    return _PLAIN[settings["tokenizer_type"]].module if plain else f"{__package__}.megatron_imports"
 
 
 def _is_plain(settings: Namespace) -> bool:
     """Whether it is of the two kinds, and no flag but the model's is given."""
     others = {name: default for name, default in DEFAULTS.items() if name != "tokenizer_model"}
     return (
-        settings.tokenizer_type in _IMPORTED
+        settings.tokenizer_type in _PLAIN
         and bool(settings.tokenizer_model)
         and all(getattr(settings, name) == default for name, default in others.items())
     )
 
 
 class _SentencePiece:
-    library = "sentencepiece"
+    library = module = "sentencepiece"
 
     def __init__(self, model: str) -> None:
         import sentencepiece
@@ -71,7 +64,7 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    library = "transformers"
+    library, module = "transformers", "transformers.models.auto.tokenization_auto"
 
     def __init__(self, model: str) -> None:
         from transformers import AutoTokenizer
@@ -83,3 +76,6 @@ class _HuggingFace:
 
     def tokenize(self, text: str) -> list[int]:
         return self._tokenizer(text).input_ids
+
+
+_PLAIN = {"SentencePieceTokenizer": _SentencePiece, "HuggingFaceTokenizer": _HuggingFace}

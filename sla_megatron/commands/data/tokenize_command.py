@@ -42,7 +42,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     group.add_argument("--deduplicate", action="store_true", help="of documents with the same text, keep the first")
     group.add_argument("--on-error", choices=("fatal", "skip"), default="fatal", help="for faulty documents")
-    group.add_argument("--workers", type=_count, default=1, metavar="N", help="processes; default 1")
+    group.add_argument("--workers", type=_count, default=1, metavar="N", help="most processes; default 1")
     group.add_argument(
         "--overwrite",
         action="store_true",

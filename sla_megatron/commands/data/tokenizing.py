@@ -26,7 +26,7 @@ from .index_format import dtype_of
 from .inputs import Inputs
 from .manifests import SPLITS
 from .merging import IndexedWriter, Part, first_occurrences, split_of
-from .plain_tokenizers import preloaded
+from .plain_tokenizers import imported_for
 from .progress import Progress, waiting_for
 from .shards import (
     FatalFault,
@@ -159,7 +159,7 @@ def _workers(job: Job, most: int) -> Team | ThisProcess:
     sources = [replace(source, data=None) if isinstance(source, Table) else source for source in job.inputs.sources]
     theirs = replace(job, inputs=replace(job.inputs, sources=sources))
     rows = ("pyarrow",) if any(source.kind == "rows" for source in sources) else ()
-    return Team(most, _prepare, (theirs,), (*preloaded(job.tokenizer), *rows))
+    return Team(most, _prepare, (theirs,), (imported_for(job.tokenizer), *rows))
 
 
 def _write_shards(job: Job, folder: Path, team: Team | ThisProcess) -> list[ShardRecord]:

@@ -144,7 +144,12 @@ def begin_preloading(imports: Sequence[str] = ()) -> None:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     multiprocessing.get_context("forkserver").set_forkserver_preload([__package__ + ".tokenizing", *imports])
-    forkserver.ensure_running()
+    # Control-C is for this process: the server, while it imports, would say where it was.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @dataclass(frozen=True, slots=True)
