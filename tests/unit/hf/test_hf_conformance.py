@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 from sla_megatron.hf import attention_sla_gpt
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM, SlaGPTModel
 
-from .hf_models import LENGTH, VOCABULARY, build, tiny, tokens
+from .hf_models import LENGTH, VOCABULARY, build, relative_error, tiny, tokens
 
 
 @pytest.mark.parametrize("groups", [[1, 2, 3], []])
@@ -52,3 +52,16 @@ def test_transformers_sees_what_a_forward_pass_can_be_asked_for() -> None:
         kinds = [inspect.signature(model.forward).parameters["kwargs"].annotation for model in (ours, llama)]
         assert kinds[0] == kinds[1]
         assert "output_attentions" in kinds[0].__args__[0].__annotations__
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("positions", ["rope", "learned_absolute"])
+def test_sequences_one_after_the_other_do_not_see_each_other(implementation: str, positions: str) -> None:
+    """Where positions begin anew, a sequence does: training and engines leave out padding that way."""
+    model = build(tiny(position_embedding_type=positions))
+    model.set_attn_implementation(implementation)
+    first, second = tokens(1, 5), tokens(1, 8, seed=2)
+    places = torch.cat([torch.arange(5), torch.arange(8)]).unsqueeze(0)
+    packed = model(torch.cat([first, second], dim=1), position_ids=places, use_cache=False).logits
+    assert relative_error(packed, torch.cat([model(first).logits, model(second).logits], dim=1)) <= 1e-10
