@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -133,14 +134,14 @@ def test_rows_of_shards(cuts: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     rows, columns = ([slice(*ends) for ends in pairwise(cut)] for cut in cuts)
     shards = [((row.start, column.start), whole[row, column]) for row in rows for column in columns]
     source, place = object.__new__(megatron_reader.MegatronSource), ("key", None)
-    source.path, source._last = Path("x"), (place, shards)
+    source.path, source._kept = Path("x"), {place: shards}
     source._stored = {"key": SimpleNamespace(size=whole.shape, properties=SimpleNamespace(dtype=whole.dtype))}
     for start, length in ((0, 8), (1, 3), (2, 3), (4, 4), (6, 1), (3, 0)):
         found = source._rows(place, start, length)
         assert torch.equal(torch.cat([torch.empty(0, 6), *found]), whole[start : start + length])
         of_whole = [part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for part in found]
         assert all(of_whole) or len(columns) > 1
-    source._last = (place, [*shards, shards[0]])
+    source._kept = {place: [*shards, shards[0]]}
     with pytest.raises(ConvertError, match="the shards of key overlap"):
         source._rows(place, 0, 8)
 
@@ -163,6 +164,21 @@ class Copied(TorchDispatchMode):
 def tensors_in(values: Sequence[Any]) -> list[torch.Tensor]:
     found = [each for each in values if isinstance(each, torch.Tensor)]
     return found + [each for value in values if isinstance(value, list | tuple) for each in tensors_in(value)]
+
+
+def test_what_is_stored_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values together; the vocabulary a second time, for its padding."""
+    opened: Counter[tuple[Path, int]] = Counter()
+    original = megatron_reader.read_tensor
+
+    def counting(path: Path, offset: int, length: int) -> torch.Tensor:
+        opened[path, offset] += 1
+        return original(path, offset, length)
+
+    monkeypatch.setattr(megatron_reader, "read_tensor", counting)
+    megatron_to_hf(source := open_megatron(CHECKPOINT), tmp_path / "out")
+    stored = {(entry.megatron, entry.layer) for entry in entries(source.config)}
+    assert sorted(opened.values()) == [*[1] * (len(stored) - 1), 2]
 
 
 class InOnePiece:
