@@ -266,8 +266,8 @@ def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         cli.main()
     assert ended.value.code == 2
     assert _fingerprint(folder) == before and not (folder / "out").exists()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("sla-convert: error: ")
+    reading, line = capsys.readouterr().err.splitlines()
+    assert reading == "reading hf" and line.startswith("sla-convert: error: ")
     return line
 
 

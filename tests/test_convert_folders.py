@@ -215,7 +215,7 @@ def test_a_tokenizer_that_cannot_be_read(
     save_foreign(tmp_path / "hf")
     (tmp_path / "hf/tokenizer_config.json").write_text("{}")
     status, _, said = run(monkeypatch, capsys, "hf-to-megatron", tmp_path / "hf", tmp_path / "out")
-    assert status == 0 and re.fullmatch("sla-convert: the tokenizer is not carried along: .*\n", said)
+    assert status == 0 and re.fullmatch("reading .*\nsla-convert: the tokenizer is not carried along: .*\n", said)
     assert not (tmp_path / "out/release/tokenizer").exists()
 
 

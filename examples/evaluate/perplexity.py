@@ -212,7 +212,7 @@ def megatron_logits(checkpoint: Path, vocab_size: int, length: int) -> Iterator[
         vocab_size: rows of the vocabulary that are not padding.
         length: the longest window.
     """
-    from sla_megatron.commands.convert.checkpoint_arguments import stored_args
+    from sla_megatron.commands.convert.commands import stored_args
     from sla_megatron.commands.convert.errors import ConvertError
     from sla_megatron.commands.convert.megatron_reader import MegatronSource, checkpoint_folder
     from sla_megatron.commands.convert.verify import megatron_model

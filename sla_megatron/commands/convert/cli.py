@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import re
 import sys
 from pathlib import Path
@@ -32,8 +33,13 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "sla_gpt")
 def main() -> None:
     """Run one command.  What cannot be done ends it: one line on stderr, exit status 2; logits that differ, 1."""
     args = _parser().parse_args()
-    with one_line_errors("sla-convert", all_ranks=True):
-        status = args.command(args)
+    # What imports make stays: to look through it for garbage, time and again, takes a tenth of a small conversion.
+    gc.disable()
+    try:
+        with one_line_errors("sla-convert", all_ranks=True):
+            status = args.command(args)
+    finally:
+        gc.enable()
     sys.exit(status)
 
 
@@ -251,6 +257,7 @@ def _prune(args: argparse.Namespace) -> int:
         return 0
     from .verify import compare_exports
 
+    gc.enable()
     return _verdict(args, args.export, args.out, compare_exports(args.export, args.out))
 
 
@@ -300,6 +307,7 @@ def _describe(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace, source: Any, folder: Path) -> int:
     from .verify import compare
 
+    gc.enable()
     return _verdict(args, source.path, folder, compare(source, folder))
 
 

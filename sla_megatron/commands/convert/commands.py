@@ -27,6 +27,7 @@ from ...common.tokenizers import (
 from ...flags.validation import parse_layers
 from .architecture import MODEL_TYPE, argv_from_config
 from .checkpoint_arguments import export_args, whole
+from .checkpoint_arguments import stored_args as stored_args
 from .errors import ConvertError
 from .foreign import FOREIGN
 from .hf_folder import TensorInfo, write_model_files, write_padding, write_weights

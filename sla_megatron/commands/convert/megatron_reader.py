@@ -123,7 +123,7 @@ class MegatronSource:
         stored = stored_tensors(folder, self._reader)
         self._stored = {key: tensor for key, tensor in stored.items() if not key.startswith(passed_over)}
         self._entries = {entry.hf: entry for entry in entries(self.config)}
-        self._last: tuple[tuple[str, int | None], list[tuple[tuple[int, ...], Tensor]]] | None = None
+        self._kept: dict[tuple[str, int | None], list[tuple[tuple[int, ...], Tensor]]] = {}
         self._check()
 
     def dtype(self, name: str) -> torch.dtype:
@@ -178,15 +178,18 @@ class MegatronSource:
         return [target]
 
     def _chunks(self, place: tuple[str, int | None]) -> list[tuple[tuple[int, ...], Tensor]]:
-        """Where each shard of what is stored at ``place`` begins, and its data.  Kept: parts are asked for in turn."""
-        if self._last is None or self._last[0] != place:
+        """Where each shard of what is stored at ``place`` begins, and its data."""
+        if place not in self._kept:
             try:
                 found = list(self._mapped(*place))
             except (UnfamiliarError, OSError, KeyError, ValueError):
                 # torch can read it, or say what is wrong.
                 found = [self._whole(*place)]
-            self._last = place, sorted(found, key=lambda chunk: chunk[0])
-        return self._last[1]
+            self._kept[place] = sorted(found, key=lambda chunk: chunk[0])
+            # Its parts are asked for in turn, those of a weight and of its bias.
+            if len(self._kept) > 2:
+                del self._kept[next(iter(self._kept))]
+        return self._kept[place]
 
     def _mapped(self, key: str, layer: int | None) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         stored, written = self._stored[key], self._reader.read_metadata().storage_data

@@ -125,7 +125,8 @@ def test_what_is_refused(
     made(tmp_path / "in")
     capsys.readouterr()
     assert run(monkeypatch, "prune", tmp_path / "in", tmp_path / "out") == 2
-    (printed,) = capsys.readouterr().err.splitlines()
+    reading, printed = capsys.readouterr().err.splitlines()
+    assert reading == f"reading {tmp_path / 'in'}"
     assert re.search(f"^sla-convert: error: .*{line}", printed)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

@@ -12,8 +12,11 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sla_megatron.commands.convert import checkpoint_arguments, cli, megatron_reader, progress
 from sla_megatron.commands.convert.assemble import Assembler
 from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
+from sla_megatron.commands.convert.errors import ConvertError
 from sla_megatron.commands.convert.hf_reader import HFSource
 from sla_megatron.commands.convert.mapping import QUERY, VOCABULARY, entries
 from sla_megatron.commands.convert.prune import Pruned
@@ -121,6 +125,27 @@ def test_what_torch_reads_in_place_of_us_is_the_same(tmp_path: Path, monkeypatch
     assert (tmp_path / "out/model.safetensors").read_bytes() == (EXPORT / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "cuts", [((0, 8), (0, 6)), ((0, 2, 5, 8), (0, 6)), ((0, 8), (0, 3, 6)), ((0, 5, 8), (0, 1, 6))]
+)
+def test_rows_of_shards(cuts: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Whole, of rows, of columns, of both: any rows are those of the whole; views where columns are not cut."""
+    whole = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    rows, columns = ([slice(*ends) for ends in pairwise(cut)] for cut in cuts)
+    shards = [((row.start, column.start), whole[row, column]) for row in rows for column in columns]
+    source, place = object.__new__(megatron_reader.MegatronSource), ("key", None)
+    source.path, source._kept = Path("x"), {place: shards}
+    source._stored = {"key": SimpleNamespace(size=whole.shape, properties=SimpleNamespace(dtype=whole.dtype))}
+    for start, length in ((0, 8), (1, 3), (2, 3), (4, 4), (6, 1), (3, 0)):
+        found = source._rows(place, start, length)
+        assert torch.equal(torch.cat([torch.empty(0, 6), *found]), whole[start : start + length])
+        of_whole = [part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for part in found]
+        assert all(of_whole) or len(columns) > 1
+    source._kept = {place: [*shards, shards[0]]}
+    with pytest.raises(ConvertError, match="the shards of key overlap"):
+        source._rows(place, 0, 8)
+
+
 class Copied(TorchDispatchMode):
     """Counts the bytes of every tensor that an operation makes in memory of its own."""
 
@@ -139,6 +164,21 @@ class Copied(TorchDispatchMode):
 def tensors_in(values: Sequence[Any]) -> list[torch.Tensor]:
     found = [each for each in values if isinstance(each, torch.Tensor)]
     return found + [each for value in values if isinstance(value, list | tuple) for each in tensors_in(value)]
+
+
+def test_what_is_stored_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values together; the vocabulary a second time, for its padding."""
+    opened: Counter[tuple[Path, int]] = Counter()
+    original = megatron_reader.read_tensor
+
+    def counting(path: Path, offset: int, length: int) -> torch.Tensor:
+        opened[path, offset] += 1
+        return original(path, offset, length)
+
+    monkeypatch.setattr(megatron_reader, "read_tensor", counting)
+    megatron_to_hf(source := open_megatron(CHECKPOINT), tmp_path / "out")
+    stored = {(entry.megatron, entry.layer) for entry in entries(source.config)}
+    assert sorted(opened.values()) == [*[1] * (len(stored) - 1), 2]
 
 
 class InOnePiece:
