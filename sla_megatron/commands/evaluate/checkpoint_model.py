@@ -61,12 +61,12 @@ class CheckpointModel:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.folder, self.vocabulary, self._ranks = folder, vocabulary, ranks
-        if dtype is None:
-            dtype = stored.params_dtype if ranks.device == "cuda" else torch.float32
-        self.dtype, self.sizes = dtype, sizes
+        if dtype is None and ranks.device == "cuda":
+            dtype = torch.bfloat16 if stored.bf16 else torch.float16 if stored.fp16 else None
+        self.dtype, self.sizes = dtype or torch.float32, sizes
         with ranks.megatron(), ranks.own_generators():
             with ranks.together():
-                self._args = _args(stored, folder, ranks.device, sizes, dtype)
+                self._args = _args(stored, folder, ranks.device, sizes, self.dtype)
                 self._model = _built(self._args, folder).to(ranks.torch_device)
             with ranks.together():
                 load(self._model, folder, _FURTHER)
