@@ -190,7 +190,8 @@ after, one (`OMP_NUM_THREADS=1`).
     "convert-cpu": """\
 CPU seconds; each against a copy in its own run. Before, a tensor was read whole and copied into another one, its rows
 put together in a third, and then written; now rows go to the file from the mapped file that they lie in, both ways. An
-export imported Megatron's trainer for the types of a checkpoint's arguments and for a tokenizer; now neither.
+export imported Megatron's trainer for the types of a checkpoint's arguments and for a tokenizer; now neither. On the
+way back, Megatron's writer handed its results to itself through a process that imported torch for them.
 """,
     "tokenize-startup-cpu": """\
 Before, the command and the server of its workers imported Megatron before a word was said, and each worker started at

@@ -19,11 +19,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from ..common.errors import first_line
 from ..common.tokenizers import carry_files
-from ..upstream.seams import Reliance, Wrapping, wrap_once
+from ..upstream.seams import Reliance, Seam, Wrapping, wrap_once
 
 RESULTS_QUEUE = Reliance(
     "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
@@ -31,6 +32,15 @@ RESULTS_QUEUE = Reliance(
     "and kept, must not hear --exit-signal",
     ("mp_mode",),
 )
+
+
+def results_here() -> Seam:
+    """A queue of this process, for one that saves alone and at once."""
+    return Seam(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
+        "a save hands its results to itself through a process of its own, which imports torch to look at them",
+        stand_in=Queue(),
+    )
 
 
 def shield_checkpoint_writer(args: Namespace) -> None:

@@ -15,6 +15,8 @@ import torch
 
 from ...common.errors import flag_of
 from ...flags import rope_scaling
+from ...training.checkpoint_writer import results_here
+from ...upstream.seams import replaced
 from .architecture import argv_from_config
 from .megatron_model import CONTENT, args_of, build, filled, megatron_alone
 from .megatron_reader import TRACKER
@@ -38,7 +40,7 @@ def write_megatron(
         tokenizer: its settings, which are stored too.
         extra_flags: Megatron's.
     """
-    with megatron_alone(), _one_thread():
+    with megatron_alone(), replaced([results_here()]), _one_thread():
         from megatron.core import dist_checkpointing
 
         rows = vocabulary_rows(source)

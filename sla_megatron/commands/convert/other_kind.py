@@ -25,6 +25,8 @@ from ...common.patterns import MLP, kinds
 from ...common.tokenizers import CARRIED
 from ...flags.asked import hybrid_pattern
 from ...flags.gpt_hybrid_load import NOT_IN_GPTS, mlp_kinds, stores_numbered_layers
+from ...training.checkpoint_writer import results_here
+from ...upstream.seams import replaced
 from .checkpoint_arguments import stored_args
 from .errors import ConvertError
 from .megatron_model import CONTENT, megatron_alone
@@ -137,7 +139,8 @@ def _write(
         }
         release = place / RELEASE
         release.mkdir()
-        dist_checkpointing.save(state, str(release), content_metadata=dict(CONTENT))
+        with replaced([results_here()]):
+            dist_checkpointing.save(state, str(release), content_metadata=dict(CONTENT))
         if (folder / CARRIED).is_dir():
             shutil.copytree(folder / CARRIED, release / CARRIED)
         (place / TRACKER).write_text(RELEASE)

@@ -149,6 +149,7 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
         SAVE_CONFIG,
         carry_tokenizer_along,
         find_sharded_parameters,
+        results_here,
     )
     from sla_megatron.upstream.compiled_helpers import COMPILE_HELPERS
 
@@ -166,7 +167,7 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
             carry_tokenizer_along(Namespace(save="checkpoints", sla=True, ckpt_format="torch_dist"))
             find_sharded_parameters(Namespace(use_torch_fsdp2=True))
             # Each is installed for a while, at a time of its own.
-            briefly = [CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD, *MAMBA_PARTS, COMPILE_HELPERS]
+            briefly = [CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD, *MAMBA_PARTS, COMPILE_HELPERS, results_here()]
             with sla_transformer_blocks(sla, BertModel), replaced(briefly):
                 return attributes()
 
