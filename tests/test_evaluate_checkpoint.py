@@ -83,13 +83,12 @@ def checkpoint_model(folder: Path, **arguments: Any) -> Any:
 def test_a_checkpoint_is_scored_as_its_export(folder: Path, tmp_path: Path, name: str) -> None:
     """Its log-likelihoods are those that lm-eval's own class finds for the export, and it writes the same words."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
-    from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 
     megatron_to_hf(open_megatron(folder / name, drop_mtp=True), tmp_path / "exported")
-    exported = SlaGPTForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     hf = HFLM(exported, tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported"), batch_size=3)
     ours = checkpoint_model(folder / name)
     assert log_likelihoods(ours) == pytest.approx(log_likelihoods(hf), rel=CLOSE)
