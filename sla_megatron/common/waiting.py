@@ -17,7 +17,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 _MINUTE = 60.0
-_TERMINAL_SECONDS, _FIRST_MINUTE_SECONDS, _LOG_SECONDS = 0.2, 1.0, 10.0
+# A library that is loaded may hold Python's lock for a while: less than a second, for one in each.
+_TERMINAL_SECONDS, _FIRST_MINUTE_SECONDS, _LOG_SECONDS = 0.2, 0.8, 10.0
 
 
 class _Lines:
