@@ -34,9 +34,18 @@ EXTRAS_REQUIRE = {
     # What the plugin serves exports in; an environment that has vLLM needs --no-deps, see docs/serving.md.
     "vllm": ["vllm"],
     "dev": [
-        *("pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "packaging", "matplotlib", "lm-eval"),
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "import-linter",
+        "packaging",
+        "matplotlib",
+        "lm-eval",
         # What fine-tunes and quantises exports in the tests.
-        *("peft", "torchao", "trl"),
+        "peft",
+        "torchao",
+        "trl",
     ],
 }
 
