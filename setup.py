@@ -15,8 +15,8 @@ INSTALL_REQUIRES = [
     "megatron-core[training]>=0.19,<0.21",
     "datasets",
     "sentencepiece",
-    # Exports are models of transformers 5, whose caches they use.
-    "transformers>=5",
+    # Exports are models of transformers 5; tried with 5.4, 5.19, 5.23 and 5.24.
+    "transformers>=5.4",
     "safetensors",
     "tqdm",
     # The grids of sla-sweep.

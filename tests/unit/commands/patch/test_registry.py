@@ -189,6 +189,9 @@ def subclasses_of_megatron() -> dict[str, list[type]]:
     """Every class of this project that extends classes of Megatron -> those."""
     found: dict[str, list[type]] = {}
     for module in pkgutil.walk_packages([str(PACKAGE)], "sla_megatron."):
+        # It extends vLLM, whose environment has no Megatron.
+        if module.name.startswith("sla_megatron.hf.serving."):
+            continue
         for ours in vars(importlib.import_module(module.name)).values():
             if isinstance(ours, type) and ours.__module__.startswith("sla_megatron."):
                 bases = [base for base in ours.__mro__ if base.__module__.startswith("megatron.")]
