@@ -108,7 +108,8 @@ def test_exported_as_the_gpt(runs: dict[str, list[dict[str, Any]]], folder: Path
 
     for what in ("gpt", "hybrid"):
         megatron_to_hf(open_megatron(folder / "full" / what), tmp_path / what)
-    files = sorted(path.name for path in (tmp_path / "gpt").iterdir())
+    paths = (tmp_path / "gpt").rglob("*")
+    files = sorted(str(path.relative_to(tmp_path / "gpt")) for path in paths if path.is_file())
     assert filecmp.cmpfiles(tmp_path / "gpt", tmp_path / "hybrid", files, shallow=False) == (files, [], [])
 
 
