@@ -10,15 +10,27 @@ import pytest
 
 
 @pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
-    """``sla-convert`` with these words: its exit status, and what it wrote on both streams."""
+def convert_streams(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[int, str, str]]:
+    """``sla-convert`` with these words: its exit status, and what it wrote on stdout and on stderr."""
     from sla_megatron.commands.convert import cli
 
-    def run(*words: str | Path) -> tuple[int, str]:
+    def run(*words: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sla-convert", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out + printed.err
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def convert(convert_streams: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str]]:
+    """Likewise: its exit status, and what it wrote on both streams."""
+
+    def run(*words: str | Path) -> tuple[int, str]:
+        status, out, err = convert_streams(*words)
+        return status, out + err
 
     return run

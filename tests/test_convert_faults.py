@@ -38,7 +38,10 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def convert(
-    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    good: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    convert_streams: Callable[..., tuple[int, str, str]],
 ) -> Callable[..., str]:
     """``sla-convert`` on a copy of the good folders that may be broken first; returns its one line."""
     shutil.copytree(good, tmp_path / "copy")
@@ -46,12 +49,10 @@ def convert(
     def run(*command: str) -> str:
         before = _fingerprint(tmp_path)
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["sla-convert", *command])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert ended.value.code == 2
+        status, _, err = convert_streams(*command)
+        assert status == 2
         assert _fingerprint(tmp_path) == before, "nothing was written, nothing else changed"
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sla-convert")]
+        (line,) = [line for line in err.splitlines() if line.startswith("sla-convert")]
         return line
 
     return run

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from sla_megatron.commands.convert import cli
 from tests.support.convert_models import save_random_checkpoint
 from tests.support.launch import ROOT
 from tests.support.pipelines import FOUR_RANKS, MODELS
@@ -87,16 +86,9 @@ def test_training_goes_on_from_what_came_back(trained: Path, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
+def convert(convert_streams: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str]]:
     """``sla-convert`` with these words: its exit status and what it printed."""
-
-    def run(*words: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["sla-convert", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, capsys.readouterr().out
-
-    return run
+    return lambda *words: convert_streams(*words)[:2]
 
 
 def test_the_command(trained: Path, tmp_path: Path, convert: Callable[..., tuple[int, str]]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,24 +132,15 @@ def test_an_export_leaves_them_out_by_an_option(
     runs: dict[str, list[dict[str, Any]]],
     folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    convert: Callable[..., tuple[int, str]],
 ) -> None:
     """With --drop-mtp the export has the trained model's logits; without, one line names the option."""
-    from sla_megatron.commands.convert import cli
+    export = partial(convert, "megatron-to-hf", folder / "pp2v2", tmp_path / "hf")
 
-    def convert(*options: str) -> tuple[int, str]:
-        words = ["sla-convert", "megatron-to-hf", str(folder / "pp2v2"), str(tmp_path / "hf"), *options]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code, printed.out + printed.err
-
-    status, line = convert("--verify")
+    status, line = export("--verify")
     assert (status, list(tmp_path.iterdir())) == (2, [])
     assert re.search(r"^sla-convert: error: --mtp-num-layers 2: .*; --drop-mtp leaves these layers out\n\Z", line, re.M)
-    status, printed = convert("--verify", "--drop-mtp")
+    status, printed = export("--verify", "--drop-mtp")
     assert (status, "logits equal" in printed) == (0, True), printed
 
 

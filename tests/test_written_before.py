@@ -21,7 +21,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sla_megatron.commands.convert import cli as convert_cli
 from sla_megatron.commands.data import cli as data_cli
 from tests.support.launch import ROOT, rank_environment, start_ranks, wait_for_ranks
 
@@ -117,16 +116,13 @@ def test_training_goes_on_from_a_checkpoint(name: str, trained: dict[str, Path])
 
 
 @pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def convert(convert_streams: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
     """``sla-convert`` with these words, which ends well: what it printed."""
 
-    def run(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["sla-convert", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            convert_cli.main()
-        printed = capsys.readouterr()
-        assert ended.value.code == 0, printed.out + printed.err
-        return printed.out
+    def run(*words: str | Path) -> str:
+        status, out, err = convert_streams(*words)
+        assert status == 0, out + err
+        return out
 
     return run
 

@@ -80,29 +80,37 @@ def stored_args(folder: Path) -> dict[str, Any]:
     """Megatron's arguments of the run that wrote the checkpoint in ``folder``, by name, and the ``iteration`` that one
     goes on from; empty where they cannot be read.
 
-    Values of other than Python's own types are stand-ins.  Megatron keeps its "common state" as one object beside the
-    tensors, in earlier versions as a file (``megatron/core/dist_checkpointing/serialization.py``).
+    Values of other than Python's own types are stand-ins.
     """
     try:
-        if (folder / "common.pt").is_file():
-            common = _unzipped((folder / "common.pt").read_bytes())
-        else:
-            with (folder / ".metadata").open("rb") as file:
-                places = _Unpickler(file).load().storage_data.items()
-            place = next(place for index, place in places if index.fqn == "common_state/shard_0_1")
-            with (folder / place.relative_path).open("rb") as file:
-                file.seek(place.offset)
-                (common,) = _unzipped(file.read(place.length))
+        common = common_state(folder, _Unpickler)
         return vars(common["args"]) | {"iteration": common["iteration"]}
     except Exception:  # As above; and a pickle of another version may hold anything.
         return {}
 
 
-def _unzipped(saved: bytes) -> Any:
+def common_state(folder: Path, unpickler: type[pickle.Unpickler]) -> Any:
+    """What Megatron stored beside the tensors of the checkpoint in ``folder``, as ``unpickler`` reads it.
+
+    One object among the shards, in earlier versions a file (``megatron/core/dist_checkpointing/serialization.py``).
+    Raises whatever a damaged file, or another version's, leads to.
+    """
+    if (folder / "common.pt").is_file():
+        return _unzipped((folder / "common.pt").read_bytes(), unpickler)
+    with (folder / ".metadata").open("rb") as file:
+        places = _Unpickler(file).load().storage_data.items()
+    place = next(place for index, place in places if index.fqn == "common_state/shard_0_1")
+    with (folder / place.relative_path).open("rb") as file:
+        file.seek(place.offset)
+        (common,) = _unzipped(file.read(place.length), unpickler)
+    return common
+
+
+def _unzipped(saved: bytes, unpickler: type[pickle.Unpickler]) -> Any:
     """What ``torch.save`` made ``saved`` of."""
     with zipfile.ZipFile(io.BytesIO(saved)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        return _Unpickler(io.BytesIO(archive.read(name))).load()
+        return unpickler(io.BytesIO(archive.read(name))).load()
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

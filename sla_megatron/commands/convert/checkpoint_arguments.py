@@ -7,33 +7,91 @@ alone are Megatron's, and the defaults of arguments that an older version did no
 from __future__ import annotations
 
 import json
+import pickle
 from argparse import ArgumentParser, Namespace
+from collections import OrderedDict
 from contextlib import redirect_stdout
 from importlib import import_module
 from io import StringIO
 from pathlib import Path, PosixPath
 from signal import Signals
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 from warnings import catch_warnings
 
 import torch
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint import CheckpointException
 
+from ...common.checkpoint_folders import common_state
 from ...common.errors import last_line
 from ...flags.sla_flags import add_sla_args
 from .errors import ConvertError
 from .model_arguments import MAPPED
 from .stored_arguments import completed, megatron_defaults, names, renamed
-from .stored_items import Member, UnfamiliarError, read_settings
+from .stored_items import UnfamiliarError
 
-#: The key of what is no tensor, and the file in which it was before.
-_COMMON, _COMMON_FILE = "common_state/shard_0_1", "common.pt"
+#: Where Megatron's enumerations are, members of which are among its arguments.
+_ENUMERATIONS = "megatron.core.transformer.enums"
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, Signals, PosixPath)
 
 # Mapped, and in no checkpoint of today: names of earlier versions, or what a run of ours adds.
 _MAY_LACK = frozenset(("hybrid_override_pattern", "is_hybrid_model", "rope_scaling_factor_honoured"))
+
+
+class Member:
+    """A member of an enumeration of Megatron's, whose import takes seconds: ``enumeration`` names it.
+
+    Attributes:
+        value: the member's.
+    """
+
+    enumeration = ""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"{self.enumeration.rpartition('.')[2]}({self.value})"
+
+
+class Unknown:
+    """In place of an object of a class that is not known here: whatever it was given is dropped."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    __setstate__ = __setitem__ = append = extend = __init__
+
+
+class SettingsUnpickler(pickle.Unpickler):
+    """Makes namespaces, dtypes and what Python has itself; in place of anything else are stand-ins, and none is called.
+
+    Those of Megatron's enumerations are :class:`Member`, of the rest, tensors too, :class:`Unknown`.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self._known: dict[tuple[str, str], Any] = {
+            ("argparse", "Namespace"): Namespace,
+            ("types", "SimpleNamespace"): SimpleNamespace,
+            ("collections", "OrderedDict"): OrderedDict,
+            ("pathlib", "PosixPath"): PosixPath,
+            ("signal", "Signals"): Signals,
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._known:
+            return self._known[module, name]
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if module == _ENUMERATIONS and name.isidentifier():
+            # Kept, so that all members of one are of one class.
+            return self._known.setdefault((module, name), type(name, (Member,), {"enumeration": f"{module}.{name}"}))
+        return Unknown
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A tensor's storage."""
+        return Unknown()
 
 
 def export_args(folder: Path) -> Namespace:
@@ -92,10 +150,10 @@ def _without_megatron(folder: Path) -> Namespace:
     """The arguments as they are stored.  Raises ``UnfamiliarError`` where they hold more than is known here."""
     if json.loads((folder / "metadata.json").read_text()).get("sharded_backend") != "torch_dist":
         raise UnfamiliarError(folder)
-    if (folder / _COMMON_FILE).exists():
-        state = read_settings(folder / _COMMON_FILE)
-    else:
-        state = _common_state(folder)
+    try:
+        state = common_state(folder, SettingsUnpickler)
+    except Exception as error:  # Of damaged pickles anything comes.
+        raise UnfamiliarError(repr(error)) from error
     args = state.get("args") if isinstance(state, dict) else None
     if not isinstance(args, Namespace) or not _is_known(vars(args)):
         raise UnfamiliarError("other types")
@@ -107,15 +165,3 @@ def _is_known(value: Any) -> bool:
     if type(value) in (dict, list, tuple):
         return all(map(_is_known, value.values() if isinstance(value, dict) else value))
     return type(value) in _PLAIN or isinstance(value, Member)
-
-
-def _common_state(folder: Path) -> Any:
-    try:
-        metadata: Metadata = FileSystemReader(folder).read_metadata()
-        where = metadata.storage_data[MetadataIndex(_COMMON)]
-    except Exception as error:  # Of damaged pickles anything comes.
-        raise UnfamiliarError(repr(error)) from error
-    if getattr(where, "transform_descriptors", None):
-        raise UnfamiliarError("transformed")
-    found = read_settings(folder / where.relative_path, where.offset, where.length)
-    return found[0] if isinstance(found, list) and len(found) == 1 else None

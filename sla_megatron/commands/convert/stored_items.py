@@ -1,25 +1,22 @@
 """What ``torch.save`` wrote, at any place of a file, without copying it: tensors are views of mapped memory.
 
 ``torch.distributed.checkpoint`` puts each tensor into its files in this form, a zip archive whose members are not
-compressed.  torch itself maps whole files alone.  Only what plain tensors and settings are made of is known here; of
+compressed.  torch itself maps whole files alone.  Only what plain tensors are made of is known here; of
 anything else, damaged files included, :class:`UnfamiliarError` says so, and the caller asks torch, which can say what
 is wrong.
 """
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import os
 import pickle
-import signal
 import sys
-import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from io import BytesIO
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
 
@@ -35,36 +32,9 @@ _STORAGES = {
     "DoubleStorage": torch.float64,
 }
 
-#: Where Megatron's enumerations are, members of which are among its arguments.
-_ENUMERATIONS = "megatron.core.transformer.enums"
-
 
 class UnfamiliarError(Exception):
     """Why something is left to torch."""
-
-
-class Member:
-    """A member of an enumeration of Megatron's, whose import takes seconds: ``enumeration`` names it.
-
-    Attributes:
-        value: the member's.
-    """
-
-    enumeration = ""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return f"{self.enumeration.rpartition('.')[2]}({self.value})"
-
-
-class Unknown:
-    """In place of an object of a class that is not known here: whatever it was given is dropped."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    __setstate__ = __setitem__ = append = extend = __init__
 
 
 def read_tensor(path: Path, offset: int, length: int) -> Tensor:
@@ -72,18 +42,18 @@ def read_tensor(path: Path, offset: int, length: int) -> Tensor:
 
     It need not lie where its type would have it: copy it before you compute with it.
     """
-    found = _unpickled(_members(path, offset, length), _Unpickler)
+    members = _members(path, offset, length)
+    if bytes(members.get("byteorder", b"")) != sys.byteorder.encode() or "data.pkl" not in members:
+        raise UnfamiliarError("no archive of torch.save of this byte order")
+    try:
+        found = _Unpickler(members).load()
+    except UnfamiliarError:
+        raise
+    except Exception as error:  # Of damaged pickles anything comes.
+        raise UnfamiliarError(repr(error)) from error
     if not isinstance(found, Tensor):
         raise UnfamiliarError(f"a {type(found).__name__}")
     return found
-
-
-def read_settings(path: Path, offset: int = 0, length: int | None = None) -> Any:
-    """An object of builtin types, namespaces, dtypes and signals; in place of anything else are stand-ins.
-
-    Those of Megatron's enumerations are :class:`Member`, of the rest, tensors too, :class:`Unknown`.
-    """
-    return _unpickled(_members(path, offset, path.stat().st_size if length is None else length), _SettingsUnpickler)
 
 
 def _members(path: Path, offset: int, length: int) -> dict[str, memoryview]:
@@ -113,42 +83,20 @@ def _members(path: Path, offset: int, length: int) -> dict[str, memoryview]:
     return found
 
 
-def _unpickled(members: dict[str, memoryview], unpickler: type[_Unpickler]) -> Any:
-    if bytes(members.get("byteorder", b"")) != sys.byteorder.encode() or "data.pkl" not in members:
-        raise UnfamiliarError("no archive of torch.save of this byte order")
-    try:
-        return unpickler(members).load()
-    except UnfamiliarError:
-        raise
-    except Exception as error:  # Of damaged pickles anything comes.
-        raise UnfamiliarError(repr(error)) from error
-
-
 class _Unpickler(pickle.Unpickler):
-    """Calls nothing but what is listed here."""
+    """Calls nothing but what plain tensors are made of."""
 
     def __init__(self, members: dict[str, memoryview]) -> None:
         super().__init__(BytesIO(members["data.pkl"]))
         self._members = members
-        self._known: dict[tuple[str, str], Any] = {
-            ("argparse", "Namespace"): argparse.Namespace,
-            ("types", "SimpleNamespace"): types.SimpleNamespace,
-            ("collections", "OrderedDict"): OrderedDict,
-            ("pathlib", "PosixPath"): PosixPath,
-            ("signal", "Signals"): signal.Signals,
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-        }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._known:
-            return self._known[module, name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        if module == _ENUMERATIONS and name.isidentifier():
-            # Kept, so that all members of one are of one class.
-            return self._known.setdefault((module, name), type(name, (Member,), {"enumeration": f"{module}.{name}"}))
         raise UnfamiliarError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, memoryview]:
@@ -157,19 +105,6 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype) or len(data) != count * dtype.itemsize:
             raise UnfamiliarError(f"storage {key}")
         return dtype, data
-
-
-class _SettingsUnpickler(_Unpickler):
-    """Has a stand-in for anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return Unknown if name.startswith("_rebuild_") else super().find_class(module, name)
-        except UnfamiliarError:
-            return Unknown
-
-    def persistent_load(self, pid: Any) -> Any:
-        return Unknown()
 
 
 def _tensor(

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from sla_megatron.commands.convert.stored_items import UnfamiliarError, Unknown, read_settings, read_tensor
+from sla_megatron.commands.convert.checkpoint_arguments import SettingsUnpickler, Unknown
+from sla_megatron.commands.convert.stored_items import UnfamiliarError, read_tensor
+from sla_megatron.common.checkpoint_folders import common_state
 
 
 def saved(value: Any) -> bytes:
@@ -67,8 +69,10 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Namespace(
         a=1, dtype=torch.bfloat16, nested=SimpleNamespace(path=Path("x")), empty=None, many=[{"b": 2.5}]
     )
-    (tmp_path / "file").write_bytes(saved({"args": settings, "code": Calls(), "tensor": values(3), "many": Many([1])}))
-    found = read_settings(tmp_path / "file")
+    (tmp_path / "common.pt").write_bytes(
+        saved({"args": settings, "code": Calls(), "tensor": values(3), "many": Many([1])})
+    )
+    found = common_state(tmp_path, SettingsUnpickler)
     assert found.pop("args") == settings
     assert [type(value) for value in found.values()] == [Unknown] * 3 and not (tmp_path / "called").exists()
 

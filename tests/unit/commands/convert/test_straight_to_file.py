@@ -26,12 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sla_megatron.commands.convert import checkpoint_arguments, cli, megatron_reader, progress
 from sla_megatron.commands.convert.assemble import Assembler
+from sla_megatron.commands.convert.checkpoint_arguments import Member
 from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
 from sla_megatron.commands.convert.errors import ConvertError
 from sla_megatron.commands.convert.hf_reader import HFSource
 from sla_megatron.commands.convert.mapping import QUERY, VOCABULARY, entries
 from sla_megatron.commands.convert.prune import Pruned
-from sla_megatron.commands.convert.stored_items import Member, UnfamiliarError
+from sla_megatron.commands.convert.stored_items import UnfamiliarError
 from sla_megatron.commands.convert.tokenizer import vocabulary_size
 from sla_megatron.common.tokenizers import DEFAULTS, build, token_count
 from tests.support.launch import ROOT
