@@ -194,10 +194,12 @@ def test_what_cannot_be_evaluated_is_one_line(folder: Path, changes: dict[str, A
     assert message in raised.value.reason and "\n" not in raised.value.reason
 
 
-def test_texts_of_another_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_texts_of_another_tokenizer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NullTokenizer has none of its own; one with more tokens than the model is refused."""
     from sla_megatron.common.errors import StartError
 
+    # As sla-plan leaves it in a process that calls it: no job, which has WORLD_SIZE too.
+    monkeypatch.setenv("RANK", "0")
     save_random_checkpoint(tmp_path / "ids", BASE | SKIPPING)
     save_random_checkpoint(tmp_path / "small", BASE | SKIPPING | {"vocab_size": 40})
     with pytest.raises(StartError, match="its NullTokenizer has no texts: expected tokenizer=PATH"):

@@ -36,7 +36,8 @@ class Ranks:
             raise EvaluationError("this process has a process group already: expected none; close() ends a model's own")
         # What lm-eval says where its user says nothing; with several ranks, each has a GPU of its own.
         self.device = choose_device("auto" if requested in (None, "cuda:0") else requested)
-        self._is_alone = "RANK" not in os.environ
+        # As arguments.world_size has it: RANK may be there without a job, for Megatron's messages.
+        self._is_alone = "WORLD_SIZE" not in os.environ
         if self.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         with self.megatron(), self.own_generators():
