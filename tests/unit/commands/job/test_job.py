@@ -12,7 +12,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from sla_megatron.commands.job import cli
+from sla_megatron.commands.job.begin_command import LOOP, NOTHING_LEFT
 from sla_megatron.commands.job.chain import FINISHED, REQUEUE, STOP, Chain, begin, end
+from sla_megatron.commands.job.end_command import TRY_AGAIN
 from sla_megatron.commands.job.flags import JobError, TrainingFlags, training_flags
 from sla_megatron.common.checkpoint_folders import TRACKER, newest_complete, problem, tracked
 
@@ -254,11 +256,11 @@ def test_statuses_of_the_commands(
 
     assert status("end", "--status", "0", *flags) == 2
     assert status("begin", *flags) == 0
-    assert status("end", "--status", "1", "--signalled", *flags) == cli.TRY_AGAIN == 75
+    assert status("end", "--status", "1", "--signalled", *flags) == TRY_AGAIN == 75
     assert status("begin", *flags) == 0
-    assert status("end", "--status", "1", *flags) == cli.LOOP == status("begin", *flags) == 3
+    assert status("end", "--status", "1", *flags) == LOOP == status("begin", *flags) == 3
     checkpoint(save_to, 5)
-    assert status("begin", *flags) == cli.NOTHING_LEFT == 10
+    assert status("begin", *flags) == NOTHING_LEFT == 10
     assert status("show", "--run", str(tmp_path)) == 0
     shown = capsys.readouterr().out.splitlines()[-2:]
     assert shown[0].startswith("  1  job 8 on gpu[1-2]: ") and shown[0].endswith("at iteration 0, preempted")

@@ -1,0 +1,31 @@
+"""``sla-job begin``: before an attempt."""
+
+from __future__ import annotations
+
+import os
+import socket
+from argparse import ArgumentParser, Namespace
+
+from .arguments import add_flags, add_max_failures, add_run, say
+from .chain import FINISHED, REQUEUE, STOP, Chain, begin
+from .flags import training_flags
+
+HELP = "before an attempt: put the checkpoint folder in order, note the attempt"
+
+#: Exit statuses when training is complete, and in a crash loop.
+NOTHING_LEFT, LOOP = 10, 3
+
+
+def add_arguments(command: ArgumentParser) -> None:
+    add_run(command)
+    add_flags(command)
+    add_max_failures(command)
+    command.add_argument("--job", metavar="NAME", help="what Slurm calls the job (default: SLURM_JOB_ID)")
+
+
+def run(args: Namespace) -> int:
+    chain = Chain.read(args.run)
+    job = args.job or os.environ.get("SLURM_JOB_ID", "none")
+    nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
+    verdict = begin(chain, training_flags(args.flags), job, nodes, args.max_failures, say)
+    return {FINISHED: NOTHING_LEFT, REQUEUE: 0, STOP: LOOP}[verdict]
