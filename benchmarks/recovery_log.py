@@ -143,6 +143,7 @@ def recoveries(found: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
             "seconds": seconds,
             "all_seconds": new[0] - before.fault_at,
             # Done by then, and not in what the next attempt began from.
-            "lost_steps": before.steps[-1][1] - (after.steps[0][1] - 1),
+            # What a step's end had to say may be lost with the job, and the step be saved.
+            "lost_steps": max(before.steps[-1][1] - (after.steps[0][1] - 1), 0),
             "rank_cpu_seconds": sorted(after.cpu.values()),
         }

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ def main() -> None:
     from .common.flag_types import OneLineParser
     from .cpu.device import add_device_arg, megatron_device
     from .flags.sla_flags import add_sla_args, refuse_unknown_sla_flags
+    from .upstream.later_imports import started_quickly
 
     if "--help-sla" in sys.argv[1:]:
         parser = OneLineParser(
@@ -41,8 +43,10 @@ def main() -> None:
         return
     with one_line_errors():
         refuse_unknown_sla_flags(sys.argv[1:])
-    with megatron_device():
-        from megatron.training import set_startup_timestamps
+    with ExitStack() as stack:
+        with started_quickly():
+            stack.enter_context(megatron_device())
+            from megatron.training import set_startup_timestamps
 
         set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
         args = _arguments()

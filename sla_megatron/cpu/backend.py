@@ -5,11 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from ..upstream.megatron_version import require_megatron
 from ..upstream.seams import replaced
 from .tensors import CudaMeansCpu
+
+#: Environment variables, set unless the user has set them.
+ENVIRONMENT = {
+    # Parts of torch's start-up look at the variable, not at torch._dynamo.config.  And Megatron has functions compiled
+    # as it is imported, for which torch imports its compiler, a second and more, where the variable does not say this.
+    "TORCHDYNAMO_DISABLE": "1",
+    # Megatron insists on it for tensor parallelism on GPUs of some generations; there are no connections to count here.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
 
 _active = False
 _elsewhere = False
@@ -42,10 +51,13 @@ def cpu_backend() -> Iterator[None]:
         yield
         return
     require_megatron()
-    # Imported here: it imports Megatron, which takes seconds and is not needed to choose a device.
-    from .replacements import ENVIRONMENT, SILENCED, replacements
+    with ExitStack() as stack:
+        stack.enter_context(_environment(ENVIRONMENT))
+        # Imported here: it imports Megatron, which takes seconds and is not needed to choose a device.
+        from .replacements import SILENCED, replacements
 
-    with _environment(ENVIRONMENT), _silenced(*SILENCED), replaced(replacements()), CudaMeansCpu():
+        for entered in (_silenced(*SILENCED), replaced(replacements()), CudaMeansCpu()):
+            stack.enter_context(entered)
         _active = True
         try:
             yield

@@ -1,6 +1,7 @@
 """The complete list of what the CPU backend replaces.  Leaving the backend undoes all of it.
 
-Beside these names, variables and one warning it enters :class:`~sla_megatron.cpu.tensors.CudaMeansCpu`, nothing else.
+Beside these names, variables (``backend.py``) and one warning it enters
+:class:`~sla_megatron.cpu.tensors.CudaMeansCpu`, nothing else.
 """
 
 from __future__ import annotations
@@ -18,14 +19,6 @@ _GENERATOR = "the CPU's generator stands for the GPU's"
 _MEMORY = "memory figures are logged and reported"
 _NO_EFFECT = "acts on the GPU alone"
 _EQUAL_SIZES = "gloo gathers and reduces tensors of one size, and experts' ranks hold different numbers of tokens"
-
-#: Environment variables, set unless the user has set them.
-ENVIRONMENT = {
-    # Parts of torch's start-up look at the variable, not at torch._dynamo.config.
-    "TORCHDYNAMO_DISABLE": "1",
-    # Megatron insists on it for tensor parallelism on GPUs of some generations; there are no connections to count here.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-}
 
 #: Logger and warning that is always true, and harmless, where one generator serves both.
 SILENCED = ("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context")

@@ -6,8 +6,10 @@ A save that is under way when a job is told to end must not be cut short by the 
 
 Under ``--exit-signal-handler`` the ranks note the signal and go on to the end of their step, saves included.  Slurm
 sends it to every process of the step, though, and with it to the process that holds the queue of Megatron's checkpoint
-writer, which has no handler: it dies, and the save with it.  Here that process is started early, deaf to the signal.
-It ends with its rank all the same, however that ends: ``pretrain_gpt.py``, which it imports, sees to that.
+writer, which has no handler: it dies, and the save with it.  A save that is not asynchronous needs no such process,
+which costs each rank two seconds of a core and more in its first save: here its queue is this process's own.  For
+asynchronous ones the process is started early, deaf to the signal.  It ends with its rank all the same, however that
+ends: ``pretrain_gpt.py``, which it imports, sees to that.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from ..upstream.seams import Reliance, Seam, Wrapping, wrap_once
 
 RESULTS_QUEUE = Reliance(
     "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
-    "called before training, with --save and --exit-signal-handler: the process behind the queue, which is made once "
-    "and kept, must not hear --exit-signal",
+    "called before training, with --async-save and --exit-signal-handler: the process behind the queue, which is made "
+    "once and kept, must not hear --exit-signal",
     ("mp_mode",),
 )
 
@@ -44,8 +46,16 @@ def results_here() -> Seam:
 
 
 def shield_checkpoint_writer(args: Namespace) -> None:
-    """Start the writer's helper process deaf to ``--exit-signal``; nothing without ``--exit-signal-handler``."""
-    if args.save is None or not args.exit_signal_handler or args.ckpt_format != "torch_dist":
+    """Have saves do without the writer's helper process; with ``--async-save``, start it deaf to ``--exit-signal``."""
+    if args.save is None or args.ckpt_format != "torch_dist":
+        return
+    if not args.async_save:
+        queue = results_here()
+        owner, name = queue.resolve()
+        # Of an earlier attempt in this process, what its last save left there would be taken for the next one's.
+        setattr(owner, name, queue.stand_in)
+        return
+    if not args.exit_signal_handler:
         return
     RESULTS_QUEUE.require()
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue

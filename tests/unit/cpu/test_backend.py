@@ -132,7 +132,7 @@ def test_megatron_kept_none_of_the_stand_ins() -> None:
 @pytest.mark.parametrize("users", [None, "7"], ids=["unset", "set-by-the-user"])
 def test_environment_variables_are_restored(monkeypatch: pytest.MonkeyPatch, users: str | None) -> None:
     """A variable is set where the user has not set it, and taken away again; the user's value stays."""
-    from sla_megatron.cpu.replacements import ENVIRONMENT
+    from sla_megatron.cpu.backend import ENVIRONMENT
 
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -36,7 +38,22 @@ def writer(megatron: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 def flags(**changes: object) -> Namespace:
     settings = {"save": "checkpoints", "exit_signal_handler": True, "exit_signal": signal.SIGTERM}
-    return Namespace(**settings | {"ckpt_format": "torch_dist"} | changes)
+    return Namespace(**settings | {"ckpt_format": "torch_dist", "async_save": True} | changes)
+
+
+def test_a_save_that_is_waited_for_has_no_helper(writer) -> None:
+    """What it would be for, handing results from one process to another, happens in one."""
+    from sla_megatron.training.checkpoint_writer import shield_checkpoint_writer
+
+    before = multiprocessing.active_children()
+    shield_checkpoint_writer(flags(async_save=False, exit_signal_handler=False))
+    first = writer.get_write_results_queue()
+    first.put("of a save that was not finished")
+    assert multiprocessing.active_children() == before
+    # In a second attempt of the same process nothing of the first is found.
+    shield_checkpoint_writer(flags(async_save=False))
+    with pytest.raises(queue.Empty):
+        writer.get_write_results_queue().get_nowait()
 
 
 def test_the_queue_outlives_the_signal(writer) -> None:
@@ -46,12 +63,12 @@ def test_the_queue_outlives_the_signal(writer) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     shield_checkpoint_writer(flags())
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
-    queue = writer.get_write_results_queue()
-    helper = queue._manager._process
+    results = writer.get_write_results_queue()
+    helper = results._manager._process
     os.kill(helper.pid, signal.SIGTERM)
     time.sleep(0.5)
-    queue.put("written")
-    assert helper.is_alive() and queue.get() == "written"
+    results.put("written")
+    assert helper.is_alive() and results.get() == "written"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
@@ -71,13 +88,13 @@ def test_the_helper_ends_with_a_rank_that_is_killed() -> None:
 
 def test_without_it_the_queue_dies(writer) -> None:
     """What upstream does by itself: once this fails, this project's part can go."""
-    queue = writer.get_write_results_queue()
-    helper = queue._manager._process
+    results = writer.get_write_results_queue()
+    helper = results._manager._process
     os.kill(helper.pid, signal.SIGTERM)
     helper.join(10)
     assert helper.exitcode == -signal.SIGTERM
     with pytest.raises((EOFError, OSError)):
-        queue.put("written")
+        results.put("written")
 
 
 @pytest.mark.parametrize("changes", [{"save": None}, {"exit_signal_handler": False}, {"ckpt_format": "torch"}])
