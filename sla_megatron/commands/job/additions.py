@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...common.files import write_whole
+from ...common.files import read_json, write_json
 from .data_flags import names_data
+from .flags import JobError
 from .given import values
 
 #: In the run's folder.
-RUN_ID, TENSORBOARD, DATA_CACHE = "wandb-run-id", "tensorboard", "data-cache"
+WANDB, TENSORBOARD, DATA_CACHE = "wandb.json", "tensorboard", "data-cache"
 
 # Megatron catches a missing package alone; one that does not fit the others here would end the run.
 _WRITER = "import tensorboard.compat.proto.event_pb2, tensorboard.summary.writer.event_file_writer"
@@ -42,7 +43,8 @@ def additions(run: Path, flags: Sequence[str], takes: Callable[[str], bool]) -> 
         takes: whether the training script knows a flag, such as ``--tensorboard-dir``.
 
     Raises:
-        OSError: where the W&B run's name cannot be kept in ``run``.
+        JobError: where the W&B run's name, kept in ``run``, cannot be read.
+        OSError: where it cannot be kept.
     """
     found, run = Additions(), run.absolute()
 
@@ -69,25 +71,34 @@ def _wandb(run: Path) -> dict[str, str]:
     """The same run at each attempt; what the user has set counts, and ``WANDB_RESUME=never`` switches this off."""
     if os.environ.get("WANDB_RESUME") == "never":
         return {}
-    own = {"WANDB_RESUME": "allow", "WANDB_DIR": str(run)}
-    if not os.environ.get("WANDB_RUN_ID"):
-        own["WANDB_RUN_ID"] = _run_id(run)
-    return {name: value for name, value in own.items() if not os.environ.get(name)}
+    name, job = _kept_names(run)
+    own = {"WANDB_RUN_ID": name, "WANDB_RESUME": "allow", "WANDB_DIR": str(run)}
+    found = {name: value for name, value in own.items() if not os.environ.get(name)}
+    # Megatron puts it into the run's configuration, where W&B takes no second value: another would end the trainer.
+    return found if job in (None, os.environ.get("SLURM_JOB_NAME")) else found | {"SLURM_JOB_NAME": job}
 
 
-def _run_id(run: Path) -> str:
-    """Made once and kept in ``run``; not of its path: W&B takes no run anew that was deleted there."""
-    path = run / RUN_ID
+def _kept_names(run: Path) -> tuple[str, str | None]:
+    """The W&B run's and the first job's, made once and kept in ``run``.
+
+    The run's is not made of the folder's: W&B takes no run anew that was deleted there.
+    """
+    path = run / WANDB
     try:
-        if kept := path.read_text().strip():
-            return kept
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    made = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+        kept = read_json(path)
+        if kept is not None:
+            name, job = kept["run_id"], kept["job_name"]
+            if not (name and isinstance(name, str) and isinstance(job, str | None)):
+                raise ValueError(f"run_id {name!r}, job_name {job!r}")
+            return name, job
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobError(f"{path} cannot be read ({error}): expected it as it was, or moved away") from error
+    name = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+    job = os.environ.get("SLURM_JOB_NAME")
     # Without a folder the command is only shown.
     if run.is_dir():
-        write_whole(path, made + "\n", durable=True)
-    return made
+        write_json(path, {"run_id": name, "job_name": job})
+    return name, job
 
 
 def _can_write_events() -> bool:

@@ -51,7 +51,7 @@ def staged_flags(flags: Sequence[str], stage: Path) -> list[str]:
 
 
 def stage_data(flags: Sequence[str], stage: Path, node: str, say: Callable[[str], None]) -> None:
-    """Copy what ``flags`` name as data below ``stage``, but for what is there as it is (size and time of the last change).
+    """Copy what ``flags`` name as data below ``stage``, but for what is there: of its size and time.
 
     Safe beside another job that does so on this node; a copy has its name when it is whole.
 
@@ -117,8 +117,8 @@ def _require_space(copies: dict[Path, Path], stage: Path, node: str) -> dict[Pat
     free = shutil.disk_usage(existing).free
     if _bytes(missing) > free:
         raise JobError(
-            f"--to {stage}: {_size(_bytes(missing))} of data are to be copied there, and {_size(free)} are free on {node}: "
-            "expected more space, or another folder"
+            f"--to {stage}: {_size(_bytes(missing))} of data are to be copied there, and {_size(free)} are free on "
+            f"{node}: expected more space, or another folder"
         )
     return missing
 

@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from sla_megatron.commands.job.additions import RUN_ID, additions
+from sla_megatron.commands.job.additions import additions
 from sla_megatron.commands.job.chain import Chain
+from sla_megatron.commands.job.flags import JobError
+from tests.support.wandb_files import recorded
 
 DATA = ["--data-path", "corpus"]
+#: Without it each call looks for tensorboard, in a process of its own.
+NO_EVENTS = ["--tensorboard-dir", "events"]
 
 
 @pytest.fixture(autouse=True)
 def no_tracker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "SLURM_JOB_NAME"]:
         monkeypatch.delenv(name)
     yield
 
@@ -68,11 +72,10 @@ def test_without_tensorboard_no_flag_asks_for_it(tmp_path: Path, monkeypatch: py
 def test_one_wandb_run_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made once, beside the chain.json that is already there; another run's is another."""
     (tmp_path / "chain.json").write_text('{"attempts": []}')
-    flags = ["--wandb-project", "p"]
+    flags = ["--wandb-project", "p", *NO_EVENTS]
     first = additions(tmp_path, flags, everything).environment
     assert first == {"WANDB_RUN_ID": first["WANDB_RUN_ID"], "WANDB_RESUME": "allow", "WANDB_DIR": str(tmp_path)}
     assert additions(tmp_path, flags, everything).environment == first
-    assert (tmp_path / RUN_ID).read_text().split() == [first["WANDB_RUN_ID"]]
     assert Chain.read(tmp_path).attempts == []
     (tmp_path / "other").mkdir()
     assert additions(tmp_path / "other", flags, everything).environment["WANDB_RUN_ID"] != first["WANDB_RUN_ID"]
@@ -80,10 +83,27 @@ def test_one_wandb_run_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert additions(tmp_path / "none", flags, everything).environment["WANDB_RUN_ID"]
     assert not (tmp_path / "none").exists()
     # Without a tracker, nothing.
-    assert additions(tmp_path, DATA, everything).environment == {}
+    assert additions(tmp_path, [*DATA, *NO_EVENTS], everything).environment == {}
     # As a script of one's own is told of the project.
     monkeypatch.setenv("WANDB_PROJECT", "p")
-    assert additions(tmp_path, [], everything).environment == first
+    assert additions(tmp_path, NO_EVENTS, everything).environment == first
+
+
+def test_a_resumed_run_keeps_its_jobs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron puts it into the run's configuration, where W&B takes no second value: another name ends the trainer."""
+    monkeypatch.setenv("SLURM_JOB_NAME", "first")
+    flags = ["--wandb-project", "p", *NO_EVENTS]
+    assert "SLURM_JOB_NAME" not in additions(tmp_path, flags, everything).environment
+    monkeypatch.setenv("SLURM_JOB_NAME", "second")
+    assert additions(tmp_path, flags, everything).environment["SLURM_JOB_NAME"] == "first"
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"run_id": 5}', "[]"])
+def test_a_kept_name_that_cannot_be_read(text: str, tmp_path: Path) -> None:
+    """Not a new run in silence."""
+    (tmp_path / "wandb.json").write_text(text)
+    with pytest.raises(JobError, match=r"wandb.json cannot be read .*: expected it as it was, or moved away"):
+        additions(tmp_path, ["--wandb-project", "p", *NO_EVENTS], everything)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +120,7 @@ def test_what_the_user_has_set_counts(
 ) -> None:
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    found = additions(tmp_path, ["--wandb-project", "p"], everything)
+    found = additions(tmp_path, ["--wandb-project", "p", *NO_EVENTS], everything)
     assert found.environment.keys() == added
     folder = found.flags[found.flags.index("--wandb-save-dir") + 1]
     assert folder == own.get("WANDB_DIR", str(tmp_path))
@@ -118,39 +138,15 @@ wandb.finish()
 
 
 def test_two_attempts_are_one_run_in_wandbs_own_files(tmp_path: Path) -> None:
-    """Offline: a folder for each attempt, whose records carry one run's name; without the variables, two."""
+    """Offline: a folder for each attempt, whose records carry one run's name."""
     pytest.importorskip("wandb")
-    added = additions(tmp_path, ["--wandb-project", "p"], everything)
+    added = additions(tmp_path, ["--wandb-project", "p", *NO_EVENTS], everything)
     folder = added.flags[added.flags.index("--wandb-save-dir") + 1]
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    plain |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    started = [
-        subprocess.Popen([sys.executable, "-c", _ATTEMPT, to, *span], env=plain | more)
-        for to, more in ((folder, added.environment), (str(tmp_path / "control"), {}))
+    environment = os.environ | added.environment | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    for process in [
+        subprocess.Popen([sys.executable, "-c", _ATTEMPT, folder, *span], env=environment)
         for span in (("1", "4"), ("3", "6"))
-    ]
-    assert [process.wait(120) for process in started] == [0] * 4
-    ids, steps = recorded(tmp_path / "wandb")
-    assert ids == [added.environment["WANDB_RUN_ID"]] * 2 and sorted(steps) == [[1, 2, 3], [3, 4, 5]]
-    assert len(set(recorded(tmp_path / "control" / "wandb")[0])) == 2
-
-
-def recorded(folder: Path) -> tuple[list[str], list[list[int]]]:
-    """Of each run's file in ``folder``, as wandb itself reads it: the run's id, and the steps."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal import datastore
-
-    ids, steps = [], []
-    for path in folder.glob("*/run-*.wandb"):
-        store = datastore.DataStore()
-        store.open_for_scan(str(path))
-        seen: list[int] = []
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "run":
-                ids.append(record.run.run_id)
-            elif record.WhichOneof("record_type") == "history":
-                seen.append(record.history.step.num)
-        steps.append(seen)
-    return ids, steps
+    ]:
+        assert process.wait(120) == 0
+    name = added.environment["WANDB_RUN_ID"]
+    assert sorted(recorded(tmp_path / "wandb")) == [(name, [1, 2, 3]), (name, [3, 4, 5])]
