@@ -116,7 +116,9 @@ def _parts(name: str) -> Iterator[tuple[int, str]]:
         yield end, part
 
 
-def environment(processes: int, save_seconds: str | None = None, given: Mapping[str, str] = os.environ) -> dict[str, str]:
+def environment(
+    processes: int, save_seconds: str | None = None, given: Mapping[str, str] = os.environ
+) -> dict[str, str]:
     """What ranks have in their environment, docs/slurm.md says why; what is ``given`` stays."""
     cores = given.get("SLURM_CPUS_PER_TASK", "")
     default = {
