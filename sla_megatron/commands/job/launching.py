@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
@@ -32,9 +32,9 @@ _CPU_BIND = re.compile(
     r"|sockets|cores|threads|ldoms|boards)"
 )
 
-#: What runs a rank as a task of srun's: torch's variables from Slurm's, the rank's own files in the place where torchrun
-#: would have them; a node's first and last rank, which Megatron has speak, are in the job's log as well.  A signal to the
-#: step reaches the rank itself; what copies its words outlives it.
+#: What runs a rank as a task of srun's: torch's variables from Slurm's, and files of its own for what it says; a node's
+#: first and last rank, which Megatron has speak, are in the job's log as well.  A signal to the step reaches the rank
+#: itself; what copies its words outlives it.
 _RANK = """\
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$1
 logs=$2/$SLURM_LOCALID
@@ -100,25 +100,16 @@ def _check_bind(args: Namespace) -> None:
 def find_module(name: str) -> ModuleSpec | None:
     """Where ``python -m`` would find a module; nothing is imported on the way, which may take long."""
     path: Sequence[str] | None = None
-    found = None
-    for end, _ in _parts(name):
-        found = PathFinder.find_spec(name[:end], path)
+    parts, found = name.split("."), None
+    for size in range(1, len(parts) + 1):
+        found = PathFinder.find_spec(".".join(parts[:size]), path)
         if found is None:
             return None
         path = found.submodule_search_locations or []
     return found
 
 
-def _parts(name: str) -> Iterator[tuple[int, str]]:
-    end = -1
-    for part in name.split("."):
-        end += 1 + len(part)
-        yield end, part
-
-
-def environment(
-    processes: int, save_seconds: str | None = None, given: Mapping[str, str] = os.environ
-) -> dict[str, str]:
+def environment(processes: int, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What ranks have in their environment, docs/slurm.md says why; what is ``given`` stays."""
     cores = given.get("SLURM_CPUS_PER_TASK", "")
     default = {
@@ -138,7 +129,7 @@ def launched(args: Namespace, program: Sequence[str], name: str) -> list[str]:
     ``%NODE%`` in them stands for the node's name.
 
     Args:
-        args: of :func:`add_launch`, and ``address``, ``port``, ``id`` (of the job and its attempt) and ``logs`` (folder).
+        args: of :func:`add_launch`, and ``address``, ``port``, ``id`` of the job and its attempt, and ``logs``, a folder.
         program: without its flags.
         name: the program's, for the folders of logs.
     """
