@@ -129,7 +129,7 @@ def launched(args: Namespace, program: Sequence[str], name: str) -> list[str]:
     ``%NODE%`` in them stands for the node's name.
 
     Args:
-        args: of :func:`add_launch`, and ``address``, ``port``, ``id`` of the job and its attempt, and ``logs``, a folder.
+        args: of :func:`add_launch`, and ``address``, ``port``, ``id`` of job and attempt, and ``logs``, a folder.
         program: without its flags.
         name: the program's, for the folders of logs.
     """
