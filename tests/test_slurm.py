@@ -395,7 +395,7 @@ def test_bad_flags_end_the_job_before_anything_is_trained(slurm: Cluster) -> Non
         (
             ["--num-layers", "2"],
             {"NPROC": ""},
-            "slurm.sbatch: error: --gpus-per-node: Slurm gave no GPU: expected GPUs",
+            "sla-job: error: --gpus-per-node: Slurm gave no GPU: expected GPUs",
         ),
         (
             [*FLAGS, "--context-parallel-size", "3"],
