@@ -4,9 +4,9 @@ torch writes each tensor, and each object, as an archive of its own, whose recor
 (``torch.serialization.get_crc32_options``, on by default); its loader does not compare it.  Read here in pieces, by one
 core, without torch; numpy is imported by the first look.
 
-What is let pass: what is not finite among objects, which are looked at by their checksums alone (arguments, random
-states, the scales and past maxima of Transformer Engine), and in optimizer buffers that are saved as they lie in memory,
-the gaps between parameters, which nobody sets.
+What is let pass: what is not finite in objects, of which the checksums alone are looked at (arguments, random states,
+the scales and past maxima of Transformer Engine); and in the gaps between parameters, which nobody sets, in optimizer
+buffers that are saved as they lie in memory.
 """
 
 from __future__ import annotations

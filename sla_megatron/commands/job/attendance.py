@@ -10,9 +10,9 @@ from pathlib import Path
 from ...common.checkpoint_contents import damage, size
 from ...common.checkpoint_folders import checkpoints, problem, stored_args, tracked
 from .chain import Chain
-from .checked import Checked, Look, fingerprint
+from .checked import Checked, Look, fingerprint, spoils
 from .flags import TrainingFlags
-from .keep import Keep, gib, remove, remove_rest, space_warning, written_by
+from .keep import Keep, remove, remove_rest, shown_size, space_warning, written_by
 
 #: Exit statuses upon which a launcher ends the step: after a save, and without one.
 SAVE_AND_EXIT, RESUMED_FROM_DAMAGE = 20, 21
@@ -141,12 +141,12 @@ class Attendance:
             return False
         self._checked.note(path, before, None if found is None else found.text)
         if found is None:
-            self.say(f"{path.name} is whole and finite: {gib(size(path))} in {time.monotonic() - began:.1f} s")
+            self.say(f"{path.name} is whole and finite: {shown_size(size(path))} in {time.monotonic() - began:.1f} s")
             return True
         self.say(f"{path} is damaged: {found}; the next attempt will go on from one that is not")
         if found.not_finite:
             self.say("it was written so, and what this training saves after it will probably be no better")
-        if int(path.name[5:]) == self._began_at:
+        if int(path.name[5:]) == self._began_at and spoils(self._checked, path, self._chain.attempts[-1].began):
             self.say("this attempt resumed from it: what it has trained since is of no use")
             raise _Over(RESUMED_FROM_DAMAGE)
         return True

@@ -79,7 +79,8 @@ class Chain:
 
     def known_damage(self, save: Path) -> Callable[[Path], str | None]:
         """What is known against complete checkpoints in ``save``."""
-        return known_damage(Checked(self.folder), save, self.attempts[-1].began_at if self.attempts else 0)
+        last = self.attempts[-1] if self.attempts else None
+        return known_damage(Checked(self.folder), save, last.began_at if last else 0, last.began if last else "")
 
     def failures(self, job: str) -> int:
         """How many of the last attempts of ``job`` failed in a row; a job that is submitted anew counts from 0."""

@@ -16,11 +16,15 @@ FILE = "checked.json"
 
 @dataclass(frozen=True)
 class Look:
-    """What was found in a checkpoint whose files were as ``fingerprint`` says; ``damage`` None: nothing."""
+    """What was found in a checkpoint whose files were as ``fingerprint`` says; ``damage`` None: nothing.
+
+    ``whole`` is when nothing was found last, as the files were then.
+    """
 
     fingerprint: str
     damage: str | None
     when: str
+    whole: str | None = None
 
 
 @dataclass
@@ -56,7 +60,9 @@ class Checked:
         """
         there = {each.name for each in checkpoints(path.parent).values()} | {path.name}
         looks = {name: look for name, look in self.looks().items() if name in there}
-        looks[path.name] = Look(before, damage, time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        earlier = looks[path.name].whole if path.name in looks else None
+        looks[path.name] = Look(before, damage, now, now if damage is None else earlier)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / FILE, {"checkpoints": {name: asdict(look) for name, look in sorted(looks.items())}})
 
@@ -72,16 +78,26 @@ def _size_and_time(file: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def known_damage(checked: Checked, save: Path, began_at: int) -> Callable[[Path], str | None]:
+def spoils(checked: Checked, source: Path, since: str) -> bool:
+    """Whether training that began with the checkpoint ``source`` at the time ``since`` is of no use.
+
+    Not where it was whole then, and has been damaged later.
+    """
+    look = checked.look(source)
+    return look is not None and look.damage is not None and (look.whole is None or look.whole < since)
+
+
+def known_damage(checked: Checked, save: Path, began_at: int, began: str) -> Callable[[Path], str | None]:
     """What is known against a complete checkpoint in ``save``: what a look has found, or what it was trained from.
 
     Args:
         checked: the looks.
         save: the folder.
         began_at: the iteration that the last attempt resumed from.  Newer ones are its own.
+        began: when it did.
     """
     source = checkpoints(save).get(began_at)
-    spoiled = source is not None and checked.damage(source) is not None
+    spoiled = source is not None and spoils(checked, source, began)
 
     def known(path: Path) -> str | None:
         if spoiled and int(path.name[5:]) > began_at:

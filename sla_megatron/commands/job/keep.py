@@ -97,7 +97,7 @@ def _remove_files(folder: Path, told: Callable[[], bool]) -> bool:
 
 
 def needed(keep: Keep | None, flags: TrainingFlags, there: Collection[int], last: int | None) -> tuple[int, int]:
-    """How many checkpoints there will be at most, one that is being written included, and how many of them are ``every``-th.
+    """How many checkpoints there will be at most, one being written included, and how many of them are ``every``-th.
 
     Args:
         keep: None keeps all.
@@ -137,11 +137,15 @@ def space_warning(
         more = f", {often} of every {keep.every}th iteration" if keep.every else ""
         what = f"{count} checkpoints with KEEP={keep} ({keep.newest} newest, 1 being written{more})"
     return (
-        f"{flags.save} will be full: {what}, {gib(each)} each, take {gib(count * each)}; {len(there)} are there, and "
-        f"{gib(free)} are free"
+        f"{flags.save} will be full: {what}, {shown_size(each)} each, take {shown_size(count * each)}; "
+        f"{len(there)} are there, and {shown_size(free)} are free"
     )
 
 
-def gib(count: int) -> str:
+def shown_size(count: float) -> str:
     """Bytes, for people."""
-    return f"{count / 2**30:.3g} GiB"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"

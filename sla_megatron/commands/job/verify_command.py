@@ -13,7 +13,7 @@ from ...common.errors import FlagError
 from ...common.flag_types import WITH_VALUE
 from ...common.waiting import bar
 from .checked import Checked, fingerprint
-from .keep import gib
+from .keep import shown_size
 
 HELP = "look into all checkpoints: checksums and finite numbers; status 1 if one is damaged"
 
@@ -30,15 +30,19 @@ def run(args: Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     damaged = 0
     for path in paths:
-        began, before = time.monotonic(), fingerprint(path)
-        total = size(path)
-        with bar(f"sla-job: {path.name}", total, leave=False) as shown:
-            found = damage(path, shown.update)
+        began = time.monotonic()
+        try:
+            before, total = fingerprint(path), size(path)
+            with bar(f"sla-job: {path.name}", total, leave=False) as shown:
+                found = damage(path, shown.update)
+        except FileNotFoundError:
+            print(f"{path}: removed meanwhile", flush=True)
+            continue
         if args.run is not None and path.name.startswith("iter_"):
             Checked(args.run).note(path, before, None if found is None else found.text)
         damaged += found is not None
         seconds = time.monotonic() - began
-        print(f"{path}: {found or 'whole and finite'}, {gib(total)} in {seconds:.1f} s", flush=True)
+        print(f"{path}: {found or 'whole and finite'}, {shown_size(total)} in {seconds:.1f} s", flush=True)
     return 1 if damaged else 0
 
 
