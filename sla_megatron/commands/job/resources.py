@@ -12,10 +12,10 @@ from .given import values
 
 #: Named overrides of launch/slurm.sbatch.
 OVERRIDES = (
-    *("PRESETS", "SCRIPT", "MODULE", "SETUP", "RUN_DIR", "CHECKPOINTS", "KEEP", "STAGE", "LAUNCH", "NPROC", "BIND"),
-    *("PYTHON", "MAX_FAILURES", "SAVE_SECONDS", "HEALTH_CHECK", "MAX_EXCLUDED", "DOCTOR", "MASTER_ADDR"),
+    *("PRESETS", "SCRIPT", "MODULE", "SETUP", "RUN_DIR", "CHECKPOINTS", "KEEP", "CHECK", "STAGE", "LAUNCH", "NPROC"),
+    *("PYTHON", "MAX_FAILURES", "SAVE_SECONDS", "HEALTH_CHECK", "MAX_EXCLUDED", "DOCTOR", "BIND"),
     *("CONTAINER_IMAGE", "CONTAINER_MOUNTS", "CONTAINER_OPTIONS", "CONTAINER_RUNTIME"),
-    *("MASTER_PORT", "SLA_ROOT", "DRY_RUN"),
+    *("MASTER_ADDR", "MASTER_PORT", "SLA_ROOT", "DRY_RUN"),
 )
 
 #: A rank's own thread, and one that feeds it.
