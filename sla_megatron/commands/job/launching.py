@@ -52,12 +52,12 @@ exec "$@"
 
 def add_launch(command: ArgumentParser) -> None:
     """What is launched, and how; without a value is as if it were not given."""
-    command.add_argument("--launch", default="torchrun", metavar="|".join(LAUNCHERS), help="default: torchrun")
+    command.add_argument("--launch", default="torchrun", metavar="HOW", help="torchrun, srun or ft (default: torchrun)")
     command.add_argument("--script", default="", metavar="FILE", help=f"train with it in place of {TRAINER}")
     command.add_argument("--module", default="", metavar="NAME", help="likewise, as python -m")
     command.add_argument("--bind", default="none", metavar="HOW", help="ranks to cores (default: none)")
-    command.add_argument("--nodes", type=count("--nodes"), default=1, metavar="N")
-    command.add_argument("--processes", type=count("--processes"), default=1, metavar="N", help="of a node")
+    command.add_argument("--nodes", type=count("--nodes"), default=1, metavar="N", help="of the job (default: 1)")
+    command.add_argument("--processes", type=count("--processes"), default=1, metavar="N", help="a node (default: 1)")
     command.add_argument("--python", default=sys.executable, metavar="FILE", help="the interpreter (default: this one)")
 
 
