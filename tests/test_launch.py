@@ -191,12 +191,13 @@ def test_layouts_that_ranks_cannot_hold(
 def test_a_node_without_gpus_is_no_secret(arguments: list[str], tmp_path: Path) -> None:
     """Of a command that is shown a line says so; where the CPU is meant, none."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 0\n")
+    # It sees no GPU, whatever this machine has.
+    python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || {{ echo 0; exit; }}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     for program in (local, sbatch):
         done = program("--num-layers", "2", *arguments, PYTHON=python, DRY_RUN="1")
         assert done.returncode == 0 and "--nproc-per-node 2" in done.stdout.replace("\\\n    ", "")
-        assert re.fullmatch(r"(local.sh|slurm.sbatch): no GPU here: 2 processes .*\n", done.stderr), done.stderr
+        assert re.fullmatch(r"(local.sh|sla-job): no GPU here: 2 processes .*\n", done.stderr), done.stderr
         meant = program("--num-layers", "2", "--device", "cpu", PYTHON=python, DRY_RUN="1")
         assert (meant.returncode, meant.stderr) == (0, "")
     refused = sbatch("--num-layers", "2", NPROC="two")
@@ -220,7 +221,7 @@ def test_overrides_that_sbatch_dropped_are_named(export: str | None, lost: set[s
     given = {} if export is None else {"SLURM_EXPORT_ENV": export}
     done = sbatch("--num-layers", "2", "--device", "cpu", **given)
     assert done.returncode == 0
-    said = re.findall(r"^slurm.sbatch: --export=(\S+): .* was lost: (.*); expected as words before", done.stderr, re.M)
+    said = re.findall(r"^sla-job: --export=(\S+): .* was lost: (.*); expected as words before", done.stderr, re.M)
     assert bool(said) == bool(lost)
     if said:
         assert said[0][0] == export

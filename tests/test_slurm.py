@@ -24,6 +24,7 @@ from sla_megatron.common.checkpoint_folders import newest_complete
 from tests.support.launch import ROOT, free_ports, rank_environment
 from tests.support.runs import argv
 from tests.support.slurm import Cluster, cluster, missing, processes_with
+from tests.support.wandb_files import recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")]
 
@@ -220,6 +221,52 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     same_result(run, undisturbed)
 
 
+def test_an_own_script_obeys_the_files_of_its_run(slurm: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    """Started by srun alone, with a setup file: it saves when somebody says so and goes on with its nodes, is stopped, and
+    goes on when it may; as one W&B run, with the newest checkpoints alone, and with the undisturbed run's result.
+    """
+    run = slurm.folder / "runs" / "own"
+    (tmp_path / "site-python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "site-python").chmod(0o755)
+    setup = tmp_path / "setup.sh"
+    setup.write_text(f"export PATH={tmp_path}:$PATH SITE=$SLURMD_NODENAME WANDB_MODE=offline\n")
+    own = {"SCRIPT": "examples/own_script/pretrain_my_gpt.py", "SETUP": str(setup), "PYTHON": "site-python"}
+    flags = [*FLAGS[:-2], "--wandb-project", "site", "--wandb-exp-name", "own"]
+
+    def start() -> tuple[str, Watch]:
+        job = submit(slurm, run, *flags, LAUNCH="srun", KEEP="2", **own)
+        return job, Watch(slurm, job, run)
+
+    job, watch = start()
+    watch.training()
+    ranks = processes_with(b"pretrain_my_gpt.py", RUN_DIR=str(run), RANK="3", LOCAL_RANK="1", SITE="node2")
+    assert ranks and not processes_with(b"torch.distributed.run", RUN_DIR=str(run))
+    (run / "save").touch()
+    watch.until(r"slurm.sbatch: word of sla-job attend came: the ranks save and exit \(step \d+\.\d+\)")
+    saved = int(watch.until(r"sla-job: attempt 1 ended by a signal: iteration (\d+) is saved")[1])
+    watch.until(f"resuming from iteration {saved}")
+    assert slurm.job(job)["Restarts"] == "0"
+    watch.training()
+    (run / "stop").touch()
+    stopped = int(watch.until(r"sla-job: attempt 2 .*stop.* iteration (\d+) is saved")[1])
+    assert saved < stopped < ITERATIONS
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["JobState"] == "COMPLETED"
+
+    job, watch = start()
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+    watch.until(f"sla-job: error: {run}/stop .* is there, nothing is trained")
+    (run / "stop").unlink()
+    job, watch = start()
+    watch.until(f"resuming from iteration {stopped}")
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["JobState"] == "COMPLETED", log(run)[-5000:]
+    same_result(run, undisturbed)
+    assert newest_complete(run / "checkpoints")[0] == ITERATIONS
+    assert len(list((run / "checkpoints").glob("iter_*"))) == 2
+    attempts = recorded(run / "wandb")
+    assert len(attempts) == 3 and len({name for name, _ in attempts}) == 1
+    assert [min(steps) for _, steps in attempts] == [1, saved + 1, stopped + 1]
+
+
 #: Enough iterations for what is done to the tasks meanwhile; nothing is saved but when a signal comes, and at the end.
 TASK_ITERATIONS = 250
 TASK_FLAGS = [
@@ -395,7 +442,7 @@ def test_bad_flags_end_the_job_before_anything_is_trained(slurm: Cluster) -> Non
         (
             ["--num-layers", "2"],
             {"NPROC": ""},
-            "slurm.sbatch: error: --gpus-per-node: Slurm gave no GPU: expected GPUs",
+            "sla-job: error: --gpus-per-node: Slurm gave no GPU: expected GPUs",
         ),
         (
             [*FLAGS, "--context-parallel-size", "3"],
