@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 #: Parts of the time from a fault to the next new step, in order, and what ends each.
 PARTS = {
     "detection": "the training step has ended, or Slurm itself requeues the job",
-    "requeue": "Slurm starts the script again",
+    "requeue": "Slurm has started the script again, where it is requeued",
     "script": "the script has examined the nodes and noted the attempt",
     "launch": "the first rank's Python has started",
     "imports": "torch and Megatron are imported",
@@ -36,7 +36,6 @@ _FAULT = re.compile(r"^recovery: fault (\w+)")
 
 #: Parts -> what a line has that ends one; the load's time is a figure of Megatron's, inside the one after it.
 _MARKS = {
-    "requeue": re.compile(r"^slurmd: .*Launching batch job"),
     "script": re.compile(r"sla-job: attempt \d+ of this run"),
     "launch": re.compile(r"\[before library-setup\]"),
     "imports": re.compile(r"\[after library-setup\]"),
@@ -44,6 +43,7 @@ _MARKS = {
     "load": re.compile(r"\[after model, optimizer, and learning rate scheduler are built\]"),
     "data": re.compile(r"\[before the start of training step\]"),
 }
+_LAUNCHED = re.compile(r"^slurmd: .*Launching batch job")
 _ENDED = re.compile(r"slurm\.sbatch: the step ended with status|^slurmctld: .*[Rr]equeu")
 
 
@@ -85,12 +85,16 @@ class Attempt:
 
 
 def attempts(events: Sequence[Event]) -> list[Attempt]:
-    """The starts of the job, each from where Slurm launched the script; of two nodes' lines the first counts."""
+    """The starts of the job, each from where ``sla-job`` noted it; of two ranks' lines the first counts."""
     found: list[Attempt] = []
+    launched = None
     for at, line in events:
-        if _MARKS["requeue"].search(line):
-            found.append(Attempt({"requeue": at}))
-            continue
+        if _LAUNCHED.search(line):
+            launched = at
+        if _MARKS["script"].search(line):
+            # An attempt that goes on in the same job has no launch of its own.
+            found.append(Attempt({} if launched is None else {"requeue": launched}))
+            launched = None
         if not found:
             continue
         current = found[-1]
@@ -124,10 +128,13 @@ def recoveries(found: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
         missing = [part for part in _MARKS if part not in after.marks]
         if missing or not new:
             raise ValueError(f"attempt {number + 1} has no {missing[0] if missing else 'new step'}")
-        marks = after.marks
+        # Where Slurm ends the script with the job, the script says nothing.
+        ended = [at for at in (before.ended, after.marks.get("requeue")) if at is not None]
+        if not ended:
+            raise ValueError(f"attempt {number} has no end")
+        marks = {"requeue": min(ended)} | after.marks
         ends = {
-            # Where Slurm ends the script with the job, the script says nothing.
-            "detection": min(before.ended or marks["requeue"], marks["requeue"]),
+            "detection": min(ended),
             **{part: marks[part] for part in ("requeue", "script", "launch", "imports", "initialisation")},
             "model": marks["load"] - after.load,
             **{part: marks[part] for part in ("load", "data")},

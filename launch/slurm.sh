@@ -67,8 +67,18 @@ forward() { # WHAT [SIGNAL]: it came, and the ranks are told
     [ -z "$id" ] || scancel --signal="$signal" "$id"
 }
 
+# Whether the next attempt can begin at once, on the nodes that the job has: they are its own still, and healthy.
+stay() {
+    [ "${STAY:-1}" = 1 ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ] || return
+    local unhealthy
+    unhealthy=$(unhealthy_nodes)
+    [ -z "$unhealthy" ] || requeue_without "$unhealthy"
+    say "going on with the same nodes"
+}
+
 # Ends this script, and has Slurm start the job again where it is still to run.
 requeue() {
+    trap '' USR1 TERM
     # A job that its user cancels, whose time is up, or that Slurm itself requeues is not running any more.
     local state
     state=$(squeue --noheader --jobs="$job" --format=%T)

@@ -19,7 +19,7 @@ from .checked import Checked, known_damage, set_aside_damaged
 from .flags import JobError, TrainingFlags
 from .stop_file import refuse_if_stopped, stop_file
 
-FINISHED, REQUEUE, STOP, STOPPED = "finished", "requeue", "stop", "stopped"
+FINISHED, REQUEUE, STAY, STOP, STOPPED = "finished", "requeue", "stay", "stop", "stopped"
 
 
 @dataclass
@@ -160,6 +160,9 @@ def end(
 ) -> str:
     """After an attempt that ended with ``status``: ``FINISHED``, ``REQUEUE``, ``STOP``, or ``STOPPED`` by a stop file.
 
+    ``STAY`` after a first failure: the next attempt can begin where this one was, without Slurm's delay for jobs that are
+    requeued (two minutes by default) and without waiting for nodes.  A second one in a row has the job leave its nodes.
+
     Whether an attempt got anywhere is read off its checkpoints: torchrun returns 1 after a signal even if all ranks
     saved, and Megatron 0 after errors.
     """
@@ -183,16 +186,17 @@ def end(
     elif status == 0 and gained > 0:
         how, verdict, line = "exited", REQUEUE, f"ended by itself before the last iteration: {saved}"
     else:
-        how, verdict, line = f"status {status}", REQUEUE, f"failed with status {status}: {saved}, {gain}"
+        how, verdict, line = f"status {status}", STAY, f"failed with status {status}: {saved}, {gain}"
     _note_end(attempt, newest, how)
     chain.write()
     say(f"attempt {len(chain.attempts)} {line}")
     if stopper and verdict != FINISHED:
         say(f"not going on: {stopper} is there; removed, the job goes on when it is submitted again")
         return STOPPED
-    if verdict == REQUEUE and chain.failures(attempt.job) >= limit:
+    failures = chain.failures(attempt.job)
+    if verdict in (REQUEUE, STAY) and failures >= limit:
         return _stopped(chain, attempt.job, say)
-    return verdict
+    return REQUEUE if verdict == STAY and failures > 1 else verdict
 
 
 def _stored(flags: TrainingFlags, newest: int | None) -> dict[str, Any]:

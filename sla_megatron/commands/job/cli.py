@@ -5,7 +5,7 @@ sla-job begin --run runs/gpt -- FLAGS               0 go on, 10 nothing left to 
 sla-job stage --run runs/gpt --to /local -- FLAGS   this node: the data on a disk of its own
 sla-job command --run runs/gpt -- FLAGS             prints the command that trains, words that a NUL ends
 sla-job attend --run runs/gpt --keep 3 -- FLAGS     beside an attempt; 20 save and exit, 21 exit, see RUN/checked.json
-sla-job end --run runs/gpt --status 1 -- FLAGS      0 finished or stopped, 75 to be requeued, 3 crash loop
+sla-job end --run runs/gpt --status 1 -- FLAGS      0 finished or stopped, 75 requeue, 76 go on here, 3 crash loop
 sla-job verify --run runs/gpt                       looks into all checkpoints: 1 if one is damaged
 sla-job show --run runs/gpt                         the attempts so far
 sla-job health --run runs/gpt --gpus 8              this node: GPUs, and the run's folder

@@ -6,13 +6,13 @@ from argparse import ArgumentParser, Namespace
 
 from .arguments import add_flags, add_max_failures, add_run, say
 from .begin_command import LOOP
-from .chain import FINISHED, REQUEUE, STOP, STOPPED, Chain, end
+from .chain import FINISHED, REQUEUE, STAY, STOP, STOPPED, Chain, end
 from .flags import training_flags
 
 HELP = "after an attempt: note how it ended, and say what comes next"
 
-#: Exit status of an attempt that another follows (EX_TEMPFAIL).
-TRY_AGAIN = 75
+#: Exit statuses of an attempt that another follows: of a job that is requeued (EX_TEMPFAIL), and where this one was.
+TRY_AGAIN, GO_ON = 75, 76
 
 
 def add_arguments(command: ArgumentParser) -> None:
@@ -26,4 +26,4 @@ def add_arguments(command: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     flags = training_flags(args.flags)
     verdict = end(Chain.read(args.run), flags, args.status, args.signalled, args.max_failures, say)
-    return {FINISHED: 0, STOPPED: 0, REQUEUE: TRY_AGAIN, STOP: LOOP}[verdict]
+    return {FINISHED: 0, STOPPED: 0, REQUEUE: TRY_AGAIN, STAY: GO_ON, STOP: LOOP}[verdict]

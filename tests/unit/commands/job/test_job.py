@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 
 from sla_megatron.commands.job import cli
 from sla_megatron.commands.job.begin_command import LOOP, NOTHING_LEFT
-from sla_megatron.commands.job.chain import FINISHED, REQUEUE, STOP, Chain, begin, end
+from sla_megatron.commands.job.chain import FINISHED, REQUEUE, STAY, STOP, Chain, begin, end
 from sla_megatron.commands.job.end_command import TRY_AGAIN
 from sla_megatron.commands.job.flags import JobError, TrainingFlags, training_flags
 from sla_megatron.common.checkpoint_folders import TRACKER, newest_complete, problem, tracked
@@ -106,17 +106,26 @@ def test_preemptions_do_not_count_as_failures(run: Run) -> None:
 
 
 def test_failures_without_progress_end_the_chain(run: Run) -> None:
-    assert (run.begin(), run.end(1)) == (REQUEUE, REQUEUE)
+    assert (run.begin(), run.end(1)) == (REQUEUE, STAY)
     run.begin()
     run.save(4)
-    assert run.end(137) == REQUEUE
+    assert run.end(137) == STAY
     assert run.said == ["attempt 2 failed with status 137: iteration 4 is saved, 4 iterations more than it began with"]
-    assert (run.begin(), run.end(1)) == (REQUEUE, REQUEUE)
+    assert (run.begin(), run.end(1)) == (REQUEUE, STAY)
     # Megatron ends with status 0 after some errors.
     assert (run.begin(), run.end(0)) == (REQUEUE, STOP)
     assert run.said[1].startswith("stopping: 2 attempts in a row failed without a new checkpoint")
     assert run.begin() == STOP
     assert run.begin(job="2") == REQUEUE
+
+
+def test_a_second_failure_in_a_row_leaves_the_nodes(run: Run) -> None:
+    """A first one is gone on from on the same nodes; they may be what fails."""
+    for verdict in (STAY, REQUEUE, REQUEUE):
+        assert (run.begin(limit=9), run.end(1, limit=9)) == (REQUEUE, verdict)
+    run.begin(limit=9)
+    run.save(4)
+    assert run.end(1, limit=9) == STAY
 
 
 def test_attempts_that_end_without_a_word_count_too(run: Run) -> None:
