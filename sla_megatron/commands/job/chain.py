@@ -160,8 +160,8 @@ def end(
 ) -> str:
     """After an attempt that ended with ``status``: ``FINISHED``, ``REQUEUE``, ``STOP``, or ``STOPPED`` by a stop file.
 
-    ``STAY`` after a first failure: the next attempt can begin where this one was, without Slurm's delay for jobs that are
-    requeued (two minutes by default) and without waiting for nodes.  A second one in a row has the job leave its nodes.
+    ``STAY`` after a first failure: the next attempt can begin where this one was, without Slurm's delay for jobs that
+    are requeued (two minutes by default) and without a wait for nodes.  After a second in a row the job leaves them.
 
     Whether an attempt got anywhere is read off its checkpoints: torchrun returns 1 after a signal even if all ranks
     saved, and Megatron 0 after errors.
