@@ -70,7 +70,11 @@ def main() -> None:
     parser.add_argument("--iterations", type=count("--iterations", 1), default=60, help="of the training (default: 60)")
     parser.add_argument("--save-interval", type=count("--save-interval", 1), default=10, help="default: 10")
     parser.add_argument("--launch", choices=("torchrun", "srun"), default="torchrun", help="default: torchrun")
-    parser.add_argument("--async-saves", action="store_true", help="with --async-save (a GPU, nvidia-resiliency-ext)")
+    parser.add_argument(
+        "--async-saves",
+        action="store_true",
+        help="with --async-save; what refuses it is the result where it cannot run",
+    )
     parser.add_argument("--note", default="", help="what else the machine did meanwhile")
     parser.add_argument("--log", type=Path, metavar="FILE", help="where to keep all lines with their times")
     parser.add_argument(
@@ -117,12 +121,16 @@ def measure(args: argparse.Namespace, checkout: Path, folder: Path) -> list[dict
         with watched(slurm, run) as watch:
             for step, kind, fraction in pattern(args):
                 before = watch.reach(slurm, job, step)
+                if before is None:
+                    break
                 time.sleep(fraction * before)
                 cause(slurm, run, job, kind, rng, watch)
             state = slurm.until(job, {"COMPLETED", "FAILED", "CANCELLED"})["JobState"]
         events = watch.events()
         if args.log:
             args.log.write_text(written(events))
+        if args.async_saves and (refusal := watch.refusal()):
+            return [{"launch": args.launch, "async_saves": True, "refused": refusal}]
         if state != "COMPLETED":
             sys.exit(f"the job ended as {state}:\n{watch.complaints()}")
     return [row_of(args, [Event.of(*each) for each in events])]
@@ -132,12 +140,14 @@ def submit(args: argparse.Namespace, slurm: Cluster, checkout: Path, run: Path) 
     """The job's number."""
     flags = [*MODEL, "--train-iters", args.iterations, "--lr-decay-iters", args.iterations]
     flags += ["--save-interval", args.save_interval]
-    flags += ["--async-save", "--use-persistent-ckpt-worker"] if args.async_saves else []
+    flags += ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"] if args.async_saves else []
     names = {"RUN_DIR": str(run), "PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
     # Others' modules stay behind the checkout, which the script puts first.
     further = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(ROOT))]
     names |= {"PYTHONPATH": os.pathsep.join(further)}
     names |= {"LAUNCH": args.launch} if args.launch != "torchrun" else {}
+    # What refuses its flags does so each time.
+    names |= {"MAX_FAILURES": "1"} if args.async_saves else {}
     options = ["--parsable", f"--nodes={NODES}", "--job-name=recovery", f"--output={run}.log"]
     return slurm.command("sbatch", *options, "launch/slurm.sbatch", *flags, cwd=checkout, **names).strip()
 
@@ -170,8 +180,8 @@ class Watch:
         """In the order of time."""
         return sorted(self.lines, key=lambda each: each[0])
 
-    def reach(self, slurm: Cluster, job: str, step: int) -> float:
-        """Wait until ``step`` is done; the seconds that it took."""
+    def reach(self, slurm: Cluster, job: str, step: int) -> float | None:
+        """Wait until ``step`` is done; the seconds that it took, or None where the job ends before."""
         wanted = re.compile(rf"iteration +{step}/.*per iteration \(ms\): ([\d.]+)")
         seen, looked = 0, time.monotonic()
         while True:
@@ -183,8 +193,13 @@ class Watch:
             time.sleep(0.005)
             if time.monotonic() > looked + 2:
                 looked = time.monotonic()
-                if slurm.job(job).get("JobState") in ("COMPLETED", "FAILED"):
-                    sys.exit(f"the job ended before step {step}:\n{self.complaints()}")
+                if slurm.job(job).get("JobState") in ("COMPLETED", "FAILED", "CANCELLED"):
+                    return None
+
+    def refusal(self) -> str | None:
+        """The line with which the ranks refuse their flags."""
+        found = re.search(r"sla-megatron: error: (.*)", Path(f"{self.run}.log").read_text())
+        return found[1] if found else None
 
     def complaints(self) -> str:
         """Of the job's log."""
@@ -295,6 +310,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
     made = []
     for row in result["rows"]:
         saves = "asynchronous" if row["async_saves"] else "blocking"
+        if "refused" in row:
+            made.append(Table(f"{row['launch']}, {saves} saves", ["not measured"], [[row["refused"]]]))
+            continue
         title = f"Seconds from a fault to the next new step ({row['launch']}, {saves} saves)"
         header = ["part", *(fault["fault"] for fault in row["faults"]), "median"]
         cells = []

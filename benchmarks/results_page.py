@@ -97,6 +97,23 @@ SECTIONS = (
         "",
     ),
     Section(
+        "recovery",
+        "Going on after a fault",
+        "benchmarks.recovery",
+        "`launch/slurm.sbatch` on a real Slurm of three nodes, all on one machine of two cores, with two ranks of a "
+        "small model: at seeded times a rank is killed, a node is set down, or a rank is killed and the newest checkpoint "
+        "damaged. There starting takes most of the time, and seconds grow with what else the machine does; CPU seconds "
+        "do less. Slurm's delay for jobs that are requeued is 6 seconds there, and 121 by default (`cred_expire`).",
+        "",
+    ),
+    Section(
+        "start",
+        "Start of a rank",
+        "benchmarks.rank_start",
+        "From the start of Python to the end of the first save, on the CPU; checkouts take turns.",
+        "",
+    ),
+    Section(
         "sweep",
         "Loss",
         "benchmarks.sweep",
@@ -197,6 +214,12 @@ way back, Megatron's writer handed its results to itself through a process that 
 Before, the command and the server of its workers imported Megatron before a word was said, and each worker started at
 once, to import transformers and build its tokenizer. Now what waits says so; a worker starts when a shard is there for
 it; and a tokenizer of sentencepiece or transformers comes from that library, with the ids that Megatron's object has.
+""",
+    "recovery-cpu": """\
+Before, every failure had the job requeued: Slurm's delay, and its queue. Now a first failure is gone on from on the
+nodes that the job has. Ranks imported torch's compiler (on the CPU, where it is switched off), wandb and transformers,
+which most runs do not use, and looked for garbage meanwhile; and their first save waited for a process that handed its
+results from one process to the same one, and imported torch for it. A node that is set down still costs a requeue.
 """,
     "generation-cpu-narrow-compiled": """\
 The same change; of it a compiled step has the one call of attention. Two threads before, and one after, too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -97,6 +98,7 @@ _HEADERS = {
     "generation": (("prompt", "batch", "model"), ("decode / dense",)),
     "convert": (("direction",), ("imports, s", "fixed, s", "s/GB over a copy's")),
     "operations": (("model", "layout", "variant, distance"), ("operations / consumer", "hidden states written")),
+    "recovery": (("launch", "part"), ("median, s",)),
     "tokenize": (
         ("tokenizer", "input", "workers"),
         ("first word, s", "longest silence, s", "first shard, s", "CPU, s"),
@@ -122,6 +124,15 @@ def _comparable(name: str, result: Result) -> list[tuple[tuple[str, ...], tuple[
             for row in result["rows"]
             if "operations_beyond" in row and "layout" in row
         ]
+    if name == "recovery":
+        faults = [(row["launch"], row["faults"]) for row in result["rows"] if "faults" in row]
+        found = {
+            (launch, part): statistics.median(fault["seconds"][part] for fault in its)
+            for launch, its in faults
+            for part in its[0]["seconds"]
+        }
+        found |= {(launch, "all"): statistics.median(fault["all_seconds"] for fault in its) for launch, its in faults}
+        return [(key, (f"{median:.2f}",)) for key, median in found.items()]
     if name == "tokenize":
         figures = ("first_word", "longest_silence", "first_shard", "cpu_seconds")
         return [
