@@ -101,9 +101,10 @@ SECTIONS = (
         "Going on after a fault",
         "benchmarks.recovery",
         "`launch/slurm.sbatch` on a real Slurm of three nodes, all on one machine of two cores, with two ranks of a "
-        "small model: at seeded times a rank is killed, a node is set down, or a rank is killed and the newest checkpoint "
-        "damaged. There starting takes most of the time, and seconds grow with what else the machine does; CPU seconds "
-        "do less. Slurm's delay for jobs that are requeued is 6 seconds there, and 121 by default (`cred_expire`).",
+        "small model: at seeded times a rank is killed, a node is set down, or a rank is killed and the newest "
+        "checkpoint damaged. There starting takes most of the time, and seconds grow with what else the machine does; "
+        "CPU seconds do less. Slurm's delay for jobs that are requeued is 6 seconds there, and 121 by default "
+        "(`cred_expire`).",
         "",
     ),
     Section(
