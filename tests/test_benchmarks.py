@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.rank_start import one_start
 from tests.support.benchmarks import run_benchmark
 from tests.support.launch import ROOT
 
@@ -180,6 +183,17 @@ print(one_run([sys.executable, "-c", {orphan!r}])["cpu_seconds"])
     assert 0.5 <= float(done.stdout) < 5, done.stderr
 
 
+def test_a_rank_starts_with_what_it_needs() -> None:
+    """Of what Megatron imports for others nothing is, on the CPU no compiler; and no second process imports torch."""
+    figures, said = one_start(ROOT, "-X", "importtime")
+    imported = Counter(re.findall(r"^import time: .*\| +(\S+)$", said, re.MULTILINE))
+    assert imported["torch"] == imported["megatron.core"] == 1
+    # What stands for them is named as they are; what they import themselves is not there.
+    missed = {"wandb.sdk", "transformers.dependency_versions_check", "torch._inductor.compile_fx"}
+    assert not missed & set(imported)
+    assert 0 < figures["cpu_seconds"] and 0 < figures["first_save_seconds"] < figures["seconds"]
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
@@ -190,6 +204,12 @@ print(one_run([sys.executable, "-c", {orphan!r}])["cpu_seconds"])
         ("generation", ["--seconds", "0"], "--seconds 0: expected an integer of 1 or more"),
         ("generation", ["--compile", "--warmup", "0"], "--warmup 0: expected 1 or more with --compile"),
         ("tokenize_startup", ["--rounds", "0"], "--rounds 0: expected an integer of 1 or more"),
+        (
+            "recovery",
+            ["--iterations", "26"],
+            "--iterations 26: expected more than 26, two checkpoints before the first fault and two steps for each",
+        ),
+        ("rank_start", ["--checkouts", "docs"], "--checkouts docs: expected folders with sla_megatron in them"),
         ("convert", ["--folder", "no/such"], "--folder no/such: expected a folder that is there"),
         ("convert", ["--package", "tests"], "--package tests: expected a folder with sla_megatron in it"),
     ],
