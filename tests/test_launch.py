@@ -86,6 +86,22 @@ def test_without_presets_arguments_alone(fake_python: Path) -> None:
     assert started_with(local(*AWKWARD, PYTHON=fake_python, NPROC="2")) == AWKWARD
 
 
+def test_own_programs_are_started_in_place_of_ours(fake_python: Path, tmp_path: Path) -> None:
+    """On one machine as on Slurm, which tests/unit/commands/job/test_command.py is about."""
+    (tmp_path / "my train.py").touch()
+    own = {"PYTHON": fake_python, "NPROC": "2"}
+    for given, expected in (
+        ({"SCRIPT": tmp_path / "my train.py"}, [str(tmp_path / "my train.py")]),
+        ({"MODULE": "my.train"}, ["-m", "my.train"]),
+    ):
+        done = local("--lr", "1", **own, **given)
+        assert json.loads(done.stdout)[0][5:] == [*expected, "--lr", "1"], done.stderr
+    for given in ({"SCRIPT": "gone.py"}, {"SCRIPT": tmp_path / "my train.py", "MODULE": "my.train"}):
+        done = local("--lr", "1", **own, **given)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch("local.sh: error: SCRIPT .*: expected a file, or a module instead\n", done.stderr)
+
+
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_dry_run_prints_what_would_run(fake_python: Path, shell: str) -> None:
     """A shell that reads what is printed runs the same command, and nothing has run before."""
