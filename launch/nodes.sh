@@ -7,7 +7,7 @@
 # shellcheck shell=bash disable=SC2154 # They are slurm.sbatch's.
 
 # Adds FOLDER to mounts, or of one that is still to be made the folder that it will be in.
-mount() { # FOLDER WHAT
+add_mount() { # FOLDER WHAT
     local folder=$1
     [ -n "$folder" ] || return 0
     until [ -e "$folder" ]; do folder=$(dirname "$folder"); done
@@ -29,14 +29,14 @@ set_mounts() {
         case $source in tmpfs | umount) ;; *) source=$(realpath -ms "$source") ;; esac
         mounts+=${mounts:+,}$source${target:-:$source}
     done
-    mount "$root" SLA_ROOT
-    mount "$PWD" "the folder of submission"
-    mount "$run_dir" RUN_DIR
-    mount "$checkpoints" CHECKPOINTS
-    mount "$stage" STAGE
+    add_mount "$root" SLA_ROOT
+    add_mount "$PWD" "the folder of submission"
+    add_mount "$run_dir" RUN_DIR
+    add_mount "$checkpoints" CHECKPOINTS
+    add_mount "$stage" STAGE
     # They may be the image's as well.
-    [ ! -e "$setup" ] || mount "$setup" SETUP
-    [ ! -e "${SCRIPT:-}" ] || mount "$(dirname "$(realpath -ms "$SCRIPT")")" SCRIPT
+    [ ! -e "$setup" ] || add_mount "$setup" SETUP
+    [ ! -e "${SCRIPT:-}" ] || add_mount "$(dirname "$(realpath -ms "$SCRIPT")")" SCRIPT
 }
 
 container=() inside=()
