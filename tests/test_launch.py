@@ -225,10 +225,7 @@ def test_a_node_without_gpus_is_no_secret(arguments: list[str], tmp_path: Path) 
     ("export", "lost", "kept"),
     [
         ("NONE", {"PRESETS", "RUN_DIR", "NPROC", "MAX_FAILURES"}, {"PYTHON"}),
-        ("NIL", {"PRESETS", "RUN_DIR", "NPROC", "MAX_FAILURES"}, {"PYTHON"}),
         ("HOME,PRESETS,NPROC=2", {"RUN_DIR", "MAX_FAILURES"}, {"PYTHON", "PRESETS", "NPROC"}),
-        ("ALL", set(), None),
-        ("ALL,NPROC=2", set(), None),
         (None, set(), None),
     ],
 )
