@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import runpy
+import signal
 import sys
 import weakref
 from collections.abc import Callable
@@ -32,6 +33,10 @@ def main(folder: Path) -> None:
     with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]):
         from megatron.core.datasets import gpt_dataset
 
+        from sla_megatron.training import save_file
+
+        # A step here is much shorter than what a save file may wait.
+        save_file._SECONDS = 0.0
         # Shuffling the 25 million samples of upstream's mock corpus would take a third of a run.
         gpt_dataset.MockGPTLowLevelDataset.size = 200
         # For its flags' help Megatron parses its own source files, twice a run.
@@ -64,11 +69,21 @@ def open_servers(ports: list[int]) -> dict[str, Any]:
 
 
 def run(
-    folder: Path, name: str, argv: list[str], entry: str = "sla", pipeline: bool = False, graphs: bool = False
+    folder: Path,
+    name: str,
+    argv: list[str],
+    entry: str = "sla",
+    pipeline: bool = False,
+    graphs: bool = False,
+    run_folder: str | None = None,
+    touched: dict[str, str] | None = None,
+    signalled: list[int] | None = None,
 ) -> dict[str, Any]:
     """One run: exit status, what it printed on stderr, and what the listener heard (``pipeline``: also on the wire).
 
-    With ``graphs`` each step after the first is a recorded graph's replay (``recorded_graph.py``).
+    With ``graphs`` each step after the first is a recorded graph's replay (``recorded_graph.py``).  ``run_folder`` is
+    that of a chain of attempts, ``touched`` names the file that somebody makes during an iteration; ``signalled``, a
+    rank and an iteration: it gets SIGTERM then.
     """
     from megatron.training import training
 
@@ -79,6 +94,10 @@ def run(
         from .pipeline_listener import PipelineListener
 
         heard = PipelineListener(folder / f"{name}.jsonl", folder / f"{name}.rank{os.environ['RANK']}.pt")
+    heard.touched, heard.signalled = touched or {}, signalled
+    os.environ.pop("SLA_RUN_FOLDER", None)
+    if run_folder is not None:
+        os.environ["SLA_RUN_FOLDER"] = run_folder
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     old_argv, sys.argv = sys.argv, ["pretrain", *argv]
     heard.listen_to(training)
@@ -156,6 +175,8 @@ class Listener:
         self._shared: list[weakref.ref] = []
         self._originals: list[tuple[Any, str, Any]] = []
         self.num_shared = 0
+        self.touched: dict[str, str] = {}
+        self.signalled: list[int] | None = None
 
     def listen_to(self, training: Any) -> None:
         from sla_megatron.pipeline.waiting import Microbatch
@@ -192,6 +213,10 @@ class Listener:
         if os.environ["RANK"] == "0":
             with self._path.open("a") as file:
                 print(json.dumps(step), file=file, flush=True)
+            if path := self.touched.get(str(iteration)):
+                Path(path).touch()
+        if self.signalled == [int(os.environ["RANK"]), iteration]:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _on_evaluation(self, _: tuple, result: Any) -> None:
         if result[0] is not None and "lm loss" in result[0]:
