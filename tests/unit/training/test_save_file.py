@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sla_megatron.training import save_file
 from sla_megatron.training.save_file import SaveFile
@@ -80,7 +83,9 @@ def saving(megatron: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     assert file.said(0) == 2
     monkeypatch.setattr(save_file, "_file", file)
     monkeypatch.setattr(async_utils, "_async_calls_queue", AsyncCallsQueue())
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield file
+    torch.distributed.destroy_process_group()
 
 
 def test_an_asynchronous_save_is_finished_first(saving: SaveFile) -> None:
@@ -100,6 +105,34 @@ def test_an_asynchronous_save_is_finished_first(saving: SaveFile) -> None:
         schedule(AsyncRequest(None, (), [look]))
         assert saving.path.exists()
     saving.saving = None
-    _get_async_calls_queue().maybe_finalize_async_calls(blocking=True, no_dist=True)
+    _get_async_calls_queue().maybe_finalize_async_calls(blocking=True)
     assert found == [["save"]] * 3
     assert [path.name for path in saving.path.parent.iterdir()] == ["saved_at_40"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "flags", "heeded"),
+    [
+        ("runs/gpt", {}, True),
+        (None, {}, False),
+        ("", {}, False),
+        ("runs/gpt", {"save": None}, False),
+        ("runs/gpt", {"exit_signal_handler": False}, False),
+    ],
+)
+def test_nothing_is_touched_unless_it_can_be_heeded(
+    folder: str | None, flags: dict[str, object], heeded: bool, megatron: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron's own functions are there in all other runs."""
+    places = [wrapping.resolve() for wrapping in save_file.WRAPPINGS]
+    for owner, name in places:
+        # As in a process in which no run heeded one.
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+    before = [getattr(owner, name) for owner, name in places]
+    monkeypatch.setattr(save_file, "_file", None)
+    monkeypatch.delenv(save_file.RUN_FOLDER, raising=False)
+    if folder is not None:
+        monkeypatch.setenv(save_file.RUN_FOLDER, folder)
+    save_file.heed_save_file(Namespace(**{"save": "checkpoints", "exit_signal_handler": True} | flags))
+    changed = [getattr(owner, name) is not one for (owner, name), one in zip(places, before, strict=True)]
+    assert changed == [heeded] * 4 and (save_file._file is not None) == heeded
