@@ -18,6 +18,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -75,15 +76,15 @@ def run(
     entry: str = "sla",
     pipeline: bool = False,
     graphs: bool = False,
-    run_folder: str | None = None,
+    environment: dict[str, str] | None = None,
     touched: dict[str, str] | None = None,
     signalled: list[int] | None = None,
 ) -> dict[str, Any]:
     """One run: exit status, what it printed on stderr, and what the listener heard (``pipeline``: also on the wire).
 
-    With ``graphs`` each step after the first is a recorded graph's replay (``recorded_graph.py``).  ``run_folder`` is
-    that of a chain of attempts, ``touched`` names the file that somebody makes during an iteration; ``signalled``, a
-    rank and an iteration: it gets SIGTERM then.
+    With ``graphs`` each step after the first is a recorded graph's replay (``recorded_graph.py``).  ``environment``
+    is the ranks' for this run; ``touched`` names the file that somebody makes in an iteration; ``signalled``, a rank
+    and an iteration: it gets SIGTERM then.
     """
     from megatron.training import training
 
@@ -95,9 +96,8 @@ def run(
 
         heard = PipelineListener(folder / f"{name}.jsonl", folder / f"{name}.rank{os.environ['RANK']}.pt")
     heard.touched, heard.signalled = touched or {}, signalled
-    os.environ.pop("SLA_RUN_FOLDER", None)
-    if run_folder is not None:
-        os.environ["SLA_RUN_FOLDER"] = run_folder
+    earlier, began = dict(os.environ), time.time()
+    os.environ.update(environment or {})
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     old_argv, sys.argv = sys.argv, ["pretrain", *argv]
     heard.listen_to(training)
@@ -114,11 +114,15 @@ def run(
         status = f"needs the host: {error}"
     finally:
         sys.argv = old_argv
+        for variable in environment or {}:
+            os.environ.pop(variable)
+        os.environ.update(earlier)
         heard.stop()
     # Not after an error, which ends this rank: the others may be waiting for something else than to leave together.
     forget_megatron()
     return {"status": status, "stderr": stderr.getvalue(), "stdout": stdout.getvalue(), **heard.answer()} | {
-        "graphs": [(len(graph.operations), graph.replays, graph.waits) for graph in recorded]
+        "began": began,
+        "graphs": [(len(graph.operations), graph.replays, graph.waits) for graph in recorded],
     }
 
 
