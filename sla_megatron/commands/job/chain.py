@@ -15,6 +15,7 @@ from typing import Any
 
 from ...common.checkpoint_folders import TRACKER, checkpoints, newest_complete, point_to, stored_args, tracked
 from ...common.files import write_json
+from .checked import Checked, known_damage, set_aside_damaged
 from .flags import JobError, TrainingFlags
 from .stop_file import refuse_if_stopped, stop_file
 
@@ -77,6 +78,11 @@ class Chain:
         """The newest checkpoint that was ever seen complete."""
         return max((max(a.began_at, a.ended_at or 0) for a in self.attempts), default=0)
 
+    def known_damage(self, save: Path) -> Callable[[Path], str | None]:
+        """What is known against complete checkpoints in ``save``."""
+        last = self.attempts[-1] if self.attempts else None
+        return known_damage(Checked(self.folder), save, last.began_at if last else 0, last.began if last else "")
+
     def failures(self, job: str) -> int:
         """How many of the last attempts of ``job`` failed in a row; a job that is submitted anew counts from 0."""
         count = 0
@@ -105,7 +111,8 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
         JobError: if checkpoints that there were are gone, or somebody has stopped the run.
     """
     refuse_if_stopped(chain.folder)
-    newest, broken = newest_complete(flags.save)
+    damage = chain.known_damage(flags.save)
+    newest, broken = newest_complete(flags.save, damage)
     if chain.attempts and chain.attempts[-1].ended is None:
         _note_end(chain.attempts[-1], newest, "without a word")
         say(f"attempt {len(chain.attempts)} ended without a word: its node failed, or the job was killed")
@@ -132,6 +139,7 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
         if newest < known:
             say(f"the checkpoint of iteration {known} is lost or damaged: falling back to iteration {newest}")
         point_to(flags.save, newest, broken, say)
+        set_aside_damaged(flags.save, damage, say)
         say(f"resuming from iteration {newest}")
     stored = _stored(flags, newest)
     if flags.finished(newest, stored):
@@ -158,10 +166,10 @@ def end(
     if not chain.attempts:
         raise JobError(f"{chain.folder}: expected an attempt that has begun")
     attempt = chain.attempts[-1]
-    newest, _ = newest_complete(flags.save)
+    newest, _ = newest_complete(flags.save, chain.known_damage(flags.save))
     saved = f"iteration {newest} is saved" if newest else "nothing is saved"
     gained = (newest or 0) - attempt.began_at
-    gain = f"{gained} iterations more than it began with" if gained else "no more than it began with"
+    gain = f"{gained} iterations more than it began with" if gained > 0 else "no more than it began with"
     done = newest is not None and flags.finished(newest, _stored(flags, newest))
     # What trains nothing, or does not say for how long, is at its end when it ends well.
     endless = flags.skip_train or (flags.train_iters is None and flags.train_samples is None)
