@@ -17,7 +17,7 @@ _ACCEPTED = "how many of the newest checkpoints stay, such as 3, or 3,every=1000
 
 #: What a checkpoint is called while it is removed: cut off there, it is none.
 _REMOVING = "removing"
-_UNDER_WAY = re.compile(rf"{_REMOVING}_iter_\d+_\d{{8}}T\d{{6}}_\d+")
+_UNDER_WAY = re.compile(rf"{_REMOVING}_iter_\d+_\d{{8}}T\d{{6}}_\d+(_again)*")
 
 
 @dataclass(frozen=True)
