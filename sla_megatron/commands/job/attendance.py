@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...common.checkpoint_contents import damage, size
@@ -55,6 +55,8 @@ class Attendance:
     _warned: bool = False
     #: What was there when nothing was left to do.
     _seen: object = None
+    _whole: dict[Path, str] = field(default_factory=dict)
+    _failures: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._chain, self._checked = Chain.read(self.run), Checked(self.run)
@@ -64,16 +66,29 @@ class Attendance:
     def attend(self, wait: Callable[[], object]) -> int:
         """Until training ends, or is to end: the exit status.  ``wait`` lets a second or so pass, or less."""
         try:
-            if self.keep is not None:
-                remove_rest(self.flags.save, self.told)
             while True:
-                self._ask()
-                if not self.round():
+                if not self._tried():
                     if self.told():
                         return 0
                     wait()
         except _Over as over:
             return over.status
+
+    def _tried(self) -> bool:
+        """A round; a file system that fails for a while does not end the attendance."""
+        try:
+            self._ask()
+            if self.keep is not None and self._seen is None:
+                remove_rest(self.flags.save, self.told)
+            return self.round()
+        except FileNotFoundError:
+            # Megatron removes checkpoints too.
+            return False
+        except OSError as error:
+            if str(error) not in self._failures:
+                self._failures.add(str(error))
+                self.say(f"{error.filename}: {error.strerror}; it is tried again")
+            return False
 
     def round(self) -> bool:
         """Look into one checkpoint that is new, or make room; whether there may be more to do at once."""
@@ -86,7 +101,7 @@ class Attendance:
         ]
         if (said, written) == self._seen:
             return False
-        there = {iteration: path for iteration, path in written if problem(path) is None}
+        there = {iteration: path for iteration, path in written if self._complete(path)}
         looks = {iteration: self._checked.look(path) for iteration, path in there.items()}
         path = self._next(there, looks) if self.contents else None
         if path is not None:
@@ -94,6 +109,13 @@ class Attendance:
         self._make_room(there, looks)
         self._seen = said, written
         return False
+
+    def _complete(self, path: Path) -> bool:
+        """Large metadata take a while to read: once for files as they are."""
+        now = fingerprint(path)
+        if self._whole.get(path) != now and problem(path) is None:
+            self._whole[path] = now
+        return self._whole.get(path) == now
 
     def _next(self, there: dict[int, Path], looks: dict[int, Look | None]) -> Path | None:
         """The checkpoint to look into: what was resumed from, then from the newest on to one to fall back to."""
@@ -169,6 +191,12 @@ class Attendance:
             raise _Over(SAVE_AND_EXIT)
         request = self.run / "save"
         if self.own_script and request.exists():
-            done = request.rename(self.run / "save.taken")
+            try:
+                done = request.rename(self.run / "save_taken")
+            except OSError as error:
+                # It would end each attempt.
+                self.own_script = False
+                self.say(f"{request} cannot be renamed ({error.strerror}), and is not heeded by this attempt")
+                return
             self.say(f"{request}: the ranks save and exit, and go on as the next attempt; it is now {done.name}")
             raise _Over(SAVE_AND_EXIT)
