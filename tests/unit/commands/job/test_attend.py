@@ -332,6 +332,11 @@ def test_files_of_people(run: Run) -> None:
     assert run.attend() == 0 and (run.folder / "save").exists()
     assert run.attend(own_script=True) == SAVE_AND_EXIT == 20 and not (run.folder / "save").exists()
     assert run.attend(own_script=True) == 0
+    # One that cannot be renamed would end each attempt.
+    (run.folder / "save").touch()
+    (run.folder / "save_taken").unlink()
+    (run.folder / "save_taken").mkdir()
+    assert run.attend(own_script=True) == 0 and "cannot be renamed (Is a directory)" in run.said[0]
     (run.folder / "stop").touch()
     assert run.attend() == SAVE_AND_EXIT and (run.folder / "stop").exists()
 
