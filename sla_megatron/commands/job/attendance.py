@@ -17,7 +17,7 @@ from .keep import Keep, remove, remove_rest, shown_size, space_warning, written_
 #: Exit statuses upon which a launcher ends the step: after a save, and without one.
 SAVE_AND_EXIT, RESUMED_FROM_DAMAGE = 20, 21
 
-#: How many seconds of a look remain after training has ended.
+#: How many seconds are left for a look, or a removal, after training has ended.
 _LEFT = 5.0
 
 
@@ -79,7 +79,7 @@ class Attendance:
         try:
             self._ask()
             if self.keep is not None and self._seen is None:
-                remove_rest(self.flags.save, self.told)
+                remove_rest(self.flags.save, self._late)
             return self.round()
         except FileNotFoundError:
             # Megatron removes checkpoints too.
@@ -146,7 +146,7 @@ class Attendance:
             path = there[iteration]
             if path.is_symlink() or not written_by(self._chain, iteration):
                 continue
-            whole = remove(path, self.told)
+            whole = remove(path, self._late)
             self.say(
                 f"{path.name} {'is removed' if whole else 'will be removed by the next attempt'}: KEEP={self.keep}"
             )
@@ -173,18 +173,22 @@ class Attendance:
             raise _Over(RESUMED_FROM_DAMAGE)
         return True
 
+    def _late(self) -> bool:
+        """Whether training has ended, and so long ago that what is under way is left as it is."""
+        if self._leave_at is None and self.told():
+            self._leave_at = time.monotonic() + _LEFT
+        return self._leave_at is not None and time.monotonic() > self._leave_at
+
     def _ask(self, count: int = 0) -> None:
         """End what is under way where it is to end; asked after every piece of a look."""
         now = time.monotonic()
         if now - self._asked_at < 0.2:
             return
         self._asked_at = now
-        if self._leave_at is None and self.told():
-            self._leave_at = now + _LEFT
+        if self._late():
+            raise _Over(0)
         if self._leave_at is not None:
             # The files are for a training that there is not any more.
-            if now > self._leave_at:
-                raise _Over(0)
             return
         if (self.run / "stop").exists():
             self.say(f"{self.run / 'stop'}: the ranks save and exit")

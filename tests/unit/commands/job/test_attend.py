@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -311,11 +312,25 @@ def test_the_space_that_checkpoints_will_take(run: Run, monkeypatch: pytest.Monk
     run.save(10, 20)
     each = sum(path.stat().st_size for path in run.path(20).iterdir())
     usage = type(shutil.disk_usage("/"))
-    # Without KEEP ten until iteration 100, eight of them new; with it the newest 2, 50, and one that is being written.
-    for keep, new, says in (
-        (None, 8, "10 checkpoints until iteration 100, without KEEP"),
-        ("2,every=50", 2, "4 checkpoints with KEEP=2,every=50 (2 newest, 1 being written, 1 of every 50th iteration)"),
+    # Without KEEP ten until iteration 100, eight of them new; with it the newest 2, 50, and one that is being written;
+    # with Megatron's own rule, the newest, 30, 60, 90, and one that is being written.
+    retained = run.flags, replace(run.flags, save_retain_interval=30)
+    for flags, keep, new, says in (
+        (0, None, 8, "10 checkpoints until iteration 100, without KEEP"),
+        (
+            1,
+            None,
+            3,
+            "5 checkpoints with --save-retain-interval 30 (1 newest, 1 being written, 3 of every 30th iteration)",
+        ),
+        (
+            0,
+            "2,every=50",
+            2,
+            "4 checkpoints with KEEP=2,every=50 (2 newest, 1 being written, 1 of every 50th iteration)",
+        ),
     ):
+        run.flags = retained[flags]
         monkeypatch.setattr(shutil, "disk_usage", lambda path, new=new: usage(0, 0, each * new - 1))
         run.attend(keep)
         warned = [line for line in run.said if line.startswith("warning")]
@@ -342,13 +357,13 @@ def test_files_of_people(run: Run) -> None:
 
 
 def test_the_command_beside_a_training(tmp_path: Path) -> None:
-    """Started, it waits; SIGTERM ends it well, after what is new was looked into; nor does it outlive its launcher."""
+    """Started, it waits; SIGTERM ends it well, with all looked into and old ones removed; it outlives no launcher."""
     runs = [Run(tmp_path / name) for name in ("ended", "launcher killed")]
     started = []
     for run, launcher in zip(runs, ([], [sys.executable, "-c", LAUNCHER]), strict=True):
         run.begin()
         words = [sys.executable, "-m", "sla_megatron.commands.job.cli", "attend", "--run", run.folder]
-        words += ["--", "--save", run.checkpoints, "--load", run.checkpoints]
+        words += ["--keep", "1", "--", "--save", run.checkpoints, "--load", run.checkpoints]
         started.append(subprocess.Popen([*launcher, *words], stdout=subprocess.PIPE, text=True))
         run.save(10)
     for process in started:
@@ -358,6 +373,7 @@ def test_the_command_beside_a_training(tmp_path: Path) -> None:
     started[0].send_signal(signal.SIGTERM)
     said, _ = started[0].communicate(timeout=30)
     assert started[0].returncode == 0 and "iter_0000020 is whole and finite" in said
+    assert runs[0].there() == ["20"]
     started[1].kill()
     # Until nobody holds the other end.
     started[1].communicate(timeout=30)
@@ -399,3 +415,15 @@ def test_flags_of_a_chain_of_before() -> None:
     read = training_flags([*BOTH, "--save-interval", "5", "--save-retain-interval", "10"])
     assert (read.save_interval, read.save_retain_interval) == (5, 10)
     assert os.environ.get("KEEP") is None
+
+
+def test_a_last_checkpoint_that_there_was_no_time_for(run: Run, capsys: pytest.CaptureFixture) -> None:
+    run.begin()
+    run.save(10)
+    run.attend()
+    run.save(100)
+    words = ["--status", "0", "--", "--save", run.checkpoints, "--load", run.checkpoints, "--train-iters", "100"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["end", "--run", str(run.folder), *map(str, words)])
+    assert ended.value.code == 0
+    assert f"there was no time to look into {run.path(100)}: sla-job verify --run" in capsys.readouterr().out
