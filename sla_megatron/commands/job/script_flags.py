@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...common.files import read_json, write_json
 from .arguments import say
-from .launching import find_module
+from .launching import find_module, shown_elsewhere
 
 #: How long it may take: Megatron's is there after some ten seconds, on a slow disk after more.
 _SECONDS = 180
@@ -23,6 +23,9 @@ _FLAG = re.compile(r"(?<!\S)--[A-Za-z0-9][\w.-]*")
 
 def takes(args: Namespace) -> Callable[[str], bool]:
     """Whether the script or module of ``args`` (see ``add_launch``) knows a flag; all, where it cannot be found out."""
+    if shown_elsewhere():
+        say("the script's flags are not asked for outside of the container: all of the chain's are shown")
+        return lambda flag: True
     flags = _remembered(args)
     return (lambda flag: True) if flags is None else flags.__contains__
 

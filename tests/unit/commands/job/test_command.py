@@ -228,7 +228,8 @@ options:
         (["--launch", "srun", "--bind", "core"], "BIND core: expected what srun's --cpu-bind takes: cores"),
         (["--bind", "cores"], "BIND cores: expected what torchrun's --numa-binding takes: node, socket"),
         (["--bind", "node"], "BIND node: expected numactl, which torchrun calls for it"),
-        (["--launch", "ft", "--bind", "node"], "LAUNCH ft: expected nvidia-resiliency-ext"),
+        (["--launch", "ft", "--bind", "node"], "BIND node: expected none: ft_launcher binds no ranks"),
+        (["--launch", "ft"], "LAUNCH ft: expected nvidia-resiliency-ext"),
     ],
 )
 def test_what_cannot_be_launched_is_refused_before_anything_is_written(
