@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...common.files import read_json, write_json
-from .arguments import say
+from .arguments import warn
 from .launching import find_module, shown_elsewhere
 
 #: How long it may take: Megatron's is there after some ten seconds, on a slow disk after more.
@@ -24,7 +24,7 @@ _FLAG = re.compile(r"(?<!\S)--[A-Za-z0-9][\w.-]*")
 def takes(args: Namespace) -> Callable[[str], bool]:
     """Whether the script or module of ``args`` (see ``add_launch``) knows a flag; all, where it cannot be found out."""
     if shown_elsewhere():
-        say("the script's flags are not asked for outside of the container: all of the chain's are shown")
+        warn("the script's flags are not asked for outside of the container: all of the chain's are shown")
         return lambda flag: True
     flags = _remembered(args)
     return (lambda flag: True) if flags is None else flags.__contains__
@@ -82,5 +82,5 @@ def _asked(command: list[str]) -> set[str] | None:
         done, reason = None, str(error)
     flags = listed_flags(done.stdout) if done is not None and done.returncode == 0 else set()
     if not flags:
-        say(f"{' '.join(command[1:])} lists no flags ({reason}): it is taken to know all of Megatron's")
+        warn(f"{' '.join(command[1:])} lists no flags ({reason}): it is taken to know all of Megatron's")
     return flags or None

@@ -196,7 +196,7 @@ def test_a_script_that_does_not_say_is_taken_for_megatrons(
             ["command", "--run", str(tmp_path), "--own", "5", "--script", str(script), "--to", str(to), "--", *OWN]
         )
     assert ended.value.code == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"sla-job: {script} --help lists no flags (status ")
     assert line.endswith("it is taken to know all of Megatron's")
     assert to.read_text().split("\0")[-len(OWN) - 1 : -1] == OWN
