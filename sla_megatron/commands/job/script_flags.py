@@ -67,12 +67,9 @@ def _file_of(module: str) -> Path:
 
 
 def _asked(command: list[str]) -> set[str] | None:
-    # It is to be no rank of anything.
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("SLURM_") and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    # A rank alone: some look at these before they look at their flags.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | alone
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL
