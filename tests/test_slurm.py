@@ -386,13 +386,13 @@ def test_a_crash_loop_stops(slurm: Cluster, tmp_path: Path) -> None:
 def test_what_attends_an_attempt_can_end_it(slurm: Cluster, tmp_path: Path) -> None:
     """By its status, twice on the same nodes: with a signal to save, and without; any other end of it is its own."""
     run = slurm.folder / "runs" / "attended"
-    python = wrapper(tmp_path, "trap 'echo told; exit 0' TERM; echo training; sleep 5 & wait; exit 7")
+    python = wrapper(tmp_path, "trap 'echo told; exit 0' TERM; echo training; sleep 3 & wait; exit 7")
     text = (
         Path(python)
         .read_text()
         .replace(
             "\n",
-            "\n[[ $* != *cli\\ attend* ]] || { sleep 1; echo >>attended; exit $((19 + $(wc -l <attended))); }\n",
+            "\n[[ $* != *cli\\ attend* ]] || { sleep 0.5; echo >>attended; exit $((19 + $(wc -l <attended))); }\n",
             1,
         )
     )
