@@ -7,7 +7,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...common.errors import StartError
 from ...common.files import write_whole
 from ...common.flag_types import count
 from .additions import additions
@@ -62,10 +61,7 @@ def _words(args: Namespace) -> list[str]:
             flags = staged_flags(flags, Path(args.stage))
         name = args.module or (Path(args.script).stem if args.script else TRAINER)
         command = launched(args, program_of(args) if own_program else ["-m", TRAINER], name)
-    words = ["env", *(f"{name}={value}" for name, value in variables.items()), *command, *flags]
-    if any("\0" in word for word in words):
-        raise StartError("a NUL in a flag")
-    return words
+    return ["env", *(f"{name}={value}" for name, value in variables.items()), *command, *flags]
 
 
 def taken(flags: Sequence[str], known: Callable[[str], bool]) -> list[str]:
