@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -36,11 +37,12 @@ def add_arguments(command: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     check_launch(args)
     words = _words(args)
-    text = "".join(f"{word}\0" for word in words)
+    # As they came, whatever the locale.
+    content = os.fsencode("".join(f"{word}\0" for word in words))
     if args.to is None:
-        sys.stdout.write(text)
+        sys.stdout.buffer.write(content)
     else:
-        write_whole(args.to, text)
+        write_whole(args.to, content)
     return 0
 
 

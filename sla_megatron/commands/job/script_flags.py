@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -44,9 +45,10 @@ def _remembered(args: Namespace) -> set[str] | None:
     known = path.stat()
     source = {"path": str(path), "size": known.st_size, "time": known.st_mtime_ns}
     memory = args.run / "script-flags.json"
-    stored = read_json(memory) if memory.exists() else None
-    if isinstance(stored, dict) and stored.get("source") == source:
-        return set(stored["flags"])
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        stored = read_json(memory)
+        if stored is not None and stored["source"] == source:
+            return set(stored["flags"])
     flags = _asked([args.python, *program_of(args), "--help"])
     # A command that is shown alone writes nothing.
     if flags is not None and args.run.is_dir():
