@@ -487,7 +487,7 @@ def test_every_step_of_a_job_is_in_its_container(runtime: str, slurm: Cluster, t
         "STAGE=disk/x",
     ]
     words += [f"SLA_ROOT={ROOT}", f"CONTAINER_RUNTIME={runtime}", "CONTAINER_IMAGE=/images/megatron", "MAX_FAILURES=1"]
-    words += ["CONTAINER_MOUNTS=data:/data:ro,/usr", "CHECKPOINTS=runs/b/c"]
+    words += ["CONTAINER_MOUNTS=data:/data:ro,/usr", "CHECKPOINTS=runs/b/c", "BIND=cores"]
     options = ["--parsable", "--nodes=2", f"--output={here}/log"]
     path = f"{tmp_path}/bin:{slurm.environment['PATH']}"
     script = ROOT / "launch" / "slurm.sbatch"
