@@ -17,8 +17,9 @@ from ...common.checkpoint_folders import TRACKER, checkpoints, newest_complete, 
 from ...common.files import write_json
 from .checked import Checked, known_damage, set_aside_damaged
 from .flags import JobError, TrainingFlags
+from .stop_file import refuse_if_stopped, stop_file
 
-FINISHED, REQUEUE, STOP = "finished", "requeue", "stop"
+FINISHED, REQUEUE, STOP, STOPPED = "finished", "requeue", "stop", "stopped"
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Attempt:
     @property
     def failed(self) -> bool:
         """Whether it ended by itself, or without a word, and left no newer checkpoint than it began with."""
-        return self.how not in ("preempted", "finished") and (self.ended_at or self.began_at) <= self.began_at
+        return self.how not in ("preempted", "finished", STOPPED) and (self.ended_at or self.began_at) <= self.began_at
 
 
 @dataclass
@@ -107,8 +108,9 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
         ``FINISHED`` if there is nothing left to train, ``STOP`` in a crash loop, else ``REQUEUE``: go on.
 
     Raises:
-        JobError: if checkpoints that there were are gone.
+        JobError: if checkpoints that there were are gone, or somebody has stopped the run.
     """
+    refuse_if_stopped(chain.folder)
     damage = chain.known_damage(flags.save)
     newest, broken = newest_complete(flags.save, damage)
     if chain.attempts and chain.attempts[-1].ended is None:
@@ -156,7 +158,7 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
 def end(
     chain: Chain, flags: TrainingFlags, status: int, signalled: bool, limit: int, say: Callable[[str], None]
 ) -> str:
-    """After an attempt that ended with ``status``: ``FINISHED``, ``REQUEUE`` or ``STOP``.
+    """After an attempt that ended with ``status``: ``FINISHED``, ``REQUEUE``, ``STOP``, or ``STOPPED`` by a stop file.
 
     Whether an attempt got anywhere is read off its checkpoints: torchrun returns 1 after a signal even if all ranks
     saved, and Megatron 0 after errors.
@@ -171,8 +173,11 @@ def end(
     done = newest is not None and flags.finished(newest, _stored(flags, newest))
     # What trains nothing, or does not say for how long, is at its end when it ends well.
     endless = flags.skip_train or (flags.train_iters is None and flags.train_samples is None)
+    stopper = stop_file(chain.folder)
     if done or (endless and status == 0 and not signalled):
         how, verdict, line = "finished", FINISHED, f"finished: {saved}"
+    elif stopper and (signalled or (status == 0 and gained > 0)):
+        how, verdict, line = STOPPED, STOPPED, f"stopped: {saved}, {gain}"
     elif signalled:
         how, verdict, line = "preempted", REQUEUE, f"ended by a signal: {saved}, {gain}"
     elif status == 0 and gained > 0:
@@ -182,6 +187,9 @@ def end(
     _note_end(attempt, newest, how)
     chain.write()
     say(f"attempt {len(chain.attempts)} {line}")
+    if stopper and verdict != FINISHED:
+        say(f"not going on: {stopper} is there; removed, the job goes on when it is submitted again")
+        return STOPPED
     if verdict == REQUEUE and chain.failures(attempt.job) >= limit:
         return _stopped(chain, attempt.job, say)
     return verdict
