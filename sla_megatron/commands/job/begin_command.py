@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -37,7 +38,8 @@ def _logs() -> dict[str, Any]:
     """Where this attempt's logs are; this prints to the job's own, unless it is a step, as in a container."""
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     found: dict[str, Any] = {"restart": int(restart) if restart.isdecimal() else None}
-    about = os.fstat(1)
-    if stat.S_ISREG(about.st_mode):
-        found |= {"log": os.readlink("/proc/self/fd/1"), "log_from": about.st_size}
+    with contextlib.suppress(OSError):
+        about = os.fstat(1)
+        if stat.S_ISREG(about.st_mode):
+            found |= {"log": os.readlink("/proc/self/fd/1"), "log_from": about.st_size}
     return found

@@ -35,9 +35,9 @@ class LogFile:
     def rank(self) -> str:
         """As one would look for it: ``local rank 0 on node1``, or the file's name where it is laid out otherwise."""
         laid_out = re.match(r"[^/]+?-([^/]+)/[^/]+/attempt_\d+/(\d+)/", self.name)
-        return (
-            f"local rank {laid_out[2]} on {laid_out[1]}" if laid_out else self.name.rpartition("/std")[0] or self.name
-        )
+        if laid_out:
+            return f"local rank {laid_out[2]} on {laid_out[1]}"
+        return self.name.rpartition("/std")[0] or self.name
 
 
 class AttemptLogs:

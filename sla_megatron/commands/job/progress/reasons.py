@@ -1,7 +1,7 @@
 """Why an attempt ended: the error of the rank that failed first.
 
-A rank that raises says so in its own log; of one that was killed only its launcher knows, which speaks in the job's log:
-torchrun's ``ChildFailedError`` (torch/distributed/elastic/multiprocessing/errors), or srun.
+A rank that raises says so in its own log.  Of one that was killed only its launcher knows, which speaks in the job's
+log: torchrun's ``ChildFailedError`` (torch/distributed/elastic/multiprocessing/errors), or srun.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....common.errors import TRAINING
 from ..chain import Attempt
 from .rank_logs import AttemptLogs, LogFile
 from .steps import tail
@@ -26,6 +25,9 @@ _OTHERS_FAULT = re.compile(
 )
 
 _RANK = re.compile(r"^\[rank(\d+)\]: ?")
+_EXITING = re.compile(r"^\[(exiting program .*?)\.?\] datetime: ", re.MULTILINE)
+#: Ends of an attempt that are no failure.
+_BY_ITSELF = ("preempted", "exited", "stopped")
 #: torchrun's account of a failure.
 _ROOT_CAUSE = re.compile(
     r"Root Cause \(first observed failure\):\s+\[\d+\]:\s+time +: (?P<time>\S+)\s+host +: (?P<host>\S+)\s+"
@@ -33,8 +35,11 @@ _ROOT_CAUSE = re.compile(
     r"error_file: [^\n]*\s+traceback : (?P<traceback>[^\n]*)"
 )
 _SRUN = re.compile(
-    r"srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>Killed|Out Of Memory|Segmentation fault|Aborted|Bus error)"
+    r"srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): "
+    r"(?P<how>Killed|Out Of Memory|Segmentation fault|Aborted|Bus error)"
 )
+#: What ends a process without a traceback.
+_SAID = re.compile(r"\S+: error: |  what\(\):|Fatal Python error: ")
 _LABEL = re.compile(r"^ *\d+: ", re.MULTILINE)
 
 
@@ -56,13 +61,19 @@ def reason(attempt: Attempt, logs: AttemptLogs, after: Attempt | None) -> Reason
     """
     if attempt.how == "finished":
         return None
-    if attempt.failed or attempt.how.startswith("status") or attempt.how == "without a word":
+    if attempt.how not in _BY_ITSELF:
         job_log = _LABEL.sub("", _job_log(attempt, after))
-        return _of_launcher(job_log, logs) or _of_ranks(logs)
-    found = (re.search(r"^\[(exiting program .*?)\.?\] datetime: ", tail(file.path, _RANK_BYTES), re.MULTILINE)
-             for file in logs.files if file.path.name == "stdout.log")  # fmt: skip
-    said = next((match[1] for match in found if match), None)
-    return Reason(f"Megatron: {said}") if said else None
+        if (found := _of_launcher(job_log, logs) or _of_ranks(logs)) is not None:
+            return found
+    return _of_megatron(logs)
+
+
+def _of_megatron(logs: AttemptLogs) -> Reason | None:
+    """Why Megatron ended by itself (``checkpoint_and_decide_exit`` in megatron/training/training.py)."""
+    for file in logs.files:
+        if found := _EXITING.search(tail(file.path, _RANK_BYTES)):
+            return Reason(f"Megatron: {found[1]}")
+    return None
 
 
 def _job_log(attempt: Attempt, after: Attempt | None) -> str:
@@ -85,7 +96,8 @@ def _of_launcher(job_log: str, logs: AttemptLogs) -> Reason | None:
         of_rank = [error for error in _errors(logs) if error.is_of(first["rank"], first["local"])]
         if of_rank:
             return Reason(min(of_rank, key=_Error.order).text, name)
-        return Reason(f"exit status {first['code']}", name)
+        # What is wrong for all is said by one of them.
+        return _of_ranks(logs) or Reason(f"exit status {first['code']}", name)
     if killed := _SRUN.search(job_log):
         return Reason(killed["how"], f"task {killed['tasks']} on {killed['node']}")
     return None
@@ -128,26 +140,35 @@ def _errors(logs: AttemptLogs) -> Iterator[_Error]:
 
 
 def error_line(text: str) -> tuple[str, str | None] | None:
-    """What ended the process whose log ends with ``text``, in one line, and the global rank that says so."""
-    lines = text.splitlines()
-    for place in range(len(lines) - 1, -1, -1):
-        rank = _RANK.match(lines[place])
-        line = _RANK.sub("", lines[place])
-        if line.startswith("Traceback (most recent call last)"):
-            # What is raised while an object is removed ends nothing.
-            if not (place and _RANK.sub("", lines[place - 1]).startswith("Exception ignored")):
-                raised = _raised(lines[place + 1 :])
-                if raised is not None:
-                    return raised, rank[1] if rank else None
-        elif re.match(rf"(\S+\.)?\S+: error: |  what\(\):|Fatal Python error: |{TRAINING}: error: ", line):
-            return line.strip(), rank[1] if rank else None
-    return None
+    """What ended the process whose log ends with ``text``, in one line, and the global rank that says so.
+
+    With ranks' numbers before them are those that end a rank (the hook of ``init_process_group``).  Of others the first:
+    a helper of the rank fails before the rank that waits for it.
+    """
+    found = _raised(text.splitlines())
+    errors = [each for each in found if each[1]] or found
+    return errors[0] if errors else None
 
 
-def _raised(lines: list[str]) -> str | None:
-    """The line of the exception, after the frames of its traceback."""
+def _raised(lines: list[str]) -> list[tuple[str, str | None]]:
+    """The line of each error; of exceptions of which one led to another the last alone."""
+    found, traceback, ignored, follows = [], False, False, False
     for line in lines:
+        rank = _RANK.match(line)
         line = _RANK.sub("", line)
-        if line and not line.startswith((" ", "\t")):
-            return line
-    return None
+        if line.startswith("Traceback (most recent call last)"):
+            traceback = True
+        elif re.match("Exception (ignored|in thread) ", line):
+            ignored = True
+        elif re.match("During handling of the above|The above exception was", line):
+            follows = True
+        elif (traceback and line and not line.startswith((" ", "\t"))) or _SAID.match(line):
+            if not ignored:
+                if follows and found:
+                    found.pop()
+                found.append((line.strip(), rank[1] if rank else None))
+            traceback = ignored = follows = False
+        elif found and found[-1][0].endswith(":") and line.strip():
+            # A message that begins with the line after.
+            found[-1] = (f"{found[-1][0]} {line.strip()}", found[-1][1])
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -135,11 +136,11 @@ def _attempt(attempts: list[Attempt], number: int, logs: AttemptLogs, now: float
 
 
 def _checkpoint(run: Path, folder: Path, iteration: int, now: float) -> dict[str, Any]:
-    try:
-        checked = read_json(run / "checked.json")
-    except (OSError, ValueError):
-        checked = None
-    known = checked.get(folder.name) if isinstance(checked, dict) else None
+    known = None
+    # What sla-job attend notes; it need not run.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        look = read_json(run / "checked.json")["checkpoints"][folder.name]
+        known = {"when": look["when"], "damage": look["damage"]}
     age = now - (folder / ".metadata").stat().st_mtime
     return {"iteration": iteration, "folder": str(folder), "seconds_old": max(0.0, age), "checked": known}
 

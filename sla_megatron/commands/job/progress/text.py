@@ -6,6 +6,9 @@ from typing import Any
 
 from ....common.durations import duration
 
+#: Of a reason; --json has all of it.
+_WIDEST = 200
+
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What ``sla-job show`` prints: how the run is, and its attempts."""
@@ -49,7 +52,7 @@ def _checkpoint(checkpoint: dict[str, Any] | None) -> str:
     if checkpoint is None:
         return "none yet"
     checked = checkpoint["checked"]
-    said = "not looked into" if checked is None else f"looked into: {checked}"
+    said = "not looked into" if checked is None else f"looked into: {checked['damage'] or 'nothing wrong'}"
     return f"iteration {checkpoint['iteration']}, {duration(checkpoint['seconds_old'])} old, {said}"
 
 
@@ -62,5 +65,6 @@ def _attempt(attempt: dict[str, Any]) -> list[str]:
         trained = f"iterations {attempt['first_iteration']} to {attempt['last_iteration']}"
         shown.append(f"     {trained} in {duration(attempt['seconds'])}{lost}")
     if attempt["reason"]:
-        shown.append(f"     {attempt['rank'] + ': ' if attempt['rank'] else ''}{attempt['reason']}")
+        why = f"{attempt['rank'] + ': ' if attempt['rank'] else ''}{attempt['reason']}"
+        shown.append(f"     {why if len(why) <= _WIDEST else why[: _WIDEST - 4] + ' ...'}")
     return shown
