@@ -20,7 +20,7 @@ HELP = "print how the run is doing: state, iteration, speed, time left, checkpoi
 def add_arguments(command: ArgumentParser) -> None:
     add_run(command)
     command.add_argument("--json", action="store_true", help="as one JSON object a line, with keys that stay")
-    seconds = number("--watch", float, "a number of seconds")
+    seconds = number("--watch", float, "a number of seconds, more than 0")
     every = "again every so many seconds, until the run has ended (default without a value: 10)"
     command.add_argument("--watch", type=seconds, nargs="?", const=10.0, metavar="SECONDS", help=every)
 

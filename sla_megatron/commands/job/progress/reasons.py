@@ -142,8 +142,8 @@ def _errors(logs: AttemptLogs) -> Iterator[_Error]:
 def error_line(text: str) -> tuple[str, str | None] | None:
     """What ended the process whose log ends with ``text``, in one line, and the global rank that says so.
 
-    With ranks' numbers before them are those that end a rank (the hook of ``init_process_group``).  Of others the first:
-    a helper of the rank fails before the rank that waits for it.
+    With ranks' numbers before them are those that end a rank (the hook of ``init_process_group``).  Of others it is the
+    first: a helper of the rank fails before the rank that waits for it.
     """
     found = _raised(text.splitlines())
     errors = [each for each in found if each[1]] or found
