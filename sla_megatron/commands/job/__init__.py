@@ -4,4 +4,5 @@ cli.py         the commands, for launch/slurm.sbatch and people; each is a modul
 arguments.py   what they take in common
 chain.py       the attempts of a run so far, and what follows from them
 flags.py       what they depend on of Megatron's flags
+progress/      how a run is doing, by logs and by what Slurm says
 """

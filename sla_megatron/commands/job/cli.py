@@ -3,7 +3,7 @@
 sla-job check --run runs/gpt -- MEGATRON FLAGS      0 a chain can go on with them, 2 refused
 sla-job begin --run runs/gpt -- FLAGS               0 go on, 10 nothing left to do, 2 refused, 3 crash loop
 sla-job end --run runs/gpt --status 1 -- FLAGS      0 finished, 75 to be requeued, 3 crash loop
-sla-job show --run runs/gpt                         the attempts so far
+sla-job show --run runs/gpt                         how the run is doing, and its attempts
 sla-job health --run runs/gpt --gpus 8              this node: GPUs, and the run's folder
 """
 
