@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class Attempt:
         if not isinstance(attempt.began_at, int) or not isinstance(attempt.ended_at, int | None):
             raise ValueError(f"iterations {attempt.began_at} to {attempt.ended_at}")
         return attempt
+
+    @property
+    def clock(self) -> float:
+        """When it began, in seconds."""
+        return datetime.fromisoformat(self.began).timestamp()
 
     @property
     def failed(self) -> bool:

@@ -1,10 +1,12 @@
-"""The logs of an attempt's ranks: RUN/logs/JOB.RESTART, as torchrun lays them out, or other files of one folder a rank.
+"""The logs of an attempt's ranks, in RUN/logs/JOB.RESTART.
 
-torchrun: MODULE-NODE/ID/attempt_0/LOCAL RANK/std{out,err}.log.
+torchrun's are NAME-NODE/ID/attempt_0/LOCAL RANK/std{out,err}.log there, each launch with an ID of its own; those of
+ranks that srun starts NAME-NODE/STEP/LOCAL RANK/std{out,err}.log.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -34,22 +36,38 @@ class LogFile:
     @property
     def rank(self) -> str:
         """As one would look for it: ``local rank 0 on node1``, or the file's name where it is laid out otherwise."""
-        laid_out = re.match(r"[^/]+?-([^/]+)/[^/]+/attempt_\d+/(\d+)/", self.name)
+        laid_out = re.match(r"[^/]+?-([^/]+)/[^/]+/(?:attempt_\d+/)?(\d+)/", self.name)
         if laid_out:
             return f"local rank {laid_out[2]} on {laid_out[1]}"
         return self.name.rpartition("/std")[0] or self.name
 
+    @property
+    def launch(self) -> str:
+        """What the files of one launch on one node have in common."""
+        return "/".join(self.name.split("/")[:2])
+
 
 class AttemptLogs:
-    """What the ranks of one attempt printed, in ``folder``, which need not be there."""
+    """What the ranks of one attempt printed.
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    Args:
+        folder: their job's, which need not be there.
+        began: of the attempt, and of the next one that has the folder too, in seconds.
+    """
+
+    def __init__(self, folder: Path | None, began: tuple[float, float] = (-math.inf, math.inf)) -> None:
+        self.folder, self.began = folder, began
 
     @cached_property
     def files(self) -> list[LogFile]:
         """The longest first."""
         found = [] if self.folder is None else _files(self.folder)
+        if self.began != (-math.inf, math.inf):
+            launched = {
+                launch: min(file.changed for file in found if file.launch == launch)
+                for launch in {file.launch for file in found}
+            }
+            found = [file for file in found if self.began[0] <= launched[file.launch] < self.began[1]]
         return sorted(found, key=lambda file: (-file.bytes, file.name))
 
     @cached_property
@@ -81,7 +99,24 @@ def logs_of(chain: Chain) -> list[AttemptLogs]:
     An attempt of before ``restart`` was noted is taken to have the job's folder of the same place in their order.
     """
     places = _folders(chain.folder / "logs")
-    return [AttemptLogs(_folder(chain, number, places)) for number in range(len(chain.attempts))]
+    return [
+        AttemptLogs(_folder(chain, number, places), _between(chain.attempts, number))
+        for number in range(len(chain.attempts))
+    ]
+
+
+def _between(attempts: list[Attempt], number: int) -> tuple[float, float]:
+    """When an attempt began and the next one of the same start of the job, which has the same folder of logs."""
+    start = (attempts[number].job, attempts[number].restart)
+    of_start = [
+        place for place, one in enumerate(attempts) if (one.job, one.restart) == start and one.restart is not None
+    ]
+    at = of_start.index(number) if number in of_start else 0
+    first, last = at == 0, at + 1 >= len(of_start)
+    return (
+        -math.inf if first else attempts[number].clock,
+        math.inf if last else attempts[of_start[at + 1]].clock,
+    )
 
 
 def _folder(chain: Chain, number: int, places: dict[tuple[str, int], Path]) -> Path | None:
@@ -121,5 +156,5 @@ def _entries(folder: Path | str) -> Iterator[os.DirEntry]:
         if entry.is_dir(follow_symlinks=False):
             if not entry.name.startswith("sla_megatron.commands."):
                 yield from _entries(entry.path)
-        elif entry.is_file():
+        elif entry.name.endswith((".log", ".out", ".err", ".txt")) and entry.is_file():
             yield entry

@@ -80,7 +80,7 @@ def _steps(
     folder = Path(arguments.get("tensorboard_dir", run / "tensorboard"))
     events = newest_events(folder)
     # Those of an attempt before this one say nothing of it.
-    if events is not None and events.stat().st_mtime >= _clock(chain.attempts[-1].began):
+    if events is not None and events.stat().st_mtime >= chain.attempts[-1].clock:
         found = logged_steps(events)
         if found is not None:
             return *found, "tensorboard"
@@ -126,7 +126,7 @@ def _attempt(attempts: list[Attempt], number: int, logs: AttemptLogs, now: float
         "ended": attempt.ended,
         "ended_at": attempt.ended_at,
         "how": attempt.how,
-        "seconds": max(0.0, (now if attempt.ended is None else until) - _clock(attempt.began)),
+        "seconds": max(0.0, (now if attempt.ended is None else until) - attempt.clock),
         "first_iteration": first.iteration if first else None,
         "last_iteration": last.iteration if last else None,
         "lost_iterations": max(0, last.iteration - saved) if last and attempt.ended is not None else None,

@@ -8,6 +8,7 @@ first rank was made to run out of memory.  Warnings, most arguments and most fra
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from datetime import datetime, timedelta
@@ -86,6 +87,25 @@ def test_without_the_jobs_log(run: Path) -> None:
     )
     assert "Connection closed by peer" in shown[0]["reason"]
     assert shown[4]["rank"] == "rank 0" and shown[4]["reason"].startswith("torch.OutOfMemoryError: CUDA out of memory")
+
+
+@pytest.mark.parametrize("launch", ["torchrun", "srun"])
+def test_attempts_in_one_start_of_the_job(launch: str, run: Path) -> None:
+    """They have one folder of logs, in which each launch has its own; which is whose, the time says."""
+    shown = report(run, no_slurm)["attempts"]
+    for number in range(3):
+        change(run, number, restart=0)
+        (node,) = (run / "logs" / f"7.{number}").iterdir()
+        (made,) = node.iterdir()
+        place = run / "logs" / "7.0" / node.name / {"torchrun": f"id{9 - number}", "srun": str(9 - number)}[launch]
+        shutil.move(made if launch == "torchrun" else made / "attempt_0", place)
+        for file in place.rglob("*.log"):
+            # Those of silent ranks as the attempt begins, a second before the next one the others.
+            seconds = datetime.fromisoformat(
+                attempts(run)[number]["began" if "1" in file.parts else "ended"]
+            ).timestamp()
+            os.utime(file, (seconds, seconds))
+    assert report(run, no_slurm)["attempts"] == shown
 
 
 def test_progress_of_each_attempt(run: Path) -> None:
