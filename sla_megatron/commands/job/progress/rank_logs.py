@@ -6,6 +6,7 @@ ranks that srun starts NAME-NODE/STEP/LOCAL RANK/std{out,err}.log.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -100,7 +101,7 @@ def logs_of(chain: Chain) -> list[AttemptLogs]:
     """
     places = _folders(chain.folder / "logs")
     return [
-        AttemptLogs(_folder(chain, number, places), _between(chain.attempts, number))
+        AttemptLogs(_folder(chain.attempts, number, places), _between(chain.attempts, number))
         for number in range(len(chain.attempts))
     ]
 
@@ -119,14 +120,14 @@ def _between(attempts: list[Attempt], number: int) -> tuple[float, float]:
     )
 
 
-def _folder(chain: Chain, number: int, places: dict[tuple[str, int], Path]) -> Path | None:
-    attempt = chain.attempts[number]
+def _folder(attempts: list[Attempt], number: int, places: dict[tuple[str, int], Path]) -> Path | None:
+    attempt = attempts[number]
     if attempt.restart is not None:
         return places.get((attempt.job, attempt.restart))
-    of_job: list[Attempt] = [other for other in chain.attempts if other.job == attempt.job and other.restart is None]
-    at = next(place for place, other in enumerate(of_job) if other is attempt)
-    folders = [path for (job, _), path in sorted(places.items()) if job == attempt.job and _files(path)]
-    return folders[at] if at < len(folders) else None
+    at = sum(one.job == attempt.job and one.restart is None for one in attempts[:number])
+    # One that was excluded before it began has left no logs of ranks.
+    folders = (path for (job, _), path in sorted(places.items()) if job == attempt.job and any(_entries(path)))
+    return next(itertools.islice(folders, at, None), None)
 
 
 def _folders(logs: Path) -> dict[tuple[str, int], Path]:

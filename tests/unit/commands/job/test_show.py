@@ -108,6 +108,16 @@ def test_attempts_in_one_start_of_the_job(launch: str, run: Path) -> None:
     assert report(run, no_slurm)["attempts"] == shown
 
 
+def test_a_chain_of_before(run: Path) -> None:
+    """It does not say which start of the job an attempt was: the order does.  A node that was excluded left no logs."""
+    shown = report(run, no_slurm)["attempts"]
+    (run / "logs" / "7.4").rename(run / "logs" / "7.11")
+    (run / "logs" / "7.4" / "sla_megatron.commands.doctor.cli-node1").mkdir(parents=True)
+    for number in range(5):
+        change(run, number, restart=None)
+    assert report(run, no_slurm)["attempts"] == shown
+
+
 def test_progress_of_each_attempt(run: Path) -> None:
     """First and last iteration, by the last rank's log; what was trained and not saved is lost."""
     shown = report(run, no_slurm)["attempts"]
