@@ -33,8 +33,7 @@ def report(run: Path, ask: Callable[[str], QueuedJob | None] = queued) -> dict[s
     logs = logs_of(chain)
     attempts = [_attempt(chain.attempts, number, logs[number], now) for number in range(len(chain.attempts))]
     arguments = next((found for each in reversed(logs) if (found := each.arguments)), {})
-    save = Path(arguments.get("save", run / "checkpoints"))
-    save = save if save.is_dir() else run / "checkpoints"
+    save = _folder(arguments, "save", run / "checkpoints")
     newest, broken = newest_complete(save)
     stored = stored_args(checkpoints(save)[newest]) if newest is not None else {}
     first, last, source = _steps(run, chain, logs, arguments)
@@ -77,14 +76,19 @@ def _steps(
         return None, None, None
     if logs[-1].last is not None:
         return logs[-1].first, logs[-1].last, "logs"
-    folder = Path(arguments.get("tensorboard_dir", run / "tensorboard"))
-    events = newest_events(folder)
+    events = newest_events(_folder(arguments, "tensorboard_dir", run / "tensorboard"))
     # Those of an attempt before this one say nothing of it.
     if events is not None and events.stat().st_mtime >= chain.attempts[-1].clock:
         found = logged_steps(events)
         if found is not None:
             return *found, "tensorboard"
     return None, None, None
+
+
+def _folder(arguments: dict[str, str], name: str, usual: Path) -> Path:
+    """The one of Megatron's argument, if it is there: what is asked of a container, or elsewhere, may not be."""
+    given = Path(arguments.get(name, usual))
+    return given if given.is_dir() else usual
 
 
 def _state(chain: Chain, newest: int | None, total: int | None, trained: bool, job: QueuedJob | None, run: Path) -> str:

@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from sla_megatron.commands.job import cli
 from sla_megatron.commands.job.progress.queue import QueuedJob, seconds
@@ -145,6 +146,24 @@ def test_how_the_run_is(run: Path) -> None:
     assert len(lines) == 5 and shown["tokens_per_second"]["attempt"] == pytest.approx(4 * 8 * 64 / took)
     assert shown["seconds_left"] == {"training": pytest.approx(380 * took / 4), "job": None}
     assert shown["checkpoint"] is None and shown["slurm"] is None
+
+
+def test_by_tensorboards_files(run: Path) -> None:
+    """Where no log has iterations, as of a script that prints them otherwise; written as Megatron writes them."""
+    change(run, 4, how=None, ended=None, ended_at=None)
+    for path in (run / "logs" / "7.4").rglob("1/stdout.log"):
+        path.unlink()
+    with SummaryWriter(run / "tensorboard") as writer:
+        for iteration in range(21, 2021):
+            for tag, value in (("lm loss", 2000 - iteration), ("batch-size", 8), ("iteration-time", 0.5), ("other", 1)):
+                writer.add_scalar(tag, value, iteration, walltime=1e9 + 2 * iteration)
+                writer.add_scalar(f"{tag} vs samples", 0, 8 * iteration)
+    shown = report(run, no_slurm)
+    assert (shown["state"], shown["read"], shown["iteration"], shown["loss"]) == ("training", "tensorboard", 2020, -20)
+    assert shown["tokens_per_second"] == {"now": 8 * 64 / 0.5, "attempt": 8 * 64 / 2}
+    # Those of an attempt before, which this one has not followed yet.
+    change(run, 4, began="2999-01-01T00:00:00+0000")
+    assert (report(run, no_slurm)["state"], report(run, no_slurm)["loss"]) == ("starting", None)
 
 
 RUNNING = QueuedJob("RUNNING", None, 600.0)
