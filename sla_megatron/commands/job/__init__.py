@@ -10,4 +10,5 @@ keep.py        how many checkpoints stay
 launching.py   a training as the words of one command, for torchrun, srun and ft_launcher
 resources.py   what Slurm gave a job, beside what its ranks need
 script_flags.py  which flags a script of the user's own takes
+progress/      how a run is doing, by logs and by what Slurm says
 """

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ class Attempt:
     ended: str | None = None
     ended_at: int | None = None
     how: str | None = None
+    #: Slurm's count of the job's starts before this one, which names the folder of its logs.
+    restart: int | None = None
+    #: The job's log, and its length when the attempt began.
+    log: str | None = None
+    log_from: int | None = None
+    #: Failures in a row that end the chain.
+    max_failures: int | None = None
 
     @classmethod
     def read(cls, stored: dict[str, Any]) -> Attempt:
@@ -41,6 +49,11 @@ class Attempt:
         if not isinstance(attempt.began_at, int) or not isinstance(attempt.ended_at, int | None):
             raise ValueError(f"iterations {attempt.began_at} to {attempt.ended_at}")
         return attempt
+
+    @property
+    def clock(self) -> float:
+        """When it began, in seconds."""
+        return datetime.fromisoformat(self.began).timestamp()
 
     @property
     def failed(self) -> bool:
@@ -93,7 +106,15 @@ class Chain:
         return count
 
 
-def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, say: Callable[[str], None]) -> str:
+def begin(
+    chain: Chain,
+    flags: TrainingFlags,
+    job: str,
+    nodes: str,
+    limit: int,
+    say: Callable[[str], None],
+    logs: Mapping[str, Any] | None = None,
+) -> str:
     """Before an attempt: the checkpoint folder is put in order, the attempt is noted.
 
     Args:
@@ -103,6 +124,7 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
         nodes: where it runs.
         limit: failures in a row that end the chain.
         say: receives lines for the log.
+        logs: ``restart``, ``log`` and ``log_from`` of the attempt, as far as they are known.
 
     Returns:
         ``FINISHED`` if there is nothing left to train, ``STOP`` in a crash loop, else ``REQUEUE``: go on.
@@ -149,7 +171,7 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
     if chain.failures(job) >= limit:
         chain.write()
         return _stopped(chain, job, say)
-    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0))
+    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0, max_failures=limit, **(logs or {})))
     chain.write()
     say(f"attempt {len(chain.attempts)} of this run, job {job} on {nodes}")
     return REQUEUE
