@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -153,3 +155,125 @@ def test_documents_are_in_the_order_of_the_input(corpus: Path, tmp_path: Path) -
     model = sentencepiece.SentencePieceProcessor(model_file=str(corpus / "t.model"))
     texts = [text for texts in TEXTS.values() for text in texts]
     assert [data[i].tolist() for i in range(len(data))] == [[*model.encode(text), 2] for text in texts]
+
+
+def small(folder: Path, tokenizer: Path, *inputs: str) -> list[str]:
+    """Flags for files in ``folder``, cut into pieces of 200 bytes or more."""
+    given = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer), "--shard-mb", "0.0002"]
+    return [*given, *inputs, "--output-prefix", str(folder / "set")]
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture) -> list[str]:
+    """What the command says on stderr before it ends with status 2, without what it waited for."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    return [line for line in said if line.startswith("sla-data") and not re.search(r", \d+ s$", line)]
+
+
+def test_rows_duplicates_and_splits(corpus: Path, tmp_path: Path) -> None:
+    """A data set cut by rows, whose equal texts are in different tasks' shares."""
+    texts = TEXTS["e.jsonl"][:40] * 2
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    made = {}
+    for command in (["tokenize"], ["submit", "--tasks", "3", "--local"]):
+        (tmp_path / command[0]).mkdir()
+        given = small(tmp_path / command[0], corpus / "t.model", "--dataset", str(tmp_path / "saved"))
+        main([*command, *given, "--split", "70,0,30", "--deduplicate"])
+        made[command[0]] = {path.name: path.read_bytes() for path in (tmp_path / command[0]).iterdir()}
+    assert made["submit"] == made["tokenize"]
+    assert json.loads(made["submit"]["set.json"])["duplicates"] == 40
+
+
+def test_all_that_is_in_the_way_is_in_one_report(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A file that cannot be read, and a fault: the tasks go on, and so does the same command."""
+    texts = TEXTS["e.jsonl"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    packed = gzip.compress("\n".join(lines).encode())
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, NO_OBJECT]))
+    (tmp_path / "b.jsonl.gz").write_bytes(packed[:-2000] + bytes(2000))
+    status = (tmp_path / "b.jsonl.gz").stat()
+    given = small(tmp_path, corpus / "t.model", "--input", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz"))
+    command = ["submit", "--tasks", "2", "--local", *given]
+    said = refused(command, capsys)
+    work = tmp_path / "set.sla-data"
+    assert said[-3].startswith(f"sla-data: task 1 ({tmp_path}/") and f"{tmp_path}/b.jsonl.gz: " in said[-3]
+    assert said[-2].startswith(f"sla-data: {tmp_path}/a.jsonl:101: not a JSON object")
+    assert said[-1].endswith(
+        f"set: 1 of 2 tasks are not finished; 1 documents are faults, all of them in {work}/faults: expected all: "
+        "the same sla-data submit, without --overwrite, goes on with what is left"
+    )
+    finished = (work / "tasks" / "00000.done").stat()
+    for other, message in {
+        ("tokenize", *given): f"{work} is unfinished work of sla-data submit: expected that, or --overwrite",
+        ("submit", "--tasks", "3", "--local", *given): f"--tasks 3: {work} was divided among 2: expected that",
+        ("submit", "--tasks", "2", "--local", *given, "--no-append-eod"): "was made with append_eod = True, not False",
+        ("task", str(work), "--index", "2"): "--index 2: expected 0 to 1, or --merge",
+        ("task", str(tmp_path)): f"{tmp_path}: expected the folder of unfinished work that sla-data submit made",
+    }.items():
+        assert message in refused(list(other), capsys)[-1]
+    # The disk gives what is on it: the same file, as far as its size and date tell.
+    (tmp_path / "b.jsonl.gz").write_bytes(packed)
+    os.utime(tmp_path / "b.jsonl.gz", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "sla-data submit --on-error skip, which goes on here" in refused(command, capsys)[-1]
+    assert (work / "tasks" / "00000.done").stat() == finished
+    main([*command, "--on-error", "skip"])
+    divided = contents(tmp_path / "set")
+    main(["tokenize", *given, "--on-error", "skip", "--overwrite"])
+    assert contents(tmp_path / "set") == divided
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tokenizer-model", "{}/a.jsonl", "--local"], "a.jsonl cannot be read: "),
+        (["--input", "{}/b.jsonl", "--local"], "b.jsonl:1: not a JSON object"),
+        (["--input", "{}/none.jsonl", "--local"], "none.jsonl: expected files of text"),
+        (["--tasks", "0", "--local"], "--tasks 0: expected a number from 1 to 99999"),
+        (["--local", "--", "--time=1"], "--time=1: options of sbatch: expected none with --local"),
+        ([], "sbatch: not found: expected Slurm's commands on this machine, or --local"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    more: list[str],
+    message: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "text"}))
+    (tmp_path / "b.jsonl").write_text(NO_OBJECT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    given = small(tmp_path, corpus / "t.model", "--input", str(tmp_path / "a.jsonl"))
+    said = refused(["submit", "--tasks", "2", *given, *(word.format(tmp_path) for word in more)], capsys)
+    assert message in said[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_dry_run_says_what_would_be_submitted(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("SETUP", "my modules.sh")
+    command = [
+        "submit",
+        "--tasks",
+        "3",
+        "--limit",
+        "2",
+        "--workers",
+        "4",
+        "--dry-run",
+        *flags(corpus, tmp_path / "set"),
+    ]
+    main([*command, "--", "--partition=cpu"])
+    array, merge = map(shlex.split, capsys.readouterr().out.splitlines())
+    for words in (array, merge):
+        assert words[0] == "sbatch" and {"--partition=cpu", "SETUP=my modules.sh", f"{tmp_path}/set.sla-data"} <= {
+            *words
+        }
+    assert {"--array=0-2%2", "--cpus-per-task=4", "--workers=4"} <= {*array}
+    assert {"--dependency=afterany:ARRAY", "--merge", "--on-error=fatal"} <= {*merge}
+    assert not list(tmp_path.iterdir())
