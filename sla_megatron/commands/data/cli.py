@@ -46,9 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """Within the block no GPU is looked for, and Megatron need not wonder aloud which rank it is."""
+    """Within the block no GPU is looked for, and Megatron need not wonder aloud which rank it is.
+
+    Tokenizers get no threads: a document is encoded by one, and workers are as many as there are to be.
+    """
     before = dict(os.environ)
-    os.environ.update({"CUDA_VISIBLE_DEVICES": "", "RANK": "0"})
+    os.environ.update({"CUDA_VISIBLE_DEVICES": "", "RANK": "0", "TOKENIZERS_PARALLELISM": "false"})
     try:
         yield
     finally:
