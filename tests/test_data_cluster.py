@@ -87,31 +87,28 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
 
 
-def in_cluster(slurm: Cluster, corpus: Path, *words: str) -> subprocess.CompletedProcess:
-    settings = os.environ | {name: slurm.environment[name] for name in ("PATH", "SLURM_CONF")}
-    return subprocess.run(
-        [sys.executable, "-m", "sla_megatron.commands.data.cli", *words],
-        cwd=corpus,
-        env=settings | {"PYTHONPATH": str(ROOT), "SETUP": str(corpus / "setup.sh")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 @pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")
 def test_a_job_array_makes_the_files_of_one_process(
-    slurm: Cluster, corpus: Path, one_process: dict[str, bytes], tmp_path: Path
+    slurm: Cluster,
+    corpus: Path,
+    one_process: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    """Of three tasks one is killed in the middle and goes on; the faults of all are in one report; sbatch drops the
-    environment."""
-    prefix = tmp_path / "set"
-    (corpus / "setup.sh").write_text("echo sourced; export SOURCED=$NOT_SET; false\n")
+    """One of three tasks is killed in the middle and goes on; the faults of all are in one report.
+
+    sbatch drops the environment; a file that sets one up is sourced.
+    """
+    prefix, setup = tmp_path / "set", tmp_path / "setup.sh"
+    setup.write_text("echo sourced; export SOURCED=$NOT_SET; false\n")
+    for name, value in {**slurm.environment, "SETUP": str(setup)}.items():
+        monkeypatch.setenv(name, value)
     options = ["--", "--export=NONE", "--time=10"]
     command = ["submit", "--tasks", "3", *flags(corpus, prefix)]
-    done = in_cluster(slurm, corpus, *command, *options)
-    assert done.returncode == 0, done.stderr
-    array, merge = re.search(r"job (\d+), the tasks; job (\d+), the merge", done.stdout).groups()
+    capsys.readouterr()
+    main([*command, *options])
+    array, merge = re.search(r"job (\d+), the tasks; job (\d+), the merge", capsys.readouterr().out).groups()
     shards = prefix.with_name("set.sla-data") / "tasks" / "00000.sla-data" / "shards"
     own = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_CONF": slurm.environment["SLURM_CONF"]}
     deadline = time.monotonic() + 60
@@ -121,8 +118,7 @@ def test_a_job_array_makes_the_files_of_one_process(
     (task,) = [pid for pid in processes_with(b"commands.data.cli", **own) if is_python(pid)]
     os.kill(task, signal.SIGKILL)
     assert not prefix.with_name("set.sla-data").joinpath("tasks", "00000.done").exists(), "it was killed too late"
-    busy = in_cluster(slurm, corpus, *command, *options)
-    assert busy.returncode == 2 and f"job {array}, {merge} is at work there, or waits" in busy.stderr
+    assert f"job {array}, {merge} is at work there, or waits" in refused([*command, *options], capsys)[-1]
     slurm.until(merge, {"COMPLETED", "FAILED"}, seconds=60)
     logs = {path.name: path.read_text() for path in (tmp_path / "set.slurm").glob("*")}
     assert logs[f"{array}_0.log"].count("sourced") == 2 and "back into the queue" in logs[f"{array}_0.log"]
@@ -135,8 +131,8 @@ def test_a_job_array_makes_the_files_of_one_process(
     ]
     assert "2 documents are faults" in said[-1] and "sla-data submit --on-error skip, which goes on here" in said[-1]
     # All tasks are finished: the merge alone is submitted.
-    done = in_cluster(slurm, corpus, *command, "--on-error", "skip", *options)
-    (merge,) = re.findall(r"job (\d+)", done.stdout)
+    main([*command, "--on-error", "skip", *options])
+    (merge,) = re.findall(r"job (\d+)", capsys.readouterr().out)
     known = slurm.until(merge, {"COMPLETED", "FAILED"}, seconds=60)
     assert known["JobState"] == "COMPLETED", (tmp_path / "set.slurm" / f"merge_{merge}.log").read_text()
     assert contents(prefix) == one_process
@@ -277,3 +273,28 @@ def test_a_dry_run_says_what_would_be_submitted(
     assert {"--array=0-2%2", "--cpus-per-task=4", "--workers=4"} <= {*array}
     assert {"--dependency=afterany:ARRAY", "--merge", "--on-error=fatal"} <= {*merge}
     assert not list(tmp_path.iterdir())
+
+
+def test_the_script_runs_in_a_container_or_refuses(tmp_path: Path) -> None:
+    """A stand-in for srun says what it was given."""
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": "/submitted", "SLURM_CPUS_PER_TASK": "2"}
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        command = ["bash", str(ROOT / "launch" / "data.sbatch"), *words, "/data/set.sla-data", "--workers=2"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    options = ["CONTAINER_IMAGE=a.sqsh", "CONTAINER_MOUNTS=/corpus", "CONTAINER_OPTIONS=--no-container-mount-home"]
+    done = run(f"SLA_ROOT={ROOT}", *options)
+    assert done.stdout.splitlines() == [
+        *("--ntasks=1", "--container-image=a.sqsh", f"--container-mounts=/corpus,{ROOT},/data,/submitted"),
+        *("--no-container-mount-home", "python3", "-m", "sla_megatron.commands.data.cli"),
+        *("task", "/data/set.sla-data", "--workers=2"),
+    ]
+    for words, message in (
+        ([f"SLA_ROOT={tmp_path}"], f"SLA_ROOT {tmp_path}: expected the repository's folder"),
+        ([f"SLA_ROOT={ROOT}", "SETUP=/none"], "SETUP /none: expected a file that can be read"),
+    ):
+        done = run(*words)
+        assert (done.returncode, done.stderr) == (2, f"data.sbatch: error: {message}\n")
