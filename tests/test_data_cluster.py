@@ -215,6 +215,11 @@ def test_all_that_is_in_the_way_is_in_one_report(corpus: Path, tmp_path: Path, c
     os.utime(tmp_path / "b.jsonl.gz", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert "sla-data submit --on-error skip, which goes on here" in refused(command, capsys)[-1]
     assert (work / "tasks" / "00000.done").stat() == finished
+    # A shard of a finished task is lost: it is not left out, its task does it again.
+    sorted((work / "tasks" / "00001.sla-data" / "shards").glob("*.json"))[1].unlink()
+    main(["submit", "--tasks", "2", "--dry-run", *given])
+    assert "--array" not in capsys.readouterr().out
+    assert "1 of 2 tasks are not finished" in refused(["task", str(work), "--merge"], capsys)[-1]
     main([*command, "--on-error", "skip"])
     divided = contents(tmp_path / "set")
     main(["tokenize", *given, "--on-error", "skip", "--overwrite"])

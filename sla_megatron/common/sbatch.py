@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -16,13 +17,14 @@ def require_slurm(otherwise: str = "") -> None:
 
 
 def sbatch(words: Sequence[str]) -> str:
-    """Run an ``sbatch`` command; what it printed.
+    """Run an ``sbatch`` command; what it printed.  The job inherits no place in an array that this process may have.
 
     Raises:
         StartError: where sbatch is missing or refuses.
     """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_ARRAY_")}
     try:
-        done = subprocess.run(list(words), capture_output=True, text=True)
+        done = subprocess.run(list(words), env=environment, capture_output=True, text=True)
     except OSError as error:
         raise StartError(f"sbatch: {error.strerror}: expected Slurm's commands on this machine") from error
     if done.returncode:

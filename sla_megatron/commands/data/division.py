@@ -15,7 +15,7 @@ from typing import Any
 from ...common.files import read_json, write_json
 from ...common.tokenizers import TokenizerError, tokenizer_settings
 from .dealing import Share, deal
-from .errors import DataError
+from .errors import DataError, file_errors
 from .inputs import Inputs, named_inputs
 from .job import Job
 from .manifests import WORK_FOLDER
@@ -52,10 +52,11 @@ class Plan:
     tasks: list[list[Share]]
 
     def write(self) -> None:
-        """To :attr:`Workdir.plan`."""
+        """To :attr:`.workdir.Workdir.plan`."""
         content = {name: value for name, value in vars(self).items() if name not in ("folder", "tasks")}
         tasks = [[list(asdict(share).values()) for share in shares] for shares in self.tasks]
-        write_json(self.folder / "plan.json", content | {"tasks": tasks})
+        with file_errors(str(self.folder)):
+            write_json(self.job.workdir.plan, content | {"tasks": tasks})
 
     @property
     def job(self) -> Job:
@@ -143,9 +144,11 @@ def run_task(plan: Plan, task: int, workers: int) -> None:
             require_same(plan.folder, _expected(plan, task), settings)
             vocab_size, records = encode(job, settings, workers, overwrite=False)
         except (DataError, TokenizerError) as error:
-            write_json(plan.error(task), {"error": error.reason})
+            with contextlib.suppress(OSError):  # Of a full disk, say.
+                write_json(plan.error(task), {"error": error.reason})
             raise
-        write_json(plan.done(task), {"vocab_size": vocab_size, "shards": len(records)})
+        with file_errors(str(plan.done(task))):
+            write_json(plan.done(task), {"vocab_size": vocab_size, "shards": len(records)})
     documents, tokens = sum(r.documents for r in records), sum(r.tokens for r in records)
     faults = sum(sum(r.faults.values()) for r in records)
     print(f"{plan.called(task)}: {documents:,} documents, {tokens:,} tokens, {faults:,} faults")

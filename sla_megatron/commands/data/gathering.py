@@ -35,15 +35,31 @@ def gather(plan: Plan, fatal: bool) -> dict[str, Any]:
         if workdir.is_put():
             manifest = read_manifest(workdir.manifest)
         else:
-            found = [found for task in range(len(plan.tasks)) for found in plan.shards(task)]
-            found.sort(key=lambda one: (one[0].source, one[0].start, one[1].record.number))
-            shards = [shard for _, shard in found]
+            shards, sizes = _finished(plan)
             _require_all(plan, shards, fatal)
+            if len(sizes) > 1:
+                raise DataError(f"tasks found vocabularies of {sizes} tokens: expected one tokenizer on all nodes")
             settings = read_json(plan.folder / "settings.json")
-            (vocab_size,) = {read_json(plan.done(task))["vocab_size"] for task in range(len(plan.tasks))}
-            manifest = assemble(job, settings, shards, plan.names, vocab_size)
+            manifest = assemble(job, settings, shards, plan.names, sizes[0])
         workdir.remove_work()
     return manifest
+
+
+def _finished(plan: Plan) -> tuple[list[Shard], list[int]]:
+    """All shards in the order of the text, and the sizes of the tasks' vocabularies.
+
+    A task whose shards are not all there any more is unfinished from now on.
+    """
+    found, sizes = [], set()
+    for task in range(len(plan.tasks)):
+        own = plan.shards(task)
+        found += own
+        if (done := read_json(plan.done(task))) is not None:
+            sizes.add(done["vocab_size"])
+            if done["shards"] != len(own):
+                plan.done(task).unlink()
+    found.sort(key=lambda one: (one[0].source, one[0].start, one[1].record.number))
+    return [shard for _, shard in found], sorted(sizes)
 
 
 def _require_all(plan: Plan, shards: Sequence[Shard], fatal: bool) -> None:
@@ -80,14 +96,13 @@ def _require_all(plan: Plan, shards: Sequence[Shard], fatal: bool) -> None:
 
 def _known_faults(plan: Plan, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
     """As :func:`.assembling.faults_of`; lines behind a shard that is missing are counted from where it ends."""
-    begins = {}
-    runs = []
+    runs, behind = [], None
     for shard in shards:
         record = shard.record
-        if begins.get(record.source) != record.start:
+        if (record.source, record.start) != behind:
             runs.append([])
         runs[-1].append(shard)
-        begins = {record.source: record.end}
+        behind = record.source, record.end
     for run in runs:
         record = run[0].record
         name = plan.names[record.source]
