@@ -190,6 +190,7 @@ print(one_run([sys.executable, "-c", {orphan!r}])["cpu_seconds"])
         ("generation", ["--seconds", "0"], "--seconds 0: expected an integer of 1 or more"),
         ("generation", ["--compile", "--warmup", "0"], "--warmup 0: expected 1 or more with --compile"),
         ("tokenize_startup", ["--rounds", "0"], "--rounds 0: expected an integer of 1 or more"),
+        ("tokenize_peers", ["--mb", "0"], "--mb 0: expected megabytes greater than 0"),
         ("convert", ["--folder", "no/such"], "--folder no/such: expected a folder that is there"),
         ("convert", ["--package", "tests"], "--package tests: expected a folder with sla_megatron in it"),
     ],
