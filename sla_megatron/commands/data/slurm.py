@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from ...common import sbatch
 from ...common.errors import StartError
 from ...common.files import read_json, write_json
 from .division import Plan
-from .errors import DataError
+from .errors import DataError, file_errors
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "launch" / "data.sbatch"
@@ -78,7 +79,8 @@ def submit(plan: Plan, limit: int | None, workers: int, fatal: bool, options: Se
     Raises:
         StartError: where sbatch is missing or refuses; then nothing stays submitted.
     """
-    plan.logs.mkdir(exist_ok=True)
+    with file_errors(str(plan.logs)):
+        plan.logs.mkdir(exist_ok=True)
     words = array_command(plan, limit, workers, options)
     jobs = [_number(sbatch.sbatch(words))] if words else []
     try:
@@ -86,7 +88,8 @@ def submit(plan: Plan, limit: int | None, workers: int, fatal: bool, options: Se
     except StartError:
         sbatch.cancel(jobs)
         raise
-    write_json(plan.folder / _JOBS, {"jobs": jobs})
+    with contextlib.suppress(FileNotFoundError):  # All of it may be done by now.
+        write_json(plan.folder / _JOBS, {"jobs": jobs})
     return jobs
 
 
