@@ -115,6 +115,13 @@ SECTIONS = (
         "",
     ),
     Section(
+        "datatrove",
+        "Text to tokens beside datatrove",
+        "benchmarks.tokenize_peers",
+        "`sla-data tokenize` and datatrove's `DocumentTokenizer`, the same text and tokenizer, in turns on one core.",
+        "",
+    ),
+    Section(
         "sweep",
         "Loss",
         "benchmarks.sweep",

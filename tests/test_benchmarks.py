@@ -214,6 +214,7 @@ def test_a_rank_starts_with_what_it_needs() -> None:
             "--iterations 26: expected more than 26, two checkpoints before the first fault and two steps for each",
         ),
         ("rank_start", ["--checkouts", "docs"], "--checkouts docs: expected folders with sla_megatron in them"),
+        ("tokenize_peers", ["--mb", "0"], "--mb 0: expected megabytes greater than 0"),
         ("convert", ["--folder", "no/such"], "--folder no/such: expected a folder that is there"),
         ("convert", ["--package", "tests"], "--package tests: expected a folder with sla_megatron in it"),
     ],

@@ -65,6 +65,7 @@ SENTENCEPIECE, HUGGING_FACE = ("SentencePieceTokenizer", "t.model"), ("HuggingFa
             # transformers imports torch.
             {"transformers", "tokenizers", "torch"},
         ),
+        (lambda f: ["submit", "--tasks", "2", "--local", *tokenize(f, *SENTENCEPIECE, "divided")[1:]], set()),
         (lambda f: ["inspect", str(f / "set")], set()),
         (lambda f: ["merge", str(f / "set"), str(f / "set"), "--output-prefix", str(f / "merged")], set()),
         (
@@ -72,7 +73,7 @@ SENTENCEPIECE, HUGGING_FACE = ("SentencePieceTokenizer", "t.model"), ("HuggingFa
             set(),
         ),
     ],
-    ids=["sentencepiece", "sentencepiece-workers", "hugging-face-workers", "inspect", "merge", "tokenizer"],
+    ids=["sentencepiece", "sentencepiece-workers", "hugging-face-workers", "submit", "inspect", "merge", "tokenizer"],
 )
 def test_imports(folder: Path, command: Callable[[Path], list[str]], needed: set[str]) -> None:
     """Of the command itself, of the server of its workers, and of these; a word comes before what is heavy."""

@@ -202,6 +202,10 @@ def test_refused_with_one_line(row: int, overwrite: bool, here: Path) -> None:
 ACCEPTED = [
     # Into the folder that is read, and again: nothing of the first counts as input.
     (f"{TOKENIZE} --input d --output-prefix d/corpus", {"d/corpus.bin", "d/corpus.idx", "d/corpus.json"}),
+    (
+        f"sla-data submit --tasks 2 --local {TOKENIZER} --input d --output-prefix d/corpus",
+        {"d/corpus.bin", "d/corpus.idx", "d/corpus.json"},
+    ),
     ("sla-data merge d/set d/rest --output-prefix d/all", {"d/all.bin", "d/all.idx", "d/all.json"}),
     ("sla-convert megatron-to-hf ck ck/hf", {"ck/hf"}),
     ("sla-convert megatron-to-hf ck hf-link", {"hf"}),

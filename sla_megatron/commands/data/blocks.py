@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 _CHUNK = 1 << 20
-_NEWLINE = b"\n"
+_NEWLINE, _RETURN = b"\n", b"\r"
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,14 @@ class Cut:
     """A piece of one source.
 
     ``start`` and ``end`` are positions in the source: bytes (of the text, not of a compressed file) or rows.
-    ``payload`` holds the text, or is None for one document of ``end - start`` bytes that is larger than allowed.
+    ``payload`` holds the text, or is None for one document that is larger than allowed: it has ``too_large`` bytes, its
+    line end not counted.
     """
 
     start: int
     end: int
     payload: bytes | None
+    too_large: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Block:
     payload: bytes | None
     last: bool
     work: float
+    too_large: int = 0
 
 
 def cut_lines(read: Callable[[int], bytes], block_bytes: int, limit: int, start: int) -> Iterator[Cut]:
@@ -63,8 +66,8 @@ def cut_lines(read: Callable[[int], bytes], block_bytes: int, limit: int, start:
             # The line across the border is too long: what is before it, then the line.
             end = held.rfind(_NEWLINE, 0, block_bytes - 1)
             if end < 0:
-                size = _drop_line(read, held)
-                yield Cut(start, start + size, None)
+                size, text = _drop_line(read, held)
+                yield Cut(start, start + size, None, text)
                 start, searched = start + size, block_bytes - 1
                 continue
         yield Cut(start, start + end + 1, bytes(held[: end + 1]))
@@ -72,16 +75,17 @@ def cut_lines(read: Callable[[int], bytes], block_bytes: int, limit: int, start:
         start, searched = start + end + 1, block_bytes - 1
 
 
-def _drop_line(read: Callable[[int], bytes], held: bytearray) -> int:
-    """Remove the line at the start of ``held`` from it and from what follows; its bytes, line end included."""
-    size = 0
+def _drop_line(read: Callable[[int], bytes], held: bytearray) -> tuple[int, int]:
+    """Remove the line at the start of ``held`` from it and from what follows; its bytes with and without line end."""
+    size, returned = 0, False
     while (end := held.find(_NEWLINE)) < 0:
-        size += len(held)
+        size, returned = size + len(held), held.endswith(_RETURN)
         held[:] = read(_CHUNK)
         if not held:
-            return size
+            return size, size - returned
+    size, returned = size + end, held.endswith(_RETURN, 0, end) if end else returned
     del held[: end + 1]
-    return size + end + 1
+    return size + 1, size - returned
 
 
 def cut_whole(read: Callable[[int], bytes], limit: int, start: int) -> Iterator[Cut]:
@@ -94,4 +98,4 @@ def cut_whole(read: Callable[[int], bytes], limit: int, start: int) -> Iterator[
         else:
             held.clear()
     if size and not start:
-        yield Cut(0, size, bytes(held) if size <= limit else None)
+        yield Cut(0, size, bytes(held)) if size <= limit else Cut(0, size, None, size)

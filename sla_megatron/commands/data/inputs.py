@@ -8,7 +8,7 @@ import itertools
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,14 @@ class Inputs:
         for index in range(source, len(self.sources)):
             cuts = self.sources[index].cuts(start, self.block_bytes, self.limit)
             for (cut, behind), last in _with_last(cuts):
-                yield Block(number, index, cut.start, cut.end, cut.payload, last, behind - done)
+                yield Block(number, index, cut.start, cut.end, cut.payload, last, behind - done, cut.too_large)
                 number, done = number + 1, behind
             start, done = 0, 0
 
     def documents(self, block: Block) -> Iterator[Document | Fault]:
         """What is in ``block``, in order."""
         if block.payload is None:
-            yield Fault(1, "too-large", f"{block.end - block.start} bytes")
+            yield Fault(1, "too-large", f"{block.too_large} bytes")
             return
         kind = self.sources[block.source].kind
         yield from read_documents(block.payload, kind, self.field, self.limit, first=block.start == 0)
@@ -134,7 +134,12 @@ def inputs_from_args(args: Namespace) -> Inputs:
         raise DataError("--input and --dataset: expected one of them")
     if args.streaming and not args.dataset:
         raise DataError("--streaming: expected with --dataset; files are always streamed")
-    sources = [_dataset(args)] if args.dataset else [_file(path, args) for path in _files(args.input)]
+    return named_inputs(args, None if args.dataset else _files(args.input))
+
+
+def named_inputs(args: Namespace, files: Iterable[Path] | None) -> Inputs:
+    """The sources ``files`` as they are named, or where there are none ``--dataset``, read as the flags say."""
+    sources = [_dataset(args)] if files is None else [_file(path, args) for path in files]
     return Inputs(sources, args.field, args.shard_mb, args.max_document_mb)
 
 

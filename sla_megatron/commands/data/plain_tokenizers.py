@@ -70,12 +70,29 @@ class _HuggingFace:
         from transformers import AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False)
+        # The first call takes off the padding and truncation that its file may ask for.
+        self._tokenizer("")
+        self._backend = self._tokenizer.backend_tokenizer if _adds_nothing(self._tokenizer) else None
         self.detokenize = self._tokenizer.decode
         self.vocab_size = len(self._tokenizer)
         self.eod: int | None = self._tokenizer.eos_token_id
 
     def tokenize(self, text: str) -> list[int]:
-        return self._tokenizer(text).input_ids
+        if self._backend is None:
+            return self._tokenizer(text).input_ids
+        # Neither masks nor where in the text tokens are, which take a fifth of the time.
+        return self._backend.encode_batch_fast([text])[0].ids
+
+
+def _adds_nothing(tokenizer: Any) -> bool:
+    """Whether a call of it, as far as ids go, is one of its library's object; some models' own classes do more."""
+    from transformers import PreTrainedTokenizerFast
+
+    plain = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerFast, name)
+        for name in ("__call__", "_encode_plus")
+    )
+    return plain and hasattr(tokenizer.backend_tokenizer, "encode_batch_fast")
 
 
 _PLAIN = {"SentencePieceTokenizer": _SentencePiece, "HuggingFaceTokenizer": _HuggingFace}

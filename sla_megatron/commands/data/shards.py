@@ -49,6 +49,14 @@ class ShardRecord:
     faults: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard, and the folder that its files are in."""
+
+    folder: Path
+    record: ShardRecord
+
+
 @dataclass(frozen=True, slots=True)
 class Advance:
     """How far a worker is within the block ``number``: ``share`` of it (0 to 1), ``documents``, ``tokens``."""

@@ -18,12 +18,18 @@ from .manifests import SPLITS
 from .progress import waiting_for
 
 if TYPE_CHECKING:
-    from .tokenizing import Job
+    from .job import Job
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     """Add ``tokenize`` to ``sla-data``."""
     parser = commands.add_parser("tokenize", help="text to Megatron's indexed format, PREFIX.bin and PREFIX.idx")
+    add_tokenize_arguments(parser)
+    parser.set_defaults(command=_tokenize)
+
+
+def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of ``tokenize``."""
     add_input_arguments(parser)
     add_tokenizer_arguments(parser)
     group = parser.add_argument_group("output")
@@ -42,13 +48,12 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     group.add_argument("--deduplicate", action="store_true", help="of documents with the same text, keep the first")
     group.add_argument("--on-error", choices=("fatal", "skip"), default="fatal", help="for faulty documents")
-    group.add_argument("--workers", type=_count, default=1, metavar="N", help="most processes; default 1")
+    group.add_argument("--workers", type=worker_count, default=1, metavar="N", help="most processes; default 1")
     group.add_argument(
         "--overwrite",
         action="store_true",
         help="begin anew, and replace an earlier data set of this name when the new one is whole",
     )
-    parser.set_defaults(command=_tokenize)
 
 
 def _weights(text: str) -> tuple[float, ...]:
@@ -62,35 +67,43 @@ def _weights(text: str) -> tuple[float, ...]:
     return weights
 
 
-def _count(text: str) -> int:
+def worker_count(text: str) -> int:
+    """A flag's number of processes."""
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text}: expected a number from 1 to 1024")
     return int(text)
 
 
 def _tokenize(args: Namespace) -> int:
+    job = job_from_args(args)
+    from .tokenizing import tokenize
+
+    report(job, tokenize(job, args.workers, args.overwrite))
+    return 0
+
+
+def job_from_args(args: Namespace) -> Job:
+    """What the flags mean; ``DataError`` or ``TokenizerError`` for what cannot be meant."""
     if args.tokenizer_type is None:
         raise TokenizerError("--tokenizer-type: expected one, such as SentencePieceTokenizer")
     if not args.output_prefix.name:
         raise DataError(f"--output-prefix {args.output_prefix}: expected a name, such as data/corpus")
     with waiting_for("opening the input", quick=True):
-        from .tokenizing import Job, tokenize
+        from .job import Job
 
-        inputs = inputs_from_args(args)
-    job = Job(
-        inputs=inputs,
-        prefix=args.output_prefix,
-        tokenizer=tokenizer_settings(args),
-        append_eod=args.append_eod,
-        split=args.split,
-        deduplicate=args.deduplicate,
-        fatal=args.on_error == "fatal",
-    )
-    _report(job, tokenize(job, args.workers, args.overwrite))
-    return 0
+        return Job(
+            inputs=inputs_from_args(args),
+            prefix=args.output_prefix,
+            tokenizer=tokenizer_settings(args),
+            append_eod=args.append_eod,
+            split=args.split,
+            deduplicate=args.deduplicate,
+            fatal=args.on_error == "fatal",
+        )
 
 
-def _report(job: Job, manifest: dict[str, Any]) -> None:
+def report(job: Job, manifest: dict[str, Any]) -> None:
+    """Print what was made."""
     for name, output in manifest["outputs"].items():
         shown = "" if name == "all" else f"{name}: "
         prefix = job.prefix.with_name(output["prefix"])

@@ -5,6 +5,10 @@ PREFIX.sla-data/replaces        there if --overwrite allowed what is made to rep
 PREFIX.sla-data/putting         there while the files below are given their names
 PREFIX.sla-data/shards/         a record, documents, hashes and faults for each finished shard
 PREFIX.sla-data/merged/         what becomes PREFIX.bin and PREFIX.idx
+PREFIX.sla-data/plan.json       there if the work is divided among the tasks of sla-data submit: who does what
+PREFIX.sla-data/jobs.json       Slurm's numbers of the jobs that were submitted last
+PREFIX.sla-data/faults          once a merge was refused for them: the documents that cannot be any
+PREFIX.sla-data/tasks/          in place of shards/: a folder like this one for each task, and how the task ended
 PREFIX.json                     once all is done: settings, counts, files
 
 What lies at these names and was not made here stays: it is refused, with --overwrite too.
@@ -32,7 +36,9 @@ from .manifests import WORK_FOLDER, is_work_folder, read_manifest
 _MADE_IN = {
     "shards": re.compile(r"\.?\d{8}\.[\w.-]+"),
     "merged": re.compile(r".+\.(bin|lengths|pointers|ends|idx)"),
-    ".": re.compile(r"\.?(settings\.json|replaces|putting)[\w.-]*"),
+    "tasks": re.compile(r"\.?\d{5}\.(done|error|sla-data\.lock)[\w.-]*"),
+    # The first to go is the last that tells what this is.
+    ".": re.compile(r"\.?(jobs\.json|plan\.json|settings\.json|replaces|putting|faults)[\w.-]*"),
 }
 
 
@@ -52,8 +58,16 @@ class Workdir:
         return self.folder / "shards"
 
     @property
+    def tasks(self) -> Path:
+        return self.folder / "tasks"
+
+    @property
     def merged(self) -> Path:
         return self.folder / "merged"
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
 
     @property
     def _replaces(self) -> Path:
@@ -121,16 +135,18 @@ class Workdir:
             if _difference(manifest["settings"], settings) is not None:
                 return None
         else:
-            _require_same(self.manifest, manifest["settings"], settings)
+            require_same(self.manifest, manifest["settings"], settings)
         missing = [path for name in manifest["outputs"].values() for path in self.files(name["prefix"])]
         if gone := next((path for path in missing if not path.exists()), None):
             raise DataError(f"{self.manifest} lists {gone}, which is not there: expected it, or --overwrite")
         return manifest
 
-    def begin(self, settings: dict[str, Any], overwrite: bool = False) -> bool:
-        """Make the folder, or find it as this job left it: whether there was something to go on from.
+    def goes_on(self, settings: dict[str, Any], overwrite: bool = False, divided: bool = False) -> bool:
+        """Whether this job, which may write here, was begun before.  Writes nothing.
 
-        With ``overwrite`` the job begins anew, and an earlier one's result may be replaced when this one's is whole.
+        Args:
+            overwrite: whether it begins anew, and an earlier one's result may be replaced when this one's is whole.
+            divided: whether the work is divided among tasks.
 
         Raises:
             DataError: if it belongs to a job with other settings, or something is there that nobody here made.
@@ -138,8 +154,19 @@ class Workdir:
         begun = self._begun()
         goes_on = begun is not None and not overwrite
         if goes_on:
-            _require_same(self.folder, begun, settings)
+            require_same(self.folder, begun, settings)
+            if self.plan.exists() != divided and (self.plan.exists() or self._made_in("shards")):
+                command = "sla-data submit" if self.plan.exists() else "sla-data tokenize"
+                raise DataError(f"{self.folder} is unfinished work of {command}: expected that, or --overwrite")
         self._require_place(overwrite or (goes_on and self._replaces.exists()))
+        return goes_on
+
+    def begin(self, settings: dict[str, Any], overwrite: bool = False, divided: bool = False) -> bool:
+        """Make the folder, or find it as this job left it: whether there was something to go on from.
+
+        Arguments and errors are those of :meth:`goes_on`.
+        """
+        goes_on = self.goes_on(settings, overwrite, divided)
         with file_errors(str(self.folder)):
             if not goes_on:
                 self.remove_work()
@@ -148,9 +175,13 @@ class Workdir:
                 write_json(self.folder / "settings.json", settings)
                 if overwrite:
                     self._replaces.touch()
-            for folder in (self.shards, self.merged):
+            for folder in (self.tasks if divided else self.shards, self.merged):
                 folder.mkdir(exist_ok=True)
         return goes_on
+
+    def is_put(self) -> bool:
+        """Whether all of this job's files, the manifest too, have their names: it was ended before its last breath."""
+        return self._putting.exists() and self.manifest.exists()
 
     def _require_place(self, overwrite: bool) -> None:
         """Raise ``DataError`` for a file at one of this job's names that it may not replace.
@@ -214,6 +245,9 @@ class Workdir:
 
     def remove_work(self) -> None:
         """Remove unfinished work, its settings last, so that a rest of it is still known as ours; nothing else."""
+        for work in self.tasks.glob(f"[0-9]*{WORK_FOLDER}") if is_work_folder(self.folder) else ():
+            if is_work_folder(work):
+                Workdir(work.with_suffix(""), ()).remove_work()
         for part in _MADE_IN:
             for path in self._made_in(part):
                 path.unlink(missing_ok=True)
@@ -241,7 +275,7 @@ def _is_data_set(prefix: Path) -> bool:
         return False
 
 
-def _require_same(where: Path, made_with: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+def require_same(where: Path, made_with: dict[str, Any] | None, settings: dict[str, Any]) -> None:
     """Raise ``DataError`` that names the first setting that differs."""
     found = _difference(made_with, settings)
     if found is not None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...attention.sla_config import compact_ranges
 from ...common.files import write_whole
-from .errors import SweepError
+from ...common.sbatch import sbatch
 from .flag_words import ROOT
 from .grid import Run
 from .results_folder import SweepFolder
@@ -61,20 +60,14 @@ def submit(grid: Path, sweep: SweepFolder, words: Sequence[str]) -> str:
     """Write the copy, call sbatch; what it printed.
 
     Raises:
-        SweepError: where sbatch is missing or refuses.
+        StartError: where sbatch is missing or refuses.
     """
     for folder in ("grids", "slurm"):
         (sweep.path / folder).mkdir(exist_ok=True)
     copy = copy_of(grid, sweep)
     if not copy.exists():
         write_whole(copy, grid.read_bytes(), durable=True)
-    try:
-        done = subprocess.run(list(words), capture_output=True, text=True)
-    except OSError as error:
-        raise SweepError(f"sbatch: {error.strerror}: expected Slurm's commands on this machine") from error
-    if done.returncode:
-        raise SweepError(f"sbatch refuses: {' '.join(done.stderr.split())}")
-    return done.stdout.strip()
+    return sbatch(words)
 
 
 def shown(words: Sequence[str]) -> str:

@@ -44,11 +44,18 @@ def test_lines_are_cut_at_their_ends(lengths: list[int], ended: bool, block_byte
         piece = text[cut.start : cut.end]
         assert piece.endswith(b"\n") or cut.end == len(text)
         if cut.payload is None:
-            assert piece.count(b"\n") <= 1 and len(piece) > limit
+            assert piece.count(b"\n") <= 1 and cut.too_large == len(piece.rstrip(b"\n")) > limit
         else:
             assert cut.payload == piece and len(piece) <= block_bytes + limit + chunk
             # No longer than needed: without its last line it is too short.
             assert len(piece.rstrip(b"\n").rpartition(b"\n")[0]) < block_bytes
+
+
+@given(st.integers(9, 20), st.sampled_from([b"", b"\n", b"\r", b"\r\n"]), st.integers(1, 25))
+def test_what_is_too_large_is_counted_without_its_end(size: int, end: bytes, chunk: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_CHUNK", chunk)
+        assert [cut.too_large for cut in cut_lines(io.BytesIO(b"x" * size + end).read, 1, 4, 0)] == [size]
 
 
 @given(st.integers(0, 30), st.integers(1, 30))

@@ -33,6 +33,18 @@ def special(folder: Path, **names: object) -> str:
     return str(folder)
 
 
+def shortening(folder: Path) -> str:
+    """One whose file asks for texts to be cut and filled up, which transformers does not do to them."""
+    from tokenizers import Tokenizer
+
+    special(folder, eos_token="<|endoftext|>")
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(5)
+    backend.enable_padding(length=7)
+    backend.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
 def stripping() -> object:
     from tokenizers import AddedToken
 
@@ -48,6 +60,7 @@ PLAIN: dict[str, tuple[str, Callable[[Path], object]]] = {
     "end-alone": (HF, lambda f: special(f / "hf", eos_token="<|endoftext|>")),
     "end-strips": (HF, lambda f: special(f / "hf", eos_token=stripping(), bos_token="[CLS]")),
     "cls": (HF, lambda f: special(f / "hf", eos_token="<|endoftext|>", cls_token="[CLS]", sep_token="</s>")),
+    "shortens": (HF, lambda f: shortening(f / "hf")),
     "extra": (HF, lambda f: special(f / "hf", eos_token="<|endoftext|>", extra_special_tokens=["<extra>"])),
 }
 
