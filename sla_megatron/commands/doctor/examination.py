@@ -23,7 +23,7 @@ from . import checkpoints
 from .finding import FAIL, OK, Doubt, Fault, Finding, Skipped, found, from_text
 from .folders import nearest_existing, probe_file
 from .meeting import Meeting, ranks_text
-from .node_checks import Asked, layout_may_run, not_run
+from .node_checks import FLAGS, Asked, layout_may_run, not_run
 from .place import Place, slurm_nodes
 from .rank import Rank, connection
 from .report import Line, Report, merge
@@ -170,23 +170,35 @@ class Lead(Rank):
         first_fault: list[float] = []
 
         def enough(answers: dict[int, str]) -> bool:
-            if any(_layout_of(answer)[1].status == FAIL for answer in answers.values()):
+            if any(_failed(_findings_of(answer)[1]) for answer in answers.values()):
                 first_fault.append(time.monotonic())
             return bool(first_fault) and time.monotonic() - first_fault[0] > _AFTERMATH
 
         heard = meeting.gather("layout-done", range(self.place.world_size), self.asked.timeout, _say, enough)
-        self.report.add(Line(found("layout", self._layout_text, meeting, heard)))
+        answers = {rank: _findings_of(text) for rank, text in heard.items()}
+        failed = any(_failed(findings) for _, findings in answers.values())
+        hanging = [] if failed else [rank for rank in range(self.place.world_size) if rank not in heard]
+        for check in ("layout", "rates"):
+            its = {
+                rank: (order, finding)
+                for rank, (order, findings) in answers.items()
+                for finding in findings
+                if finding.check == check
+            }
+            if its or hanging and check == "layout":
+                self.report.add(Line(found(check, self._layout_text, meeting, its, hanging)))
+        flags = [each for _, findings in answers.values() for each in findings if each.check == FLAGS]
+        if flags and not failed:
+            self.report.add_plain(flags[0].text)
         return self._conclude(meeting)
 
-    def _layout_text(self, meeting: Meeting, heard: dict[int, str]) -> str:
+    def _layout_text(self, meeting: Meeting, findings: dict[int, tuple[int, Finding]], hanging: list[int]) -> str:
         """What all ranks found; the one that failed first is the one to name, or those that hang."""
-        findings = {rank: _layout_of(text) for rank, text in heard.items()}
         failed = sorted((order, rank) for rank, (order, each) in findings.items() if each.status == FAIL)
         if failed:
             rank = failed[0][1]
             where = f"rank {rank} on node {self.node_of[rank]}: " if self.place.launched else ""
             raise Fault(f"{where}{findings[rank][1].text}")
-        hanging = [rank for rank in range(self.place.world_size) if rank not in heard]
         if hanging:
             reached = meeting.gather("reached", hanging, 0)
             steps: dict[str, list[int]] = {}
@@ -233,9 +245,13 @@ class Lead(Rank):
         return connection(self.place, self.asked.timeout) if self.place.launched else self.meeting.store
 
 
-def _layout_of(text: str) -> tuple[int, Finding]:
+def _findings_of(text: str) -> tuple[int, list[Finding]]:
     order, findings = json.loads(text)
-    return order, from_text(findings)[0]
+    return order, from_text(findings)
+
+
+def _failed(findings: list[Finding]) -> bool:
+    return any(finding.status == FAIL for finding in findings)
 
 
 def _say(line: str) -> None:

@@ -11,6 +11,9 @@ from . import checkpoints, data_files, gpus, job, upstream, versions
 from .finding import FAIL, SKIP, Finding, found
 from .place import Place
 
+#: A finding under this name is flags for ``sla-plan``, and a line of its own.
+FLAGS = "sla-plan"
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -22,6 +25,7 @@ class Asked:
         quick: ``--quick``.
         timeout: ``--timeout``, seconds.
         bad_nodes: ``--bad-nodes``.
+        rates: ``--rates``.
     """
 
     device: str
@@ -29,6 +33,7 @@ class Asked:
     quick: bool
     timeout: float
     bad_nodes: str | None
+    rates: bool = False
 
 
 def before_megatron(asked: Asked, place: Place, ranks_here: int, device: str) -> list[Finding]:

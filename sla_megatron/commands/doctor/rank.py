@@ -40,6 +40,7 @@ class Rank:
         self.device = _device_here(asked.device)
         self.doing = "start"
         self.args: Namespace | None = None
+        self.measured: list[Finding] = []
 
     def examine(self) -> int:
         """Follow rank 0; its verdict."""
@@ -81,12 +82,12 @@ class Rank:
         )
         return [*findings, *more]
 
-    def run_layout(self, stack: ExitStack) -> Finding:
-        """This rank's part of the layout; leaves what came of it, and as the how manieth."""
-        finding = found("layout", self._layout, stack)
+    def run_layout(self, stack: ExitStack) -> None:
+        """This rank's part of the layout, and of the rates; leaves what came of it, and as the how manieth."""
+        layout = found("layout", self._layout, stack)
+        findings = [layout, *self.measured]
         order = self.meeting.store.add("layout-order", 1)
-        self.meeting.leave("layout-done", json.dumps([order, as_text([finding])]))
-        return finding
+        self.meeting.leave("layout-done", json.dumps([order, as_text(findings)]))
 
     def _layout(self, stack: ExitStack) -> str:
         if self.args is None:
@@ -101,8 +102,17 @@ class Rank:
             groups,
             self.asked.timeout,
             self.place.launched,
-            lambda step: self.meeting.leave("reached", step),
+            self._reached,
+            self._measure if self.asked.rates else lambda: None,
         )
+
+    def _measure(self) -> None:
+        from .rates import measured_rates
+
+        self.measured += measured_rates(self.args, self.place.launched, self._reached)
+
+    def _reached(self, step: str) -> None:
+        self.meeting.leave("reached", step)
 
     def _settle(self) -> Namespace:
         on_cpu = self.device == "cpu" and (self.place.launched or self.asked.device == "cpu")

@@ -1,0 +1,186 @@
+"""What ``sla-plan`` predicts a step from, measured on the job's ranks: the link and the compute of the job itself."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...common.silence import silence
+from ..plan.compute import stage_operations
+from ..plan.job import Job
+from ..plan.traffic import hop_traffic
+from .finding import Finding, Skipped, found
+from .node_checks import FLAGS
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, the same on every rank; lists hold what every rank found.
+
+    Attributes:
+        job: the job as ``sla-plan`` sees it.
+        padded_vocabulary: rows of the output layer that was measured.
+        payload_bytes: of the larger message.
+        exchanges: pairs of neighbours: their (small, payload) seconds.
+        passes: for each rank its virtual stages' (stage, forward, backward) seconds.
+    """
+
+    job: Job
+    padded_vocabulary: int
+    payload_bytes: int
+    exchanges: list[tuple[float, float]]
+    passes: list[list[tuple[int, float, float]]]
+
+    @property
+    def latency(self) -> float:
+        """Seconds of a small message; with what the bytes take, that is what the payload takes."""
+        small, payload = (statistics.median(each) for each in zip(*self.exchanges, strict=True))
+        return min(small, _LATENCY_SHARE * payload)
+
+    @property
+    def link_bytes(self) -> float:
+        """Bytes a second, one way, while as many come the other way."""
+        payload = statistics.median(each for _, each in self.exchanges)
+        return self.payload_bytes / (payload - self.latency)
+
+    def operations(self) -> list[float]:
+        """What each rank achieves: operations a second, as ``sla-plan`` counts them."""
+        return [self._rate(stages, (0, 1)) for stages in self.passes]
+
+    @property
+    def compute(self) -> float:
+        """What all ranks achieve."""
+        return self._rate([stage for stages in self.passes for stage in stages], (0, 1))
+
+    def one_way(self, direction: int) -> float:
+        """Of all ranks: forward (0) or backward (1)."""
+        return self._rate([stage for stages in self.passes for stage in stages], (direction,))
+
+    def _rate(self, stages: list[tuple[int, float, float]], directions: tuple[int, ...]) -> float:
+        counted = stage_operations(
+            self.job.work, self.job.shape, self.job.layout, self.job.sla, dense=self.job.sla.is_dense
+        )
+        done = sum(counted[stage][way] for stage, *_ in stages for way in directions)
+        return done / sum(seconds[way] for _, *seconds in stages for way in directions)
+
+
+#: Most of a payload's time that counts as latency: where a word takes as long, timing cannot tell them apart.
+_LATENCY_SHARE = 0.95
+
+
+def measured_rates(args: Namespace, launched: bool, reached: Callable[[str], None]) -> list[Finding]:
+    """One line of figures, and the flags for ``sla-plan``; call while the job's process groups are there."""
+    measured: list[Measured] = []
+
+    def text() -> str:
+        if not launched:
+            raise Skipped("measured on the job's ranks alone: start it as the job is started")
+        measured.append(measure(args, reached))
+        return summary(measured[0])
+
+    findings = [found("rates", text)]
+    if measured:
+        findings.append(Finding(FLAGS, "ok", plan_flags(measured[0])))
+    return findings
+
+
+def measure(args: Namespace, reached: Callable[[str], None] = lambda step: None) -> Measured:
+    """Both, of the job with the validated ``args``; all ranks call it, Megatron's process groups being there."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_model_config
+
+    from ...model.builder import model_config_from_args
+    from ..plan.settle import job_of
+    from .layout import build
+    from .links import SMALL, exchange_seconds
+    from .passes import pass_seconds
+
+    args = _as_measured(args)
+    with silence():
+        reached("building the job's own stages")
+        model = build(args)
+        job = job_of(args, model_config_from_args(args).transformer, args.overlap_p2p_comm)
+        config = get_model_config(model[0])
+        rank, size = parallel_state.get_pipeline_model_parallel_rank(), job.layout.pipeline_size
+        reached("timing passes")
+        passes = [
+            (job.layout.stage(rank, chunk), *seconds)
+            for chunk, seconds in enumerate(pass_seconds(args, model, job.schedule))
+        ]
+        payload = max((hop.payload_bytes for hop in hop_traffic(job)), default=0)
+        exchanges = {}
+        if size > 1:
+            reached("timing exchanges of neighbours")
+            with_ring = job.layout.num_chunks > 1
+            small, large = (
+                exchange_seconds(config, elements, with_ring) for elements in (SMALL, payload // job.element_bytes)
+            )
+            exchanges = {rank: (small[rank], large[rank]) for rank in small}
+    reached("comparing rates")
+    everybody: list[Any] = [None] * args.world_size
+    torch.distributed.all_gather_object(everybody, (passes, exchanges))
+    return Measured(
+        job,
+        args.padded_vocab_size,
+        payload,
+        [pair for _, its in everybody for pair in its.values()],
+        [stages for stages, _ in everybody],
+    )
+
+
+def _as_measured(args: Namespace) -> Namespace:
+    """A copy of ``args`` that can be built without the trainer, and with the vocabulary that the trainer would find."""
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+    from .data_files import vocabulary_size
+
+    args = copy.copy(args)
+    # Buffers and graphs of the trainer's making.
+    args.tp_comm_overlap, args.cuda_graph_impl = False, "none"
+    # What is drawn has one document.
+    args.reset_attention_mask = False
+    if args.padded_vocab_size is None:
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            vocabulary_size(args), args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+        )
+    return args
+
+
+def plan_flags(measured: Measured) -> str:
+    """The flags with which ``sla-plan``, beside those of the job, predicts a step."""
+    flags = f"--compute-tflops {measured.compute / 1e12:.4g}"
+    if measured.exchanges:
+        flags = (
+            f"--link-gb-per-s {measured.link_bytes / 1e9:.4g} --link-latency-us {measured.latency * 1e6:.4g} {flags}"
+        )
+    return flags
+
+
+def summary(measured: Measured) -> str:
+    """The figures with their spread."""
+    tflops = [each / 1e12 for each in measured.operations()]
+    parts = []
+    if measured.exchanges:
+        small, payload = ([each * 1e3 for each in times] for times in zip(*measured.exchanges, strict=True))
+        parts.append(
+            f"{len(payload)} pair{'s' * (len(payload) > 1)} of neighbours exchange "
+            f"{measured.payload_bytes / 1e6:.4g} MB each way in {_spread(payload)} ms, a word in {_spread(small)} ms"
+        )
+    else:
+        parts.append("no pipeline, no neighbours")
+    ways = " and ".join(
+        f"{measured.one_way(way) / 1e12:.3g} {name}" for way, name in enumerate(("forward", "backward"))
+    )
+    parts.append(f"layers achieve {_spread(tflops)} TFLOP/s a rank, {ways}")
+    return "; ".join(parts)
+
+
+def _spread(values: list[float]) -> str:
+    """Median, and the least and most where there are several."""
+    middle = f"{statistics.median(values):.3g}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3g}-{max(values):.3g})"
