@@ -54,6 +54,8 @@ class Lead(Rank):
         super().__init__(asked, place, meeting)
         self.report = Report()
         self.node_of: dict[int, str] = {}
+        #: node -> the cores of each of its ranks, by LOCAL_RANK.
+        self.affinities: dict[str, list[str]] = {}
         self.examiners: list[int] = []
         self._end = end
 
@@ -63,11 +65,10 @@ class Lead(Rank):
         if not self._all_come():
             self.meeting.publish("nodes", None)
             return self._part(self._conclude())
-        nodes = Counter(self.node_of.values())
-        self.meeting.publish("nodes", nodes)
+        self.meeting.publish("nodes", self.affinities)
         with ExitStack() as stack:
             with self._deadline(), waiting_for("sla-doctor", "examining this node", quick=True):
-                mine = self.examine_node(stack, nodes[self.place.node])
+                mine = self.examine_node(stack, self.affinities[self.place.node])
             self._hear_nodes(mine)
             self._share_folder()
             may_run = self._layout_may_run()
@@ -83,8 +84,10 @@ class Lead(Rank):
         """Whether all ranks are there; who is where."""
         come = self.meeting.gather("come", range(self.place.world_size), self.asked.timeout, _say)
         told = {rank: json.loads(text) for rank, text in come.items()}
-        self.node_of = {rank: node for rank, (node, _) in told.items()}
-        self.examiners = [rank for rank, (_, local_rank) in told.items() if local_rank == 0 and rank]
+        self.node_of = {rank: node for rank, (node, *_) in told.items()}
+        self.examiners = [rank for rank, (_, local_rank, _) in told.items() if local_rank == 0 and rank]
+        for node, _, cores in sorted(told.values(), key=lambda each: each[1]):
+            self.affinities.setdefault(node, []).append(cores)
         if self.place.launched:
             silent = self._silent_nodes()
             self.report.add(Line(found("ranks", self._ranks, told, silent), tuple(silent)))
@@ -107,7 +110,7 @@ class Lead(Rank):
                 f"{ranks_text(missing)} of {self.place.world_size} did not come within {self.asked.timeout:.0f} s: "
                 f"expected all ranks of the job; there are {len(self.node_of)}, on {came}{none}"
             )
-        (node, local_rank), most = Counter(map(tuple, told.values())).most_common(1)[0]
+        (node, local_rank), most = Counter((node, local) for node, local, _ in told.values()).most_common(1)[0]
         if most > 1:
             raise Doubt(f"{most} ranks on node {node} have the LOCAL_RANK {local_rank}, and so the same GPU")
         return f"{self.place.world_size} on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"

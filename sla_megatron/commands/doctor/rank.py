@@ -14,10 +14,12 @@ from ...common.silence import silence
 from ...cpu.device import choose_device, megatron_device
 from . import checkpoints
 from .finding import FAIL, Fault, Finding, as_text, error_line, found
+from .host import Host
 from .job import job_args
 from .meeting import Meeting, connect
 from .node_checks import Asked, before_megatron, with_megatron
 from .place import Place
+from .resources import Ranks
 from .watch import Watch
 
 
@@ -65,12 +67,16 @@ class Rank:
 
     def come(self) -> None:
         """Say that this rank is there, and where."""
-        self.meeting.leave("come", json.dumps([self.place.node, self.place.local_rank]))
+        self.meeting.leave("come", json.dumps([self.place.node, self.place.local_rank, Host().affinity()]))
 
-    def examine_node(self, stack: ExitStack, ranks_here: int) -> list[Finding]:
-        """This node's findings; ``stack`` keeps Megatron's device entered."""
+    def examine_node(self, stack: ExitStack, affinities: list[str]) -> list[Finding]:
+        """This node's findings; ``stack`` keeps Megatron's device entered.
+
+        ``affinities`` are the cores that each of its ranks may run on, by LOCAL_RANK.
+        """
         self.doing = "gpus"
-        findings = before_megatron(self.asked, self.place, ranks_here if self.place.launched else 0, self.device)
+        ranks = Ranks(affinities, self.place.world_size) if self.place.launched else None
+        findings = before_megatron(self.asked, self.place, ranks.here if ranks else 0, self.device)
         if any(finding.check == "megatron" and finding.status == FAIL for finding in findings):
             return findings
         try:
@@ -78,7 +84,7 @@ class Rank:
         except Exception as error:
             return [*findings, Finding("upstream", FAIL, error_line(error))]
         more, self.args = with_megatron(
-            self._settle, self.device, self.place.rank == 0, lambda check: setattr(self, "doing", check)
+            self._settle, self.device, self.place.rank == 0, ranks, lambda check: setattr(self, "doing", check)
         )
         return [*findings, *more]
 

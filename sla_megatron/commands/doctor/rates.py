@@ -95,9 +95,9 @@ def measure(args: Namespace, reached: Callable[[str], None] = lambda step: None)
     from megatron.core.utils import get_model_config
 
     from ...model.builder import model_config_from_args
+    from ...pipeline.exchange import SMALL, exchange_seconds
     from ..plan.settle import job_of
     from .layout import build
-    from .links import SMALL, exchange_seconds
     from .passes import pass_seconds
 
     args = _as_measured(args)

@@ -193,7 +193,7 @@ def test_two_ranks_on_one_gpu_are_odd() -> None:
     """Where no launcher says LOCAL_RANK, Megatron puts all of a node's ranks on its first GPU."""
     lead = Lead(Asked("cpu", None, True, 0.2, None), Place(0, 2, 0, "a", launched=True), Meeting(HashStore(), 0, 2))
     for rank in range(2):
-        lead.meeting.store.set(f"come/{rank}", '["a", 0]')
+        lead.meeting.store.set(f"come/{rank}", '["a", 0, "0-7"]')
     lead.report.stream = io.StringIO()
     assert lead._all_come()
     assert "2 ranks on node a have the LOCAL_RANK 0" in lead.report.stream.getvalue()

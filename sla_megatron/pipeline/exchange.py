@@ -11,7 +11,7 @@ import statistics
 import time
 from typing import Any
 
-from ...upstream.seams import Reliance
+from ..upstream.seams import Reliance
 
 #: Elements of the small message, whose time is the latency.
 SMALL = 1
