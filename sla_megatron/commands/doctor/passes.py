@@ -12,7 +12,7 @@ from ...pipeline.pass_timers import PassTimers
 from .finding import Skipped
 
 #: Seconds that the passes may take that count, and how many batches of them there are.
-_SECONDS, _LEAST, _MOST = 20.0, 2, 5
+_SECONDS, _LEAST, _MOST = 20.0, 2, 3
 #: Microbatches of a batch, for each pipeline rank: of them a few find the pipeline filling or draining, most do not.
 _A_RANK = 4
 

@@ -6,10 +6,11 @@ import copy
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...common.silence import silence
+from ...pipeline.exchange import SMALL, Seconds, neighbour_seconds
 from ..plan.compute import stage_operations
 from ..plan.job import Job
 from ..plan.traffic import hop_traffic
@@ -25,27 +26,44 @@ class Measured:
         job: the job as ``sla-plan`` sees it.
         padded_vocabulary: rows of the output layer that was measured.
         payload_bytes: of the larger message.
-        exchanges: pairs of neighbours: their (small, payload) seconds.
+        exchanges: for each pair of neighbours what a small message takes, and what the payload.
         passes: for each rank its virtual stages' (stage, forward, backward) seconds.
     """
 
     job: Job
     padded_vocabulary: int
     payload_bytes: int
-    exchanges: list[tuple[float, float]]
+    exchanges: list[tuple[Seconds, Seconds]]
     passes: list[list[tuple[int, float, float]]]
+
+    @property
+    def is_half_duplex(self) -> bool:
+        """Whether a link carries one direction at a time: both take nearly as long as one after the other."""
+        return self._payload("both_ways") > _HALF_DUPLEX * self._payload("one_way")
+
+    @property
+    def transfer(self) -> float:
+        """Seconds of the payload, as ``sla-plan`` counts them: one way, while as many bytes come the other way unless
+        the link is half duplex."""
+        return self._payload(self._way)
 
     @property
     def latency(self) -> float:
         """Seconds of a small message; with what the bytes take, that is what the payload takes."""
-        small, payload = (statistics.median(each) for each in zip(*self.exchanges, strict=True))
-        return min(small, _LATENCY_SHARE * payload)
+        small = statistics.median(getattr(small, self._way) for small, _ in self.exchanges)
+        return min(small, _LATENCY_SHARE * self.transfer)
 
     @property
     def link_bytes(self) -> float:
-        """Bytes a second, one way, while as many come the other way."""
-        payload = statistics.median(each for _, each in self.exchanges)
-        return self.payload_bytes / (payload - self.latency)
+        """Bytes a second."""
+        return self.payload_bytes / (self.transfer - self.latency)
+
+    @property
+    def _way(self) -> str:
+        return "one_way" if self.is_half_duplex else "both_ways"
+
+    def _payload(self, way: str) -> float:
+        return statistics.median(getattr(payload, way) for _, payload in self.exchanges)
 
     def operations(self) -> list[float]:
         """What each rank achieves: operations a second, as ``sla-plan`` counts them."""
@@ -61,13 +79,15 @@ class Measured:
         return self._rate([stage for stages in self.passes for stage in stages], (direction,))
 
     def _rate(self, stages: list[tuple[int, float, float]], directions: tuple[int, ...]) -> float:
-        counted = stage_operations(
-            self.job.work, self.job.shape, self.job.layout, self.job.sla, dense=self.job.sla.is_dense
-        )
+        # As much as the planner will, which has the vocabulary of the flags, or the flag that it is given.
+        work = replace(self.job.work, vocabulary=self.job.work.vocabulary or self.padded_vocabulary)
+        counted = stage_operations(work, self.job.shape, self.job.layout, self.job.sla, dense=self.job.sla.is_dense)
         done = sum(counted[stage][way] for stage, *_ in stages for way in directions)
         return done / sum(seconds[way] for _, *seconds in stages for way in directions)
 
 
+#: From which both directions at once are one after the other: 1 is a full-duplex link, 2 a half-duplex one.
+_HALF_DUPLEX = 1.5
 #: Most of a payload's time that counts as latency: where a word takes as long, timing cannot tell them apart.
 _LATENCY_SHARE = 0.95
 
@@ -95,7 +115,6 @@ def measure(args: Namespace, reached: Callable[[str], None] = lambda step: None)
     from megatron.core.utils import get_model_config
 
     from ...model.builder import model_config_from_args
-    from ...pipeline.exchange import SMALL, exchange_seconds
     from ..plan.settle import job_of
     from .layout import build
     from .passes import pass_seconds
@@ -118,7 +137,7 @@ def measure(args: Namespace, reached: Callable[[str], None] = lambda step: None)
             reached("timing exchanges of neighbours")
             with_ring = job.layout.num_chunks > 1
             small, large = (
-                exchange_seconds(config, elements, with_ring) for elements in (SMALL, payload // job.element_bytes)
+                neighbour_seconds(config, elements, with_ring) for elements in (SMALL, payload // job.element_bytes)
             )
             exchanges = {rank: (small[rank], large[rank]) for rank in small}
     reached("comparing rates")
@@ -156,8 +175,12 @@ def plan_flags(measured: Measured) -> str:
     flags = f"--compute-tflops {measured.compute / 1e12:.4g}"
     if measured.exchanges:
         flags = (
-            f"--link-gb-per-s {measured.link_bytes / 1e9:.4g} --link-latency-us {measured.latency * 1e6:.4g} {flags}"
+            f"--link-gb-per-s {measured.link_bytes / 1e9:.4g} --link-latency-us {measured.latency * 1e6:.4g} "
+            f"{'--link-half-duplex ' * measured.is_half_duplex}{flags}"
         )
+    if not measured.job.work.vocabulary:
+        # No flag of the job tells it: its tokenizer does.
+        flags += f" --padded-vocab-size {measured.padded_vocabulary}"
     return flags
 
 
@@ -166,17 +189,22 @@ def summary(measured: Measured) -> str:
     tflops = [each / 1e12 for each in measured.operations()]
     parts = []
     if measured.exchanges:
-        small, payload = ([each * 1e3 for each in times] for times in zip(*measured.exchanges, strict=True))
+        word, payload = (
+            {way: _spread([getattr(each, way) * 1e3 for each in seconds]) for way in ("one_way", "both_ways")}
+            for seconds in zip(*measured.exchanges, strict=True)
+        )
+        count = len(measured.exchanges)
         parts.append(
-            f"{len(payload)} pair{'s' * (len(payload) > 1)} of neighbours exchange "
-            f"{measured.payload_bytes / 1e6:.4g} MB each way in {_spread(payload)} ms, a word in {_spread(small)} ms"
+            f"{count} pair{'s' * (count > 1)} of neighbours: {measured.payload_bytes / 1e6:.4g} MB in "
+            f"{payload['one_way']} ms one way, {payload['both_ways']} ms both ways at once; a word in "
+            f"{word['one_way']} and {word['both_ways']} ms"
         )
     else:
         parts.append("no pipeline, no neighbours")
-    ways = " and ".join(
+    directions = " and ".join(
         f"{measured.one_way(way) / 1e12:.3g} {name}" for way, name in enumerate(("forward", "backward"))
     )
-    parts.append(f"layers achieve {_spread(tflops)} TFLOP/s a rank, {ways}")
+    parts.append(f"layers achieve {_spread(tflops)} TFLOP/s a rank, {directions}")
     return "; ".join(parts)
 
 
