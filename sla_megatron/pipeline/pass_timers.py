@@ -62,11 +62,11 @@ class _Intervals:
         return event
 
     def taken(self) -> list[float]:
+        starts, ends = self._moments[::2], self._moments[1::2]
+        self._moments = []
+        if not self._on_gpu:
+            return [end - start for start, end in zip(starts, ends, strict=True)]
         import torch
 
         torch.cuda.synchronize()
-        starts, ends = self._moments[::2], self._moments[1::2]
-        self._moments = []
-        if self._on_gpu:
-            return [start.elapsed_time(end) / 1e3 for start, end in zip(starts, ends, strict=True)]
-        return [end - start for start, end in zip(starts, ends, strict=True)]
+        return [start.elapsed_time(end) / 1e3 for start, end in zip(starts, ends, strict=True)]

@@ -57,7 +57,7 @@ def add_doctor_args(parser: ArgumentParser) -> ArgumentParser:
 def check_doctor_args(args: Namespace) -> None:
     """What needs no job.  Raises :class:`FlagError`."""
     if args.rates and args.quick:
-        raise FlagError("--rates", None, "no --quick beside it: it measures over the job's layout")
+        raise FlagError("--rates", True, "no --quick beside it: it measures over the job's layout")
     if args.bad_nodes is not None:
         path = Path(args.bad_nodes)
         if path.is_dir() or not path.absolute().parent.is_dir():

@@ -87,7 +87,7 @@ def check_plan_args(args: Namespace) -> None:
         latency = f"{args.link_latency_us:g}"
         raise FlagError("--link-latency-us", latency, "--link-gb-per-s and --compute-tflops beside it")
     if args.link_half_duplex and args.link_gb_per_s is None:
-        raise FlagError("--link-half-duplex", None, "--link-gb-per-s and --compute-tflops beside it")
+        raise FlagError("--link-half-duplex", True, "--link-gb-per-s and --compute-tflops beside it")
     if args.plot is not None:
         _check_plot(args)
     if args.json not in (None, STDOUT):

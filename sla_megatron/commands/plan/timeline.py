@@ -105,10 +105,10 @@ class _Simulation:
         self.done: list[float | None] = [None] * pipeline.num_transfers
         self.transfer_times = durations.transfer * 2
         # Lanes of one sender and one direction share a line, which carries one transfer at a time.  The rank of a hop's
-        # first stage sends its activations, that of its second stage its gradients.  A half-duplex line is that of both.
+        # first stage sends its activations, that of its second stage its gradients.
         hops, size = range(pipeline.num_hops), schedule.pipeline_size
         if half_duplex:
-            # Two ranks are each other's neighbour on both sides.
+            # One line for both; two ranks are each other's neighbours on both sides.
             self.line_of = [hop % size if size > 2 else 0 for hop in hops] * 2
         else:
             self.line_of = [hop % size for hop in hops] + [size + (hop + 1) % size for hop in hops]
