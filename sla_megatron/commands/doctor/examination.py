@@ -188,10 +188,11 @@ class Lead(Rank):
                 for finding in findings
                 if finding.check == check
             }
-            if its or hanging and check == "layout":
+            # Of ranks that hang the first line says all.
+            if check == "layout" or its and not hanging:
                 self.report.add(Line(found(check, self._layout_text, meeting, its, hanging)))
         flags = [each for _, findings in answers.values() for each in findings if each.check == FLAGS]
-        if flags and not failed:
+        if flags and not self.report.failed():
             self.report.add_plain(flags[0].text)
         return self._conclude(meeting)
 
