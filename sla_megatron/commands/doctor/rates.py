@@ -20,20 +20,21 @@ from .node_checks import FLAGS
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, the same on every rank; lists hold what every rank found.
+    """What was measured, the same on every rank.
 
     Attributes:
         job: the job as ``sla-plan`` sees it.
         padded_vocabulary: rows of the output layer that was measured.
         payload_bytes: of the larger message.
-        exchanges: for each pair of neighbours what a small message takes, and what the payload.
-        passes: for each rank its virtual stages' (stage, forward, backward) seconds.
+        exchanges: for each pair of neighbours, by the rank of the job that sends forward, what a small message takes,
+            and what the payload.
+        passes: for each rank of the job its virtual stages' (stage, forward, backward) seconds.
     """
 
     job: Job
     padded_vocabulary: int
     payload_bytes: int
-    exchanges: list[tuple[Seconds, Seconds]]
+    exchanges: dict[int, tuple[Seconds, Seconds]]
     passes: list[list[tuple[int, float, float]]]
 
     @property
@@ -50,7 +51,7 @@ class Measured:
     @property
     def latency(self) -> float:
         """Seconds of a small message; with what the bytes take, that is what the payload takes."""
-        small = statistics.median(getattr(small, self._way) for small, _ in self.exchanges)
+        small = statistics.median(getattr(small, self._way) for small, _ in self.exchanges.values())
         return min(small, _LATENCY_SHARE * self.transfer)
 
     @property
@@ -63,7 +64,7 @@ class Measured:
         return "one_way" if self.is_half_duplex else "both_ways"
 
     def _payload(self, way: str) -> float:
-        return statistics.median(getattr(payload, way) for _, payload in self.exchanges)
+        return statistics.median(getattr(payload, way) for _, payload in self.exchanges.values())
 
     def operations(self) -> list[float]:
         """What each rank achieves: operations a second, as ``sla-plan`` counts them."""
@@ -132,14 +133,15 @@ def measure(args: Namespace, reached: Callable[[str], None] = lambda step: None)
             for chunk, seconds in enumerate(pass_seconds(args, model, job.schedule))
         ]
         payload = max((hop.payload_bytes for hop in hop_traffic(job)), default=0)
-        exchanges = {}
+        exchanges = None
         if size > 1:
             reached("timing exchanges of neighbours")
             with_ring = job.layout.num_chunks > 1
             small, large = (
                 neighbour_seconds(config, elements, with_ring) for elements in (SMALL, payload // job.element_bytes)
             )
-            exchanges = {rank: (small[rank], large[rank]) for rank in small}
+            if rank in small:
+                exchanges = small[rank], large[rank]
     reached("comparing rates")
     everybody: list[Any] = [None] * args.world_size
     torch.distributed.all_gather_object(everybody, (passes, exchanges))
@@ -147,7 +149,7 @@ def measure(args: Namespace, reached: Callable[[str], None] = lambda step: None)
         job,
         args.padded_vocab_size,
         payload,
-        [pair for _, its in everybody for pair in its.values()],
+        {rank: pair for rank, (_, pair) in enumerate(everybody) if pair is not None},
         [stages for stages, _ in everybody],
     )
 
@@ -185,30 +187,34 @@ def plan_flags(measured: Measured) -> str:
 
 
 def summary(measured: Measured) -> str:
-    """The figures with their spread."""
-    tflops = [each / 1e12 for each in measured.operations()]
-    parts = []
+    """The figures with their spread, and who is slowest."""
+    parts = ["no pipeline, no neighbours"]
     if measured.exchanges:
         word, payload = (
-            {way: _spread([getattr(each, way) * 1e3 for each in seconds]) for way in ("one_way", "both_ways")}
-            for seconds in zip(*measured.exchanges, strict=True)
+            {
+                way: _spread({rank: getattr(pair[which], way) * 1e3 for rank, pair in measured.exchanges.items()}, max)
+                for way in ("one_way", "both_ways")
+            }
+            for which in (0, 1)
         )
         count = len(measured.exchanges)
-        parts.append(
+        parts = [
             f"{count} pair{'s' * (count > 1)} of neighbours: {measured.payload_bytes / 1e6:.4g} MB in "
             f"{payload['one_way']} ms one way, {payload['both_ways']} ms both ways at once; a word in "
             f"{word['one_way']} and {word['both_ways']} ms"
-        )
-    else:
-        parts.append("no pipeline, no neighbours")
+        ]
     directions = " and ".join(
         f"{measured.one_way(way) / 1e12:.3g} {name}" for way, name in enumerate(("forward", "backward"))
     )
-    parts.append(f"layers achieve {_spread(tflops)} TFLOP/s a rank, {directions}")
+    tflops = {rank: each / 1e12 for rank, each in enumerate(measured.operations())}
+    parts.append(f"layers achieve {_spread(tflops, min)} TFLOP/s a rank, {directions}")
     return "; ".join(parts)
 
 
-def _spread(values: list[float]) -> str:
-    """Median, and the least and most where there are several."""
-    middle = f"{statistics.median(values):.3g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3g}-{max(values):.3g})"
+def _spread(values: dict[int, float], slowest: Callable[..., int]) -> str:
+    """Median, and where there are several the least, the most, and the rank of the ``slowest``, ``min`` or ``max``."""
+    middle = f"{statistics.median(values.values()):.3g}"
+    if len(values) == 1:
+        return middle
+    least, most = min(values.values()), max(values.values())
+    return f"{middle} ({least:.3g}-{most:.3g}, slowest rank {slowest(values, key=values.__getitem__)})"

@@ -38,7 +38,7 @@ def measured(one_way: float, both_ways: float, word: float = 1e-5, job: Job = JO
     """On ranks that do a thousand million operations a second."""
     work = stage_operations(JOB.work, JOB.shape, JOB.layout, JOB.sla)
     passes = [[(stage, forward / 1e9, backward / 1e9)] for stage, (forward, backward) in enumerate(work)]
-    return Measured(job, 256, PAYLOAD, [(Seconds(word, word), Seconds(one_way, both_ways))], passes)
+    return Measured(job, 256, PAYLOAD, {0: (Seconds(word, word), Seconds(one_way, both_ways))}, passes)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,12 @@ def test_the_line_has_both_spreads() -> None:
     slower = [[(stage, 2 * forward, 2 * backward) for stage, forward, backward in found.passes[1]]]
     text = summary(replace(found, passes=[found.passes[0], *slower]))
     assert text.startswith(f"1 pair of neighbours: {PAYLOAD / 1e6:.4g} MB in 2 ms one way, 2.1 ms both ways at once; a")
-    assert "layers achieve 0.00075 (0.0005-0.001) TFLOP/s a rank" in text
-    alone = replace(found, exchanges=[])
+    assert "layers achieve 0.00075 (0.0005-0.001, slowest rank 1) TFLOP/s a rank" in text
+    slow = replace(found, exchanges=found.exchanges | {3: (Seconds(1e-5, 1e-5), Seconds(0.004, 0.004))})
+    assert summary(slow).startswith(
+        f"2 pairs of neighbours: {PAYLOAD / 1e6:.4g} MB in 3 (2-4, slowest rank 3) ms one way"
+    )
+    alone = replace(found, exchanges={})
     assert summary(alone).startswith("no pipeline, no neighbours; ")
     assert plan_flags(alone) == "--compute-tflops 0.001"
 
