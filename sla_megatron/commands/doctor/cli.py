@@ -6,7 +6,8 @@ checks what one process can; started as the job is started, every node:
     sla-doctor --num-gpus 16 --sla --num-layers 24 ... --data-path data/corpus --save checkpoints
     torchrun --nproc-per-node 8 ... -m sla_megatron.commands.doctor.cli --bad-nodes bad_nodes.txt --sla ...
 
-One line for each check.  Exit status 0 if none failed, else 1, and the last line on stderr names the first fault.
+One line for each check.  With --rates it also measures what sla-plan predicts a step from, on the job's ranks, and its
+last line is the flags for it.  Exit status 0 if none failed, else 1, and the last line on stderr names the first fault.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
         check_doctor_args(asked)
         require_device_name(asked.device)
     with without_announcements():
-        status = _examine(Asked(asked.device, asked.num_gpus, asked.quick, asked.timeout, asked.bad_nodes))
+        status = _examine(Asked(asked.device, asked.num_gpus, asked.quick, asked.timeout, asked.bad_nodes, asked.rates))
     sys.exit(status)
 
 
