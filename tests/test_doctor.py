@@ -14,7 +14,7 @@ from tests.support.runs import argv
 
 pytestmark = pytest.mark.distributed
 
-LINES = ["ranks", "python", "torch", "megatron", "gpus", "upstream", "flags", "te", "apex"]
+LINES = ["ranks", "python", "torch", "megatron", "packages", "tools", "gpus", "upstream", "flags", "te", "apex"]
 LINES += ["tokenizer", "data", "cache", "save", "space", "load", "shared", "layout"]
 
 #: Seconds in which a rank that hangs is found; all before it must be done in as many.

@@ -5,6 +5,7 @@ checks what one process can; started as the job is started, every node:
 
     sla-doctor --num-gpus 16 --sla --num-layers 24 ... --data-path data/corpus --save checkpoints
     torchrun --nproc-per-node 8 ... -m sla_megatron.commands.doctor.cli --bad-nodes bad_nodes.txt --sla ...
+    sla-doctor --software
 
 One line for each check.  Exit status 0 if none failed, else 1, and the last line on stderr names the first fault.
 """
@@ -38,6 +39,10 @@ def main() -> None:
         asked, _ = add_device_arg(add_doctor_args(parser)).parse_known_args()
         check_doctor_args(asked)
         require_device_name(asked.device)
+    if asked.software:
+        from .software import examine
+
+        sys.exit(examine(asked.device))
     with without_announcements():
         status = _examine(Asked(asked.device, asked.num_gpus, asked.quick, asked.timeout, asked.bad_nodes))
     sys.exit(status)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import sys
 from argparse import Namespace
 
 from ...common.environment import installed_version
-from .finding import Fault, Skipped
+from .finding import Doubt, Fault, Skipped
 
 OLDEST_PYTHON = (3, 12)
 OLDEST_TORCH = (2, 6)
@@ -59,8 +60,49 @@ def apex(args: Namespace, device: str) -> str:
     if device == "cpu":
         raise Skipped("not installed; torch's norms and optimizers are used")
     if installed_version("transformer-engine", "transformer_engine") is not None:
-        return "not installed; Transformer Engine's optimizers are used"
-    return "not installed; torch's norms and optimizers are used"
+        return f"not installed; Transformer Engine's optimizers are used{_own_script()}"
+    return f"not installed; torch's norms and optimizers are used{_own_script()}"
+
+
+def _own_script() -> str:
+    return f"; a script of one's own is given {' '.join(flags_without_kernels())}"
+
+
+def flags_without_kernels() -> list[str]:
+    """What a run needs here that Megatron's defaults are not: fused kernels of theirs are not installed.
+
+    The entry point gives all but the first itself (``flags/fused_kernels.py``), as far as its other flags need them.
+    """
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    has_apex = importlib.util.find_spec("apex") is not None
+    needed = [] if has_te else ["--transformer-impl local"]
+    # Extensions of Apex, which its own package need not have been built with.
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        needed.append("--no-gradient-accumulation-fusion")
+    if not has_te:
+        needed += [] if has_apex else ["--no-persist-layer-norm"]
+        needed += [] if importlib.util.find_spec("scaled_masked_softmax_cuda") else ["--no-masked-softmax-fusion"]
+        needed.append("--no-rope-fusion")
+    return needed
+
+
+def kernels(device: str) -> str:
+    """Transformer Engine and Apex, where no job's flags are known.
+
+    Raises:
+        Doubt: if Transformer Engine, Megatron's default implementation, is not there.
+        Skipped: on a processor, where neither is used.
+    """
+    te = installed_version("transformer-engine", "transformer_engine")
+    apex = installed_version("apex", "apex")
+    if device == "cpu":
+        raise Skipped("without a GPU neither Transformer Engine nor Apex is used")
+    names = (("Transformer Engine", te), ("Apex", apex))
+    has = ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in names)
+    needed = flags_without_kernels()
+    if te is None:
+        raise Doubt(f"{has}: a run is given {needed[0]}{_own_script()}")
+    return f"{has}{_own_script() if needed else ''}"
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
