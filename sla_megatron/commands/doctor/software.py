@@ -1,4 +1,4 @@
-"""What an environment, such as a container's image, must hold beside torch and Megatron: packages and tools, by name."""
+"""What an environment, such as a container's image, must hold beside torch and Megatron: packages, tools, by name."""
 
 from __future__ import annotations
 
