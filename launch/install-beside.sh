@@ -17,4 +17,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
     echo "install-beside: error: PYTHON=$python cannot be used: $found; expected Python 3.12 or newer" >&2
     exit 2
 fi
+if ! "$python" -c 'import pip' 2>/dev/null; then
+    echo "install-beside: error: PYTHON=$python has no pip: expected 22.2 or newer (on Debian: apt-get install python3-pip)" >&2
+    exit 2
+fi
 exec "$python" "$(dirname "$0")/install_beside.py"

@@ -6,7 +6,6 @@ Everything is decided before anything is installed; what could not be left alone
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shlex
@@ -26,6 +25,7 @@ from sla_megatron.common.requirements import (  # noqa: E402
     PROJECT,
     Lack,
     Package,
+    Version,
     canonicalize_name,
     installed,
     lacks,
@@ -97,9 +97,9 @@ def _to_install(lack: Lack, pinned: Mapping[str, str], chosen: set[str], reasons
         return None
     if name in pinned and lack.requirement.specifier.contains(pinned[name], prereleases=True):
         return name
-    # What asks is older than what it asks for: its own pinned version goes with the others.
-    asks = lack.by.split()[0]
-    if asks in pinned and asks not in chosen and not stays(asks):
+    # Its own pinned version goes with the others, where that is newer.
+    asks, _, version = lack.by.partition(" ")
+    if asks in pinned and asks not in chosen and not stays(asks) and Version(version) < Version(pinned[asks]):
         return asks
     has = f"has {pinned[name]}" if name in pinned else "has none"
     reasons.append(f"{lack}: constraints.txt {has}")
@@ -176,8 +176,6 @@ def has_record(name: str) -> bool:
 
 def require_usable() -> None:
     """Raises :class:`Refusal` where this interpreter cannot be installed into."""
-    if importlib.util.find_spec("pip") is None:
-        raise Refusal(f"{sys.executable} has no pip: expected one of {'.'.join(map(str, OLDEST_PIP))} or newer")
     version = importlib.metadata.version("pip")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_PIP:
         raise Refusal(f"pip is {version}: expected {'.'.join(map(str, OLDEST_PIP))} or newer")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from ...common.errors import one_line_errors
 from ...common.flag_types import OneLineParser
@@ -22,8 +23,10 @@ from ...common.silence import without_announcements
 from ...cpu.device import add_device_arg, require_device_name
 from .finding import Fault
 from .flags import add_doctor_args, check_doctor_args
-from .node_checks import Asked
 from .place import Place
+
+if TYPE_CHECKING:
+    from .node_checks import Asked
 
 
 def main() -> None:
@@ -43,6 +46,9 @@ def main() -> None:
         from .software import examine
 
         sys.exit(examine(asked.device))
+    # Of an environment that lacks what it imports, the above says so.
+    from .node_checks import Asked
+
     with without_announcements():
         status = _examine(Asked(asked.device, asked.num_gpus, asked.quick, asked.timeout, asked.bad_nodes))
     sys.exit(status)
