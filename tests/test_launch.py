@@ -86,6 +86,22 @@ def test_without_presets_arguments_alone(fake_python: Path) -> None:
     assert started_with(local(*AWKWARD, PYTHON=fake_python, NPROC="2")) == AWKWARD
 
 
+def test_own_programs_are_started_in_place_of_ours(fake_python: Path, tmp_path: Path) -> None:
+    """On one machine as on Slurm, which tests/unit/commands/job/test_command.py is about."""
+    (tmp_path / "my train.py").touch()
+    own = {"PYTHON": fake_python, "NPROC": "2"}
+    for given, expected in (
+        ({"SCRIPT": tmp_path / "my train.py"}, [str(tmp_path / "my train.py")]),
+        ({"MODULE": "my.train"}, ["-m", "my.train"]),
+    ):
+        done = local("--lr", "1", **own, **given)
+        assert json.loads(done.stdout)[0][5:] == [*expected, "--lr", "1"], done.stderr
+    for given in ({"SCRIPT": "gone.py"}, {"SCRIPT": tmp_path / "my train.py", "MODULE": "my.train"}):
+        done = local("--lr", "1", **own, **given)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch("local.sh: error: SCRIPT .*: expected a file, or a module instead\n", done.stderr)
+
+
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_dry_run_prints_what_would_run(fake_python: Path, shell: str) -> None:
     """A shell that reads what is printed runs the same command, and nothing has run before."""
@@ -191,12 +207,13 @@ def test_layouts_that_ranks_cannot_hold(
 def test_a_node_without_gpus_is_no_secret(arguments: list[str], tmp_path: Path) -> None:
     """Of a command that is shown a line says so; where the CPU is meant, none."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 0\n")
+    # It sees no GPU, whatever this machine has.
+    python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || {{ echo 0; exit; }}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     for program in (local, sbatch):
         done = program("--num-layers", "2", *arguments, PYTHON=python, DRY_RUN="1")
         assert done.returncode == 0 and "--nproc-per-node 2" in done.stdout.replace("\\\n    ", "")
-        assert re.fullmatch(r"(local.sh|slurm.sbatch): no GPU here: 2 processes .*\n", done.stderr), done.stderr
+        assert re.fullmatch(r"(local.sh|sla-job): no GPU here: 2 processes .*\n", done.stderr), done.stderr
         meant = program("--num-layers", "2", "--device", "cpu", PYTHON=python, DRY_RUN="1")
         assert (meant.returncode, meant.stderr) == (0, "")
     refused = sbatch("--num-layers", "2", NPROC="two")
@@ -220,7 +237,7 @@ def test_overrides_that_sbatch_dropped_are_named(export: str | None, lost: set[s
     given = {} if export is None else {"SLURM_EXPORT_ENV": export}
     done = sbatch("--num-layers", "2", "--device", "cpu", **given)
     assert done.returncode == 0
-    said = re.findall(r"^slurm.sbatch: --export=(\S+): .* was lost: (.*); expected as words before", done.stderr, re.M)
+    said = re.findall(r"^sla-job: --export=(\S+): .* was lost: (.*); expected as words before", done.stderr, re.M)
     assert bool(said) == bool(lost)
     if said:
         assert said[0][0] == export

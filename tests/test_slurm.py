@@ -21,9 +21,11 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sla_megatron.common.checkpoint_folders import newest_complete
+from tests.support import containers
 from tests.support.launch import ROOT, free_ports, rank_environment
 from tests.support.runs import argv
 from tests.support.slurm import Cluster, cluster, missing, processes_with
+from tests.support.wandb_files import recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")]
 
@@ -220,6 +222,52 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     same_result(run, undisturbed)
 
 
+def test_an_own_script_obeys_the_files_of_its_run(slurm: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    """Started by srun alone, with a setup file: it saves when somebody says so and goes on with its nodes, is stopped,
+    and goes on when it may; as one W&B run, with the newest checkpoints alone, and with the undisturbed run's result.
+    """
+    run = slurm.folder / "runs" / "own"
+    (tmp_path / "site-python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "site-python").chmod(0o755)
+    setup = tmp_path / "setup.sh"
+    setup.write_text(f"export PATH={tmp_path}:$PATH SITE=$SLURMD_NODENAME WANDB_MODE=offline\n")
+    own = {"SCRIPT": "examples/own_script/pretrain_my_gpt.py", "SETUP": str(setup), "PYTHON": "site-python"}
+    flags = [*FLAGS[:-2], "--wandb-project", "site", "--wandb-exp-name", "own"]
+
+    def start() -> tuple[str, Watch]:
+        job = submit(slurm, run, *flags, LAUNCH="srun", KEEP="2", **own)
+        return job, Watch(slurm, job, run)
+
+    job, watch = start()
+    watch.training()
+    ranks = processes_with(b"pretrain_my_gpt.py", RUN_DIR=str(run), RANK="3", LOCAL_RANK="1", SITE="node2")
+    assert ranks and not processes_with(b"torch.distributed.run", RUN_DIR=str(run))
+    (run / "save").touch()
+    watch.until(r"slurm.sbatch: word of sla-job attend came: the ranks save and exit \(step \d+\.\d+\)")
+    saved = int(watch.until(r"sla-job: attempt 1 ended by a signal: iteration (\d+) is saved")[1])
+    watch.until(f"resuming from iteration {saved}")
+    assert slurm.job(job)["Restarts"] == "0"
+    watch.training()
+    (run / "stop").touch()
+    stopped = int(watch.until(r"sla-job: attempt 2 .*stop.* iteration (\d+) is saved")[1])
+    assert saved < stopped < ITERATIONS
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["JobState"] == "COMPLETED"
+
+    job, watch = start()
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["ExitCode"] == "2:0"
+    watch.until(f"sla-job: error: {run}/stop .* is there, nothing is trained")
+    (run / "stop").unlink()
+    job, watch = start()
+    watch.until(f"resuming from iteration {stopped}")
+    assert slurm.until(job, {"COMPLETED", "FAILED"})["JobState"] == "COMPLETED", log(run)[-5000:]
+    same_result(run, undisturbed)
+    assert newest_complete(run / "checkpoints")[0] == ITERATIONS
+    assert len(list((run / "checkpoints").glob("iter_*"))) == 2
+    attempts = recorded(run / "wandb")
+    assert len(attempts) == 3 and len({name for name, _ in attempts}) == 1
+    assert [min(steps) for _, steps in attempts] == [1, saved + 1, stopped + 1]
+
+
 #: Enough iterations for what is done to the tasks meanwhile; nothing is saved but when a signal comes, and at the end.
 TASK_ITERATIONS = 250
 TASK_FLAGS = [
@@ -382,6 +430,64 @@ def test_a_cancelled_job_stays_cancelled(slurm: Cluster, tmp_path: Path) -> None
     assert slurm.job(job)["JobState"] == "CANCELLED" and "requeueing" not in log(run)
 
 
+#: A training of the user's own, which knows nothing of Megatron.
+TRAINS = """
+import argparse, os
+parser = argparse.ArgumentParser()
+parser.add_argument("--save")
+parser.add_argument("--device")
+given, _ = parser.parse_known_args()
+print("trained by rank", *(os.environ[name] for name in ("RANK", "PWD", "SITE", "PYTHONPATH")), flush=True)
+"""
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_every_step_of_a_job_is_in_its_container(runtime: str, slurm: Cluster, tmp_path: Path) -> None:
+    """All mounts absolute, one name for the image on each node; Python, and what it finds, are the container's."""
+    record, here, site = tmp_path / "steps", tmp_path / "here", tmp_path / "site"
+    for folder in (here / "data", here / "own", site, here / "disk", tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    containers.install(tmp_path / "bin", record, shutil.which("srun", path=slurm.environment["PATH"]))
+    (here / "own" / "train.py").write_text(TRAINS)
+    (site / "setup.sh").write_text("export SITE=was-set-up PYTHONPATH=$PYTHONPATH:/of/the/site\n")
+    words = [
+        "NPROC=2",
+        "LAUNCH=srun",
+        "SCRIPT=own/train.py",
+        f"SETUP={site}/setup.sh",
+        "RUN_DIR=runs/a",
+        "STAGE=disk/x",
+    ]
+    words += [f"SLA_ROOT={ROOT}", f"CONTAINER_RUNTIME={runtime}", "CONTAINER_IMAGE=/images/megatron", "MAX_FAILURES=1"]
+    words += ["CONTAINER_MOUNTS=data:/data:ro,/usr", "CHECKPOINTS=runs/b/c"]
+    options = ["--parsable", "--nodes=2", f"--output={here}/log"]
+    path = f"{tmp_path}/bin:{slurm.environment['PATH']}"
+    script = ROOT / "launch" / "slurm.sbatch"
+    job = slurm.command("sbatch", *options, script, *words, "--device", "cpu", cwd=here, PATH=path).strip()
+    slurm.until(job, {"COMPLETED", "FAILED"})
+    text = (here / "log").read_text()
+    path = f"{ROOT}:/image/own:/of/the/site"
+    assert set(re.findall(r"^\d: (trained by .*)", text, re.M)) == {
+        f"trained by rank {rank} {here} was-set-up {path}" for rank in range(4)
+    }, text
+    steps = containers.recorded(record)
+    for step in steps:
+        mounts = (step["options"].get("--bind") or step["options"]["--container-mounts"]).split(",")
+        own = [f"{folder}:{folder}" for folder in (ROOT, here, f"{site}/setup.sh")]
+        assert mounts[:2] == [f"{here}/data:/data:ro", "/usr:/usr"] and set(own) <= set(mounts)
+        # What there is by then.
+        assert {f"{here}/own:{here}/own", f"{here}/disk:{here}/disk"} <= set(mounts)
+        assert (step["options"].get("--pwd") or step["options"]["--container-workdir"]) == str(here)
+    if runtime == "pyxis":
+        names = {(step["options"]["--container-image"], step["options"]["--container-name"]) for step in steps}
+        assert names == {("/images/megatron", f"sla-megatron-{job}")}
+        assert [step["step"] for step in steps if step["step"] != "attend"] == (
+            ["check", "health", "stage", "command", "train", "end"]
+        )
+    else:
+        assert {step["options"]["image"] for step in steps} == {"/images/megatron"} and len(steps) >= 12
+
+
 def test_bad_flags_end_the_job_before_anything_is_trained(slurm: Cluster) -> None:
     run = slurm.folder / "runs" / "bad"
     job = submit(slurm, run, *FLAGS, "--load", "elsewhere")
@@ -395,7 +501,7 @@ def test_bad_flags_end_the_job_before_anything_is_trained(slurm: Cluster) -> Non
         (
             ["--num-layers", "2"],
             {"NPROC": ""},
-            "slurm.sbatch: error: --gpus-per-node: Slurm gave no GPU: expected GPUs",
+            "sla-job: error: --gpus-per-node: Slurm gave no GPU: expected GPUs",
         ),
         (
             [*FLAGS, "--context-parallel-size", "3"],

@@ -38,7 +38,9 @@ class _Stored:
     __setitem__ = append = extend = add = update = _ignore
 
 
-class _Unpickler(pickle.Unpickler):
+class StandIns(pickle.Unpickler):
+    """Reads what torch pickled without torch, and without running anything of it."""
+
     def find_class(self, module: str, name: str) -> Any:
         del module, name
         return _Stored
@@ -61,7 +63,7 @@ def problem(folder: Path) -> str | None:
     try:
         json.loads((folder / "metadata.json").read_text())
         with (folder / ".metadata").open("rb") as file:
-            places = _Unpickler(file).load().storage_data.values()
+            places = StandIns(file).load().storage_data.values()
         ends: dict[str, int] = {}
         for place in places:
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -83,7 +85,7 @@ def stored_args(folder: Path) -> dict[str, Any]:
     Values of other than Python's own types are stand-ins.
     """
     try:
-        common = common_state(folder, _Unpickler)
+        common = common_state(folder, StandIns)
         return vars(common["args"]) | {"iteration": common["iteration"]}
     except Exception:  # As above; and a pickle of another version may hold anything.
         return {}
@@ -98,7 +100,7 @@ def common_state(folder: Path, unpickler: type[pickle.Unpickler]) -> Any:
     if (folder / "common.pt").is_file():
         return _unzipped((folder / "common.pt").read_bytes(), unpickler)
     with (folder / ".metadata").open("rb") as file:
-        places = _Unpickler(file).load().storage_data.items()
+        places = StandIns(file).load().storage_data.items()
     place = next(place for index, place in places if index.fqn == "common_state/shard_0_1")
     with (folder / place.relative_path).open("rb") as file:
         file.seek(place.offset)
@@ -128,23 +130,35 @@ def tracked(folder: Path) -> int | str | None:
     return int(text) if text.isdecimal() else text
 
 
-def newest_complete(folder: Path) -> tuple[int | None, dict[Path, str]]:
-    """The iteration of the newest complete checkpoint, and why each newer one is not complete."""
+def newest_complete(
+    folder: Path, known: Callable[[Path], str | None] = lambda path: None
+) -> tuple[int | None, dict[Path, str]]:
+    """The iteration of the newest complete checkpoint, and why each newer one is not complete.
+
+    Args:
+        folder: of ``--save``.
+        known: what is known to be wrong with a complete one, None for nothing.
+    """
     broken = {}
     for iteration, path in checkpoints(folder).items():
-        reason = problem(path)
+        reason = problem(path) or known(path)
         if reason is None:
             return iteration, broken
         broken[path] = reason
     return None, broken
 
 
+def aside(path: Path, what: str) -> str:
+    """Rename a checkpoint so that nothing takes it for one; its new name, which begins with ``what``."""
+    return path.rename(path.with_name(f"{what}_{path.name}_{time.strftime('%Y%m%dT%H%M%S')}_{os.getpid()}")).name
+
+
 def point_to(folder: Path, iteration: int, broken: dict[Path, str], say: Callable[[str], None]) -> None:
     """Have Megatron resume from ``iteration``: ``broken`` checkpoints are moved aside, not removed."""
     for path, reason in broken.items():
-        aside = path.with_name(f"incomplete_{path.name}_{time.strftime('%Y%m%dT%H%M%S')}_{os.getpid()}")
-        path.rename(aside)
-        say(f"{path} is not complete: {reason}; it is now {aside.name}")
+        complete = problem(path) is None
+        name = aside(path, "damaged" if complete else "incomplete")
+        say(f"{path} is {'damaged' if complete else 'not complete'}: {reason}; it is now {name}")
     said = tracked(folder)
     if said != iteration:
         write_whole(folder / TRACKER, str(iteration))

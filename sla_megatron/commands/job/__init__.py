@@ -2,6 +2,9 @@
 
 cli.py         the commands, for launch/slurm.sbatch and people; each is a module NAME_command.py
 arguments.py   what they take in common
+attendance.py  what is done beside a training
 chain.py       the attempts of a run so far, and what follows from them
+checked.py     which checkpoints were looked into, and what was found
 flags.py       what they depend on of Megatron's flags
+keep.py        how many checkpoints stay
 """

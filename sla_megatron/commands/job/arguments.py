@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ...common.errors import FlagError
 from ...common.flag_types import WITH_VALUE, count
+from .keep import Keep
+
+#: How checkpoints are looked at while they are new.
+CONTENTS, SIZES = "contents", "sizes"
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
@@ -26,6 +31,26 @@ def add_max_failures(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-failures", type=count("--max-failures"), default=3, metavar="N", help=limit, **WITH_VALUE
     )
+
+
+def add_keep(command: argparse.ArgumentParser) -> None:
+    """``--keep``, the script's ``KEEP``."""
+    stay = "checkpoints that stay: 3, the newest 3; 3,every=10000, and every 10000th iteration (default: KEEP, or all)"
+    default = os.environ.get("KEEP") or None
+    command.add_argument("--keep", type=Keep.read, default=default, metavar="KEEP", help=stay, **WITH_VALUE)
+
+
+def add_check(command: argparse.ArgumentParser) -> None:
+    """``--check``, the script's ``CHECK``."""
+    look = "contents: checksums and finite numbers of each new checkpoint; sizes: none (default: CHECK, or contents)"
+    default = os.environ.get("CHECK") or CONTENTS
+    command.add_argument("--check", type=_level, default=default, metavar="LEVEL", help=look, **WITH_VALUE)
+
+
+def _level(text: str) -> str:
+    if text not in (CONTENTS, SIZES):
+        raise FlagError("--check", text, f"{CONTENTS} or {SIZES}")
+    return text
 
 
 def say(line: str) -> None:

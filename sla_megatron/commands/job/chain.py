@@ -15,9 +15,11 @@ from typing import Any
 
 from ...common.checkpoint_folders import TRACKER, checkpoints, newest_complete, point_to, stored_args, tracked
 from ...common.files import write_json
+from .checked import Checked, known_damage, set_aside_damaged
 from .flags import JobError, TrainingFlags
+from .stop_file import refuse_if_stopped, stop_file
 
-FINISHED, REQUEUE, STOP = "finished", "requeue", "stop"
+FINISHED, REQUEUE, STOP, STOPPED = "finished", "requeue", "stop", "stopped"
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Attempt:
     @property
     def failed(self) -> bool:
         """Whether it ended by itself, or without a word, and left no newer checkpoint than it began with."""
-        return self.how not in ("preempted", "finished") and (self.ended_at or self.began_at) <= self.began_at
+        return self.how not in ("preempted", "finished", STOPPED) and (self.ended_at or self.began_at) <= self.began_at
 
 
 @dataclass
@@ -76,6 +78,11 @@ class Chain:
         """The newest checkpoint that was ever seen complete."""
         return max((max(a.began_at, a.ended_at or 0) for a in self.attempts), default=0)
 
+    def known_damage(self, save: Path) -> Callable[[Path], str | None]:
+        """What is known against complete checkpoints in ``save``."""
+        last = self.attempts[-1] if self.attempts else None
+        return known_damage(Checked(self.folder), save, last.began_at if last else 0, last.began if last else "")
+
     def failures(self, job: str) -> int:
         """How many of the last attempts of ``job`` failed in a row; a job that is submitted anew counts from 0."""
         count = 0
@@ -101,9 +108,11 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
         ``FINISHED`` if there is nothing left to train, ``STOP`` in a crash loop, else ``REQUEUE``: go on.
 
     Raises:
-        JobError: if checkpoints that there were are gone.
+        JobError: if checkpoints that there were are gone, or somebody has stopped the run.
     """
-    newest, broken = newest_complete(flags.save)
+    refuse_if_stopped(chain.folder)
+    damage = chain.known_damage(flags.save)
+    newest, broken = newest_complete(flags.save, damage)
     if chain.attempts and chain.attempts[-1].ended is None:
         _note_end(chain.attempts[-1], newest, "without a word")
         say(f"attempt {len(chain.attempts)} ended without a word: its node failed, or the job was killed")
@@ -130,6 +139,7 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
         if newest < known:
             say(f"the checkpoint of iteration {known} is lost or damaged: falling back to iteration {newest}")
         point_to(flags.save, newest, broken, say)
+        set_aside_damaged(flags.save, damage, say)
         say(f"resuming from iteration {newest}")
     stored = _stored(flags, newest)
     if flags.finished(newest, stored):
@@ -148,7 +158,7 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
 def end(
     chain: Chain, flags: TrainingFlags, status: int, signalled: bool, limit: int, say: Callable[[str], None]
 ) -> str:
-    """After an attempt that ended with ``status``: ``FINISHED``, ``REQUEUE`` or ``STOP``.
+    """After an attempt that ended with ``status``: ``FINISHED``, ``REQUEUE``, ``STOP``, or ``STOPPED`` by a stop file.
 
     Whether an attempt got anywhere is read off its checkpoints: torchrun returns 1 after a signal even if all ranks
     saved, and Megatron 0 after errors.
@@ -156,15 +166,18 @@ def end(
     if not chain.attempts:
         raise JobError(f"{chain.folder}: expected an attempt that has begun")
     attempt = chain.attempts[-1]
-    newest, _ = newest_complete(flags.save)
+    newest, _ = newest_complete(flags.save, chain.known_damage(flags.save))
     saved = f"iteration {newest} is saved" if newest else "nothing is saved"
     gained = (newest or 0) - attempt.began_at
-    gain = f"{gained} iterations more than it began with" if gained else "no more than it began with"
+    gain = f"{gained} iterations more than it began with" if gained > 0 else "no more than it began with"
     done = newest is not None and flags.finished(newest, _stored(flags, newest))
     # What trains nothing, or does not say for how long, is at its end when it ends well.
     endless = flags.skip_train or (flags.train_iters is None and flags.train_samples is None)
+    stopper = stop_file(chain.folder)
     if done or (endless and status == 0 and not signalled):
         how, verdict, line = "finished", FINISHED, f"finished: {saved}"
+    elif stopper and (signalled or (status == 0 and gained > 0)):
+        how, verdict, line = STOPPED, STOPPED, f"stopped: {saved}, {gain}"
     elif signalled:
         how, verdict, line = "preempted", REQUEUE, f"ended by a signal: {saved}, {gain}"
     elif status == 0 and gained > 0:
@@ -174,6 +187,9 @@ def end(
     _note_end(attempt, newest, how)
     chain.write()
     say(f"attempt {len(chain.attempts)} {line}")
+    if stopper and verdict != FINISHED:
+        say(f"not going on: {stopper} is there; removed, the job goes on when it is submitted again")
+        return STOPPED
     if verdict == REQUEUE and chain.failures(attempt.job) >= limit:
         return _stopped(chain, attempt.job, say)
     return verdict

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from .arguments import add_flags, add_max_failures, add_run, say
 from .begin_command import LOOP
-from .chain import FINISHED, REQUEUE, STOP, Chain, end
+from .chain import FINISHED, REQUEUE, STOP, STOPPED, Chain, end
 from .flags import training_flags
 
 HELP = "after an attempt: note how it ended, and say what comes next"
@@ -26,4 +26,4 @@ def add_arguments(command: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     flags = training_flags(args.flags)
     verdict = end(Chain.read(args.run), flags, args.status, args.signalled, args.max_failures, say)
-    return {FINISHED: 0, REQUEUE: TRY_AGAIN, STOP: LOOP}[verdict]
+    return {FINISHED: 0, STOPPED: 0, REQUEUE: TRY_AGAIN, STOP: LOOP}[verdict]

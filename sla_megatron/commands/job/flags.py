@@ -62,6 +62,8 @@ class TrainingFlags:
     step_batch_size_schedule: str | None = None
     skip_train: bool = False
     must_find_checkpoint: bool = False
+    save_interval: int | None = None
+    save_retain_interval: int | None = None
 
     def last_iteration(self, stored: Mapping[str, Any]) -> int | None:
         """After which Megatron has nothing left to train (``update_train_iters`` in megatron/training/training.py).
@@ -127,6 +129,8 @@ def training_flags(flags: Sequence[str]) -> TrainingFlags:
         step_batch_size_schedule=found.step_batch_size_schedule,
         skip_train=found.skip_train,
         must_find_checkpoint=found.exit_on_missing_checkpoint and found.pretrained_checkpoint is None,
+        save_interval=found.save_interval,
+        save_retain_interval=found.save_retain_interval,
     )
 
 
@@ -134,7 +138,8 @@ def _parsed(flags: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--save", "--load"):
         parser.add_argument(flag, type=Path)
-    for flag in ("--train-iters", "--train-samples", "--global-batch-size"):
+    whole = ("--train-iters", "--train-samples", "--global-batch-size", "--save-interval", "--save-retain-interval")
+    for flag in whole:
         parser.add_argument(flag, type=int)
     for flag in ("--step-batch-size-schedule", "--pretrained-checkpoint"):
         parser.add_argument(flag)

@@ -321,7 +321,7 @@ def test_runs_that_are_none(
 
 
 def test_every_command_and_option_has_a_help(capsys: pytest.CaptureFixture) -> None:
-    for command in ("check", "begin", "end", "show", "health"):
+    for command in cli.COMMANDS:
         with pytest.raises(SystemExit):
             cli.main(["--help"])
         assert re.search(rf"^ +{command} +\S+", capsys.readouterr().out, re.MULTILINE)
