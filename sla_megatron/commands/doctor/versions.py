@@ -60,12 +60,8 @@ def apex(args: Namespace, device: str) -> str:
     if device == "cpu":
         raise Skipped("not installed; torch's norms and optimizers are used")
     if installed_version("transformer-engine", "transformer_engine") is not None:
-        return f"not installed; Transformer Engine's optimizers are used{_own_script()}"
-    return f"not installed; torch's norms and optimizers are used{_own_script()}"
-
-
-def _own_script() -> str:
-    return f"; a script of one's own is given {' '.join(flags_without_kernels())}"
+        return "not installed; Transformer Engine's optimizers are used"
+    return "not installed; torch's norms and optimizers are used"
 
 
 def flags_without_kernels() -> list[str]:
@@ -74,13 +70,13 @@ def flags_without_kernels() -> list[str]:
     The entry point gives all but the first itself (``flags/fused_kernels.py``), as far as its other flags need them.
     """
     has_te = importlib.util.find_spec("transformer_engine") is not None
-    has_apex = importlib.util.find_spec("apex") is not None
     needed = [] if has_te else ["--transformer-impl local"]
     # Extensions of Apex, which its own package need not have been built with.
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         needed.append("--no-gradient-accumulation-fusion")
     if not has_te:
-        needed += [] if has_apex else ["--no-persist-layer-norm"]
+        # Apex has persistent LayerNorms, and no RMSNorm.
+        needed.append("--no-persist-layer-norm")
         needed += [] if importlib.util.find_spec("scaled_masked_softmax_cuda") else ["--no-masked-softmax-fusion"]
         needed.append("--no-rope-fusion")
     return needed
@@ -100,9 +96,10 @@ def kernels(device: str) -> str:
     names = (("Transformer Engine", te), ("Apex", apex))
     has = ", ".join(f"{name} {version}" if version else f"no {name}" for name, version in names)
     needed = flags_without_kernels()
+    own_script = f"; a script of one's own is given {' '.join(needed)}" if needed else ""
     if te is None:
-        raise Doubt(f"{has}: a run is given {needed[0]}{_own_script()}")
-    return f"{has}{_own_script() if needed else ''}"
+        raise Doubt(f"{has}: a run is given {needed[0]}{own_script}")
+    return f"{has}{own_script}"
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
