@@ -109,6 +109,21 @@ def test_the_command_in_a_container(login_node: Path) -> None:
         assert " python3 -m torch.distributed.run " in text and " --swiglu " in text
 
 
+@pytest.mark.parametrize("page", ["slurm", "launch"])
+def test_the_first_job(page: str, login_node: Path) -> None:
+    """The command that the page has submitted; of the runbook, what comes before it too."""
+    (command, *_) = [block for block in blocks(page, "sh") if "sbatch --job-name" in block]
+    text = shown(login_node, f"export PYTHON={sys.executable}\n{command}")
+    assert " -m torch.distributed.run --nnodes 4 --nproc-per-node 8 " in text and " --sla --train-iters 100000 " in text
+    if page == "slurm":
+        # The doctor is asked of the same.
+        (doctor,) = [block for block in blocks(page, "sh") if block.startswith("sla-doctor")]
+        flags = doctor.replace("\\\n", " ").partition("--train-iters")[2].partition(" --save runs")[0]
+        assert " ".join(flags.split()) in text
+        (dry,) = [block for block in blocks(page, "sh") if "DRY_RUN=1" in block]
+        assert "--swiglu" in shown(login_node, dry)
+
+
 def test_overrides_are_those_of_the_script() -> None:
     """Whatever the pages' tables name as one."""
     table = PAGES["containers"].partition("| override |")[2].partition("\n\n")[0]

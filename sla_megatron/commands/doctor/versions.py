@@ -46,7 +46,10 @@ def transformer_engine(args: Namespace, device: str) -> str:
         used = "used" if args.transformer_impl == "transformer_engine" and device == "cuda" else "not used"
         return f"{installed}, {used}: --transformer-impl {args.transformer_impl}"
     if device == "cpu":
-        raise Skipped("not installed; without a GPU the local implementation is used")
+        # Here, which may be a login node.
+        asked = args.transformer_impl == "transformer_engine"
+        on_gpus = "; a job on GPUs takes transformer-engine, or --transformer-impl local" if asked else ""
+        raise Skipped(f"not installed; without a GPU the local implementation is used{on_gpus}")
     if args.transformer_impl == "transformer_engine":
         raise Fault("not installed: expected transformer-engine, or --transformer-impl local")
     return f"not installed, not needed: --transformer-impl {args.transformer_impl}"
