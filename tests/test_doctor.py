@@ -18,7 +18,7 @@ from tests.support.runs import argv
 
 pytestmark = pytest.mark.distributed
 
-LINES = ["ranks", "python", "torch", "megatron", "gpus", "upstream", "flags", "te", "apex"]
+LINES = ["ranks", "python", "torch", "megatron", "packages", "tools", "gpus", "upstream", "flags", "te", "apex"]
 LINES += ["tokenizer", "data", "cache", "save", "space", "load"]
 LINES += ["cores", "memory", "numa", "shm", "files", "memlock", "shared", "layout"]
 

@@ -219,6 +219,7 @@ def test_an_index_without_vllm_is_told_from_other_failures(error: str, status: i
         "launch/find-python.sh",
         "launch/make-venv.sh",
         "launch/make-serving-venv.sh",
+        "launch/install-beside.sh",
         "launch/presets.sh",
         "launch/local.sh",
         ".ci/run",

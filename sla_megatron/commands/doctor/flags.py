@@ -35,6 +35,12 @@ def add_doctor_args(parser: ArgumentParser) -> ArgumentParser:
         "with which sla-plan predicts a step.",
     )
     group.add_argument(
+        "--software",
+        action="store_true",
+        help="Examine what is installed, and nothing else: of a container's image, say. Takes no job's flags and needs "
+        "no GPU; --device cuda: as for one, whatever torch was built for.",
+    )
+    group.add_argument(
         "--timeout",
         type=number("--timeout", float, "seconds, more than 0", below=1e9),
         default=DEFAULT_TIMEOUT,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import checkpoints, data_files, gpus, job, resources, upstream, versions
+from . import checkpoints, data_files, gpus, job, resources, software, upstream, versions
 from .finding import FAIL, SKIP, Finding, found
 from .host import Host
 from .place import Place
@@ -43,6 +43,8 @@ def before_megatron(asked: Asked, place: Place, ranks_here: int, device: str) ->
         found("python", versions.python_version),
         found("torch", versions.torch_versions, device),
         found("megatron", upstream.megatron_release),
+        found("packages", software.packages),
+        found("tools", software.tools, device),
         found("gpus", gpus.gpus, asked.device, ranks_here, None, place.launched),
     ]
 
