@@ -147,13 +147,7 @@ def begin(
             f"be restored; to begin anew, another --save, or remove {chain.folder / 'chain.json'} and {TRACKER}"
         )
     if newest is None:
-        if flags.must_find_checkpoint:
-            raise JobError(
-                f"--exit-on-missing-checkpoint: {flags.save} has no checkpoint, and the first attempt would save none: "
-                "expected one, or no such flag"
-            )
-        if said is not None:
-            raise JobError(f"{flags.save / TRACKER} says {said!r}: expected an iteration, or no file")
+        _require_first_start(flags, said)
         say("no checkpoint yet: starting from the beginning" if chain.attempts else "first start: no checkpoint yet")
         for path, reason in broken.items():
             say(f"{path} is not complete ({reason}), and the first: it will be written anew")
@@ -219,6 +213,16 @@ def end(
     if verdict in (REQUEUE, STAY) and failures >= limit:
         return _stopped(chain, attempt.job, say)
     return REQUEUE if verdict == STAY and failures > 1 else verdict
+
+
+def _require_first_start(flags: TrainingFlags, said: int | str | None) -> None:
+    if flags.must_find_checkpoint:
+        raise JobError(
+            f"--exit-on-missing-checkpoint: {flags.save} has no checkpoint, and the first attempt would save none: "
+            "expected one, or no such flag"
+        )
+    if said is not None:
+        raise JobError(f"{flags.save / TRACKER} says {said!r}: expected an iteration, or no file")
 
 
 def _stored(flags: TrainingFlags, newest: int | None) -> dict[str, Any]:
