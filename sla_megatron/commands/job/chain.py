@@ -133,6 +133,23 @@ def begin(
         JobError: if checkpoints that there were are gone, or somebody has stopped the run.
     """
     refuse_if_stopped(chain.folder)
+    newest = _settle_checkpoints(chain, flags, say)
+    stored = _stored(flags, newest)
+    if flags.finished(newest, stored):
+        say(f"finished: iteration {newest} of {flags.last_iteration(stored)}")
+        chain.write()
+        return FINISHED
+    if chain.failures(job) >= limit:
+        chain.write()
+        return _stopped(chain, job, say)
+    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0, max_failures=limit, **(logs or {})))
+    chain.write()
+    say(f"attempt {len(chain.attempts)} of this run, job {job} on {nodes}")
+    return REQUEUE
+
+
+def _settle_checkpoints(chain: Chain, flags: TrainingFlags, say: Callable[[str], None]) -> int | None:
+    """Have Megatron find the newest checkpoint that is complete and not damaged: its iteration, None before the first."""
     damage = chain.known_damage(flags.save)
     newest, broken = newest_complete(flags.save, damage)
     if chain.attempts and chain.attempts[-1].ended is None:
@@ -157,18 +174,7 @@ def begin(
         point_to(flags.save, newest, broken, say)
         set_aside_damaged(flags.save, damage, say)
         say(f"resuming from iteration {newest}")
-    stored = _stored(flags, newest)
-    if flags.finished(newest, stored):
-        say(f"finished: iteration {newest} of {flags.last_iteration(stored)}")
-        chain.write()
-        return FINISHED
-    if chain.failures(job) >= limit:
-        chain.write()
-        return _stopped(chain, job, say)
-    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0, max_failures=limit, **(logs or {})))
-    chain.write()
-    say(f"attempt {len(chain.attempts)} of this run, job {job} on {nodes}")
-    return REQUEUE
+    return newest
 
 
 def end(
