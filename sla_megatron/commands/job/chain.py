@@ -149,7 +149,7 @@ def begin(
 
 
 def _settle_checkpoints(chain: Chain, flags: TrainingFlags, say: Callable[[str], None]) -> int | None:
-    """Have Megatron find the newest checkpoint that is complete and not damaged: its iteration, None before the first."""
+    """Have Megatron find the newest checkpoint that is complete and not damaged: its iteration; None: there is none."""
     damage = chain.known_damage(flags.save)
     newest, broken = newest_complete(flags.save, damage)
     if chain.attempts and chain.attempts[-1].ended is None:
