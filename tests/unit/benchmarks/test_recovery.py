@@ -20,6 +20,12 @@ def test_parts_add_up_and_are_what_others_measured() -> None:
     """The whole is from the fault to a step that was not there before; imports are Megatron's own figure of them."""
     found = list(recoveries(attempts(read_events(EXCERPT))))
     assert [row["fault"] for row in found] == re.findall(r"recovery: fault (\w+)", EXCERPT)
+    # Slurm took the job back once, when it lost a node.
+    assert {row["fault"]: row["seconds"]["requeue"] > 1 for row in found} == {
+        "node": True,
+        "kill": False,
+        "damage": False,
+    }
     megatrons = [float(text) / 1000 for text in re.findall(r"startup-library-setup \.*: \([\d.]+, ([\d.]+)\)", EXCERPT)]
     for row, most in zip(found, megatrons[1:], strict=True):
         assert tuple(row["seconds"]) == tuple(PARTS)
