@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 
 from sla_megatron.commands.job import cli
 from sla_megatron.commands.job.attendance import RESUMED_FROM_DAMAGE, SAVE_AND_EXIT, Attendance
-from sla_megatron.commands.job.chain import REQUEUE, STOP, Chain, begin, end
+from sla_megatron.commands.job.chain import REQUEUE, STAY, STOP, Chain, begin, end
 from sla_megatron.commands.job.flags import TrainingFlags, training_flags
 from sla_megatron.commands.job.keep import Keep
 from sla_megatron.common.checkpoint_folders import TRACKER, tracked
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_said_and_the_next_attempt_goes_back(run: Run) -
     assert run.looks() == {"10": None, "20": None, "30": damage}
     # A training may still use it.
     assert run.there() == ["10", "20", "30"] and tracked(run.checkpoints) == 30
-    assert run.end() == REQUEUE and "iteration 20 is saved" in run.said[0]
+    assert run.end() == STAY and "iteration 20 is saved" in run.said[0]
     assert run.begin() == REQUEUE
     assert run.there() == ["10", "20", "damaged_iter_0000030"] and tracked(run.checkpoints) == 20
     assert any(
@@ -128,7 +128,7 @@ def test_weights_that_are_not_finite(run: Run) -> None:
         assert run.attend() == 0
         assert "400 of 400 values are not finite" in next(line for line in run.said if "damaged" in line)
         assert "it was written so, and what this training saves after it will probably be no better" in run.said
-        assert run.end() == (REQUEUE if attempt < 3 else STOP)
+        assert run.end() == {1: STAY, 2: REQUEUE, 3: STOP}[attempt]
         assert "iteration 10 is saved, no more than it began with" in run.said[0]
     assert run.begin() == STOP
 
@@ -141,7 +141,7 @@ def test_an_attempt_that_resumed_from_a_damaged_one_ends(run: Run) -> None:
     run.save(30)
     assert run.attend() == RESUMED_FROM_DAMAGE == 21
     assert run.said[-1] == "this attempt resumed from it: what it has trained since is of no use"
-    assert run.end() == REQUEUE and "iteration 10 is saved, no more than it began with" in run.said[0]
+    assert run.end() == STAY and "iteration 10 is saved, no more than it began with" in run.said[0]
     assert run.begin() == REQUEUE and "resuming from iteration 10" in run.said
     assert run.there() == ["10", "damaged_iter_0000020", "damaged_iter_0000030"]
     assert any("iter_0000030 is damaged: it was trained from iter_0000020" in line for line in run.said)
