@@ -52,6 +52,8 @@ MODEL = """
 --log-interval 1 --eval-iters 0 --eval-interval 1000 --device cpu
 """.split()
 
+_STEP = re.compile(r"iteration +(\d+)/ *\d+ .*per iteration \(ms\): ([\d.]+)")
+
 #: What a rank's command line has, and torchrun's and srun's do not begin with.
 _RANK = b"-m\0sla_megatron.pretrain_gpt\0"
 
@@ -181,15 +183,24 @@ class Watch:
         return sorted(self.lines, key=lambda each: each[0])
 
     def reach(self, slurm: Cluster, job: str, step: int) -> float | None:
-        """Wait until ``step`` is done; the seconds that it took, or None where the job ends before."""
-        wanted = re.compile(rf"iteration +{step}/.*per iteration \(ms\): ([\d.]+)")
-        seen, looked = 0, time.monotonic()
+        """Wait until ``step`` is done, or one that is new, in an attempt after the last fault.
+
+        Returns the seconds that it took, or None where the job ends before.
+        """
+        last = max((index for index, (_, line) in enumerate(self.lines) if "recovery: fault" in line), default=0)
+        known = [int(found[1]) for _, line in self.lines[:last] if (found := _STEP.search(line))]
+        step, begun, seen, looked = max([step, *(each + 1 for each in known)]), False, last, time.monotonic()
         while True:
             lines = self.lines[seen:]
             seen += len(lines)
             for _, line in lines:
-                if (found := wanted.search(line)) is not None:
-                    return float(found[1]) / 1000
+                begun = begun or "of this run, job" in line
+                if (found := _STEP.search(line)) is None:
+                    continue
+                if begun and int(found[1]) >= step:
+                    return float(found[2]) / 1000
+                # Of an attempt that does not know of the fault yet.
+                step = step if begun else max(step, int(found[1]) + 1)
             time.sleep(0.005)
             if time.monotonic() > looked + 2:
                 looked = time.monotonic()
@@ -217,7 +228,7 @@ class Watch:
                 self.lines.append((_daemons_time(line) or now, f"{name} {line}".lstrip() if name else line))
                 if not name and "[before the start of training step]" in line:
                     self._first_step_is_next = True
-                if not name and self._first_step_is_next and re.search(r"iteration +\d+/ *\d+ ", line):
+                if not name and self._first_step_is_next and _STEP.search(line):
                     self._first_step_is_next = False
                     for number, pid in enumerate(ranks(self.run)):
                         self.say(f"cpu rank {number}: {cpu_seconds(pid):.2f}")
@@ -266,14 +277,11 @@ def cpu_seconds(pid: int) -> float:
 
 
 def cause(slurm: Cluster, run: Path, job: str, kind: str, rng: random.Random, watch: Watch) -> None:
-    """One fault.  A node comes back once the job is elsewhere."""
+    """One fault.  A node that is set down comes back by itself, since its daemon still answers, but the job is gone."""
     watch.say(f"fault {kind}")
     if kind == "node":
         node = rng.choice(slurm.command("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split())
         slurm.command("scontrol", "update", f"nodename={node}", "state=down", "reason=benchmark")
-        threading.Timer(
-            25, slurm.command, ("scontrol", "update", f"nodename={node}", "state=resume"), {"check": False}
-        ).start()
         return
     if kind == "damage":
         newest, _ = newest_complete(run / "checkpoints")

@@ -235,6 +235,8 @@ Before, every failure had the job requeued: Slurm's delay, and its queue. Now a 
 nodes that the job has. Ranks imported torch's compiler (on the CPU, where it is switched off), wandb and transformers,
 which most runs do not use, and looked for garbage meanwhile; and their first save waited for a process that handed its
 results from one process to the same one, and imported torch for it. A node that is set down still costs a requeue.
+Other work shared the machine, not as much of it each time: the requeue and CPU seconds compare; what seconds of the
+starts compare is in [Start of a rank](#start-of-a-rank), where both took turns.
 """,
     "generation-cpu-narrow-compiled": """\
 The same change; of it a compiled step has the one call of attention. Two threads before, and one after, too.

@@ -131,7 +131,10 @@ def _comparable(name: str, result: Result) -> list[tuple[tuple[str, ...], tuple[
             for launch, its in faults
             for part in its[0]["seconds"]
         }
-        found |= {(launch, "all"): statistics.median(fault["all_seconds"] for fault in its) for launch, its in faults}
+        for launch, its in faults:
+            found[launch, "all"] = statistics.median(fault["all_seconds"] for fault in its)
+            cpu = statistics.median(statistics.mean(fault["rank_cpu_seconds"]) for fault in its)
+            found[launch, "CPU seconds of a rank until its first step"] = cpu
         return [(key, (f"{median:.2f}",)) for key, median in found.items()]
     if name == "tokenize":
         figures = ("first_word", "longest_silence", "first_shard", "cpu_seconds")

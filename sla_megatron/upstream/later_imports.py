@@ -1,7 +1,7 @@
 """Packages that others import as they are imported, and use in few runs: here, at their first use.
 
 A start of Megatron imports wandb for a comparison and transformers for tokenizers that read its formats: together a
-second and a half of a core in each rank, and hundreds of files from what may be a slow file system.
+second of a core and more in each rank, and hundreds of files from what may be a slow file system.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OF_USERS = ("__version__", "__all__")
 
 
 class _LaterName:
-    """Stands for ``from module import name``: found when it is called, subclassed, compared or asked for anything."""
+    """Stands for ``from module import name``: found when it is called, subclassed or asked for anything."""
 
     def __init__(self, module: str, name: str) -> None:
         self._place = (module, name)

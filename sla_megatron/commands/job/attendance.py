@@ -18,7 +18,7 @@ from .keep import Keep, remove, remove_rest, shown_size, space_warning, written_
 SAVE_AND_EXIT, RESUMED_FROM_DAMAGE = 20, 21
 
 #: How many seconds are left for a look, or a removal, after training has ended.
-_LEFT = 5.0
+_LEFT = 3.0
 
 
 class _Over(Exception):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.recovery import KINDS, pattern, row_of, tables
+from benchmarks.recovery import KINDS, Watch, pattern, row_of, tables
 from benchmarks.recovery_log import PARTS, Attempt, attempts, read_events, recoveries
 
 EXCERPT = (Path(__file__).parents[2] / "data" / "recovery.log").read_text()
@@ -20,6 +21,12 @@ def test_parts_add_up_and_are_what_others_measured() -> None:
     """The whole is from the fault to a step that was not there before; imports are Megatron's own figure of them."""
     found = list(recoveries(attempts(read_events(EXCERPT))))
     assert [row["fault"] for row in found] == re.findall(r"recovery: fault (\w+)", EXCERPT)
+    # Slurm took the job back once, when it lost a node.
+    assert {row["fault"]: row["seconds"]["requeue"] > 1 for row in found} == {
+        "node": True,
+        "kill": False,
+        "damage": False,
+    }
     megatrons = [float(text) / 1000 for text in re.findall(r"startup-library-setup \.*: \([\d.]+, ([\d.]+)\)", EXCERPT)]
     for row, most in zip(found, megatrons[1:], strict=True):
         assert tuple(row["seconds"]) == tuple(PARTS)
@@ -50,6 +57,29 @@ def test_a_row_and_its_table() -> None:
     made, not_made = tables({"rows": [row, refused], "settings": {"note": "Shared."}})
     assert "Shared." in made.note and len(made.rows) == len(PARTS) + 3
     assert not_made.rows == [["no --async-save without a GPU"]]
+
+
+def test_a_fault_waits_for_a_step_that_is_new_after_the_last_one() -> None:
+    """Also where the ranks went on for a while after it."""
+    watch = Watch(SimpleNamespace(nodes=[], folder=Path()), Path("run"))
+    ended = SimpleNamespace(job=lambda job: {"JobState": "FAILED"})
+    lines = {1: "1: [default0]: iteration 21/ 60 | elapsed time per iteration (ms): 21.0 |"}
+    lines |= {step: lines[1].replace("21", str(step)) for step in (22, 23, 24)}
+    attempt = "sla-job: attempt {} of this run, job 1 on node[1-2]"
+    for said in (
+        attempt.format(1),
+        lines[1],
+        "recovery: fault kill",
+        lines[22],
+        lines[23],
+        attempt.format(2),
+        lines[22],
+    ):
+        watch.lines.append((0.0, said))
+    watch.lines += [(0.0, lines[23]), (0.0, lines[24])]
+    assert watch.reach(ended, "1", 22) == 0.024
+    del watch.lines[-1]
+    assert watch.reach(ended, "1", 22) is None
 
 
 @pytest.mark.parametrize("seed", range(5))

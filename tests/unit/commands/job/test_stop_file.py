@@ -44,7 +44,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 def test_an_attempt_that_somebody_stops(
     saved: int, options: list[str], status: int, how: str, failures: int, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """No attempt follows; without the file one does, here (76) or by a requeue (75), unless training is finished."""
+    """It does not go on; without the file the same end does (75, after a failure 76), unless training is finished."""
     run, control = tmp_path / "run", tmp_path / "control"
     for folder in (run, control):
         assert job(folder, "begin", "--job", "1") == 0
