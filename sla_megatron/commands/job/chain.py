@@ -50,6 +50,11 @@ class Attempt:
             raise ValueError(f"iterations {attempt.began_at} to {attempt.ended_at}")
         return attempt
 
+    def stored(self) -> dict[str, Any]:
+        """For :meth:`read`; of an attempt of before what was not noted then is not there."""
+        later = ("restart", "log", "log_from", "max_failures")
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in later}
+
     @property
     def clock(self) -> float:
         """When it began, in seconds."""
@@ -84,7 +89,7 @@ class Chain:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "chain.json", {"attempts": [asdict(attempt) for attempt in self.attempts]})
+        write_json(self.folder / "chain.json", {"attempts": [attempt.stored() for attempt in self.attempts]})
 
     @property
     def newest(self) -> int:
