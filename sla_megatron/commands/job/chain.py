@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +72,8 @@ class Chain:
 
     folder: Path
     attempts: list[Attempt] = field(default_factory=list)
+    #: ``restart``, ``log`` and ``log_from`` of an attempt that begins now, as far as they are known.
+    logs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Chain:
@@ -111,15 +113,7 @@ class Chain:
         return count
 
 
-def begin(
-    chain: Chain,
-    flags: TrainingFlags,
-    job: str,
-    nodes: str,
-    limit: int,
-    say: Callable[[str], None],
-    logs: Mapping[str, Any] | None = None,
-) -> str:
+def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, say: Callable[[str], None]) -> str:
     """Before an attempt: the checkpoint folder is put in order, the attempt is noted.
 
     Args:
@@ -129,7 +123,6 @@ def begin(
         nodes: where it runs.
         limit: failures in a row that end the chain.
         say: receives lines for the log.
-        logs: ``restart``, ``log`` and ``log_from`` of the attempt, as far as they are known.
 
     Returns:
         ``FINISHED`` if there is nothing left to train, ``STOP`` in a crash loop, else ``REQUEUE``: go on.
@@ -176,7 +169,7 @@ def begin(
     if chain.failures(job) >= limit:
         chain.write()
         return _stopped(chain, job, say)
-    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0, max_failures=limit, **(logs or {})))
+    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0, max_failures=limit, **chain.logs))
     chain.write()
     say(f"attempt {len(chain.attempts)} of this run, job {job} on {nodes}")
     return REQUEUE
