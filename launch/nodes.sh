@@ -59,7 +59,10 @@ fi
 # What it sets of PYTHONPATH stays behind this repository.
 # shellcheck disable=SC2016 # The node's shell expands it.
 on_node=("${inside[@]}" bash -c 'root=$1 setup=$2 command=("${@:3}"); set --
-    if [ -n "$setup" ]; then . "$setup" >&2 || exit; fi
+    [ -z "$setup" ] || . "$setup" >&2 || {
+        echo "sla-megatron: error: SETUP $setup: ended with status $? on ${SLURMD_NODENAME:-$HOSTNAME}: expected 0" >&2
+        exit 2
+    }
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
     exec "${command[@]//%NODE%/${SLURMD_NODENAME:-}}"' bash "$root" "$setup")
 

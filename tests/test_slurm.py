@@ -26,6 +26,7 @@ from tests.support.launch import ROOT, free_ports, rank_environment
 from tests.support.runs import argv
 from tests.support.slurm import Cluster, cluster, missing, processes_with
 from tests.support.wandb_files import recorded
+from tests.unit.commands.job.test_attend import Run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")]
 
@@ -385,6 +386,25 @@ def wrapper(folder: Path, training: str) -> str:
     return str(path)
 
 
+def test_a_step_that_resumed_from_a_damaged_checkpoint_is_ended(slurm: Cluster, tmp_path: Path) -> None:
+    """One bit of a weight: torch would load it.  The chain goes on, in the same allocation, from the one before."""
+    run = Run(slurm.folder / "runs" / "damaged")
+    run.save(10, 20)
+    run.flip(20)
+    python = wrapper(tmp_path, "echo training; sleep 60")
+    job = submit(slurm, run.folder, *FLAGS, PYTHON=python, HEALTH_CHECK="true")
+    watch = Watch(slurm, job, run.folder)
+    watch.until("resuming from iteration 20")
+    watch.until("iter_0000020 is damaged: __0_0.distcp: weight: its bytes are not those that were written")
+    watch.until("iter_0000020 is damaged: .*; it is now damaged_iter_0000020_")
+    watch.until("resuming from iteration 10")
+    watch.until("iter_0000010 is whole and finite")
+    assert slurm.job(job)["Restarts"] == "0"
+    slurm.command("scancel", job)
+    slurm.until(job, {"CANCELLED"})
+    assert run.there() == ["10", "damaged_iter_0000020"]
+
+
 def test_a_crash_loop_stops(slurm: Cluster, tmp_path: Path) -> None:
     run = slurm.folder / "runs" / "crashing"
     python = wrapper(tmp_path, "echo crashing; exit 7")
@@ -398,6 +418,34 @@ def test_a_crash_loop_stops(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, run, *FLAGS, PYTHON=python, MAX_FAILURES="1")
     slurm.until(job, {"FAILED"})
     assert "sla-job: attempt 3 of this run" in log(run)
+
+
+def test_what_attends_an_attempt_can_end_it(slurm: Cluster, tmp_path: Path) -> None:
+    """By its status, twice on the same nodes: with a signal to save, and without; any other end of it is its own."""
+    run = slurm.folder / "runs" / "attended"
+    python = wrapper(tmp_path, "trap 'echo told; exit 0' TERM; echo training; sleep 3 & wait; exit 7")
+    text = (
+        Path(python)
+        .read_text()
+        .replace(
+            "\n",
+            "\n[[ $* != *cli\\ attend* ]] || { sleep 0.5; echo >>attended; exit $((19 + $(wc -l <attended))); }\n",
+            1,
+        )
+    )
+    Path(python).write_text(text.replace("attended", f"{tmp_path}/attended"))
+    job = submit(slurm, run, *FLAGS, PYTHON=python, MAX_FAILURES="1")
+    known = slurm.until(job, {"COMPLETED", "FAILED"})
+    said = [r"word of sla-job attend came: the ranks save and exit \(step \d+\.\d+\)", "the step ended with status 0"]
+    said += [
+        "a damaged checkpoint came: the ranks end",
+        "the step ended with status 137",
+        "the step ended with status 7",
+    ]
+    found = re.findall("|".join(said), log(run))
+    assert len(found) == len(said) and all(map(re.match, said, found)), log(run)
+    assert log(run).count("sla-job: attempt 3 of this run") == 1 and log(run).count(": told") == 2
+    assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", "7:0", "0")
 
 
 def test_an_unhealthy_node_is_excluded(slurm: Cluster, tmp_path: Path) -> None:
@@ -479,7 +527,7 @@ def test_every_step_of_a_job_is_in_its_container(runtime: str, slurm: Cluster, t
         "STAGE=disk/x",
     ]
     words += [f"SLA_ROOT={ROOT}", f"CONTAINER_RUNTIME={runtime}", "CONTAINER_IMAGE=/images/megatron", "MAX_FAILURES=1"]
-    words += ["CONTAINER_MOUNTS=data:/data:ro,/usr", "CHECKPOINTS=runs/b/c"]
+    words += ["CONTAINER_MOUNTS=data:/data:ro,/usr", "CHECKPOINTS=runs/b/c", "BIND=cores"]
     options = ["--parsable", "--nodes=2", f"--output={here}/log"]
     path = f"{tmp_path}/bin:{slurm.environment['PATH']}"
     script = ROOT / "launch" / "slurm.sbatch"

@@ -11,6 +11,7 @@ from typing import Any
 
 from .arguments import add_flags, add_max_failures, add_run, say
 from .chain import FINISHED, REQUEUE, STOP, Chain, begin
+from .data_cache import set_aside_cut_off
 from .flags import training_flags
 
 HELP = "before an attempt: put the checkpoint folder in order, note the attempt"
@@ -32,6 +33,8 @@ def run(args: Namespace) -> int:
     job = args.job or os.environ.get("SLURM_JOB_ID", "none")
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
     verdict = begin(chain, training_flags(args.flags), job, nodes, args.max_failures, say)
+    if verdict == REQUEUE:
+        set_aside_cut_off(args.run, say)
     return {FINISHED: NOTHING_LEFT, REQUEUE: 0, STOP: LOOP}[verdict]
 
 
