@@ -23,6 +23,7 @@ _RANK_BYTES, _RANKS, _JOB_BYTES = 1 << 15, 1024, 1 << 18
 _OTHERS_FAULT = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process exited|Connection refused"
     r"|failed to connect|Socket Timeout|Watchdog caught collective operation timeout|DistBackendError|SignalException"
+    r"|pair closure|recvValue failed|sendBytes failed|Connection was likely closed"
 )
 
 _RANK = re.compile(r"^\[rank(\d+)\]: ?")
