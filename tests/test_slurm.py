@@ -187,8 +187,9 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     # One node's processes die in mid-step.
     iteration = watch.training()
     found = shown(slurm, run)
-    assert (found["state"], found["slurm"]["state"], found["checkpoint"]["iteration"]) == ("training", "RUNNING", saved)
-    assert found["iteration"] >= iteration and found["train_iters"] == ITERATIONS and found["seconds_left"]["training"]
+    assert (found["state"], found["slurm"]["state"]) == ("training", "RUNNING")
+    assert found["checkpoint"]["iteration"] >= saved and found["iteration"] >= iteration
+    assert found["train_iters"] == ITERATIONS and found["seconds_left"]["training"]
     victims = processes_on("node2", run, b"sla_megatron.pretrain_gpt")
     assert victims
     for pid in victims:
@@ -231,9 +232,9 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     assert len(list((run / "checkpoints").glob(f"incomplete_iter_{saved:07d}_*"))) == 1
     found = shown(slurm, run)
     assert (found["state"], found["slurm"]["state"], found["iteration"]) == ("finished", "GONE", ITERATIONS)
-    # Of the node whose processes died torchrun says so.
+    # If the other node's torchrun ends first, that of the node whose processes died has no time to say so.
     killed = found["attempts"][1]
-    assert re.fullmatch(r"rank \d \(local rank \d\)", killed["rank"]) and killed["reason"] == "Signal 9 (SIGKILL)"
+    assert re.match(r"Signal 9 \(SIGKILL\)$|ended without a word: killed", killed["reason"]), killed
     assert killed["lost_iterations"] == killed["last_iteration"] - killed["ended_at"] >= 0
     same_result(run, undisturbed)
 

@@ -29,9 +29,10 @@ def add_arguments(command: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     chain = Chain.read(args.run)
+    chain.logs = _logs()
     job = args.job or os.environ.get("SLURM_JOB_ID", "none")
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
-    verdict = begin(chain, training_flags(args.flags), job, nodes, args.max_failures, say, _logs())
+    verdict = begin(chain, training_flags(args.flags), job, nodes, args.max_failures, say)
     if verdict == REQUEUE:
         set_aside_cut_off(args.run, say)
     return {FINISHED: NOTHING_LEFT, REQUEUE: 0, STOP: LOOP}[verdict]

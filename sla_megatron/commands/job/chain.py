@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -50,6 +50,11 @@ class Attempt:
             raise ValueError(f"iterations {attempt.began_at} to {attempt.ended_at}")
         return attempt
 
+    def stored(self) -> dict[str, Any]:
+        """For :meth:`read`; of an attempt of before what was not noted then is not there."""
+        later = ("restart", "log", "log_from", "max_failures")
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in later}
+
     @property
     def clock(self) -> float:
         """When it began, in seconds."""
@@ -67,6 +72,8 @@ class Chain:
 
     folder: Path
     attempts: list[Attempt] = field(default_factory=list)
+    #: ``restart``, ``log`` and ``log_from`` of an attempt that begins now, as far as they are known.
+    logs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Chain:
@@ -84,7 +91,7 @@ class Chain:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "chain.json", {"attempts": [asdict(attempt) for attempt in self.attempts]})
+        write_json(self.folder / "chain.json", {"attempts": [attempt.stored() for attempt in self.attempts]})
 
     @property
     def newest(self) -> int:
@@ -106,15 +113,7 @@ class Chain:
         return count
 
 
-def begin(
-    chain: Chain,
-    flags: TrainingFlags,
-    job: str,
-    nodes: str,
-    limit: int,
-    say: Callable[[str], None],
-    logs: Mapping[str, Any] | None = None,
-) -> str:
+def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, say: Callable[[str], None]) -> str:
     """Before an attempt: the checkpoint folder is put in order, the attempt is noted.
 
     Args:
@@ -124,7 +123,6 @@ def begin(
         nodes: where it runs.
         limit: failures in a row that end the chain.
         say: receives lines for the log.
-        logs: ``restart``, ``log`` and ``log_from`` of the attempt, as far as they are known.
 
     Returns:
         ``FINISHED`` if there is nothing left to train, ``STOP`` in a crash loop, else ``REQUEUE``: go on.
@@ -142,7 +140,7 @@ def begin(
     if chain.failures(job) >= limit:
         chain.write()
         return _stopped(chain, job, say)
-    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0, max_failures=limit, **(logs or {})))
+    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0, max_failures=limit, **chain.logs))
     chain.write()
     say(f"attempt {len(chain.attempts)} of this run, job {job} on {nodes}")
     return REQUEUE

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -28,7 +28,7 @@ def add_arguments(command: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     if not (args.run / "chain.json").exists():
         raise FlagError("--run", args.run, "a run's folder, with the chain.json that its first attempt makes")
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         while True:
             found = report(args.run)
             if args.json:
@@ -39,6 +39,10 @@ def run(args: Namespace) -> int:
                 end = "\n" if args.watch and not begin else ""
                 print(begin + "\n".join(lines(found)) + end, flush=True)
             if args.watch is None or found["state"] in ENDED:
-                break
+                return 0
             time.sleep(args.watch)
-    return 0
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:  # Whoever reads has read enough, as head.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

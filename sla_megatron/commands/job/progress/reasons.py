@@ -7,6 +7,7 @@ log: torchrun's ``ChildFailedError`` (torch/distributed/elastic/multiprocessing/
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ _RANK_BYTES, _RANKS, _JOB_BYTES = 1 << 15, 1024, 1 << 18
 _OTHERS_FAULT = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process exited|Connection refused"
     r"|failed to connect|Socket Timeout|Watchdog caught collective operation timeout|DistBackendError|SignalException"
+    r"|pair closure|recvValue failed|sendBytes failed|Connection was likely closed"
 )
 
 _RANK = re.compile(r"^\[rank(\d+)\]: ?")
@@ -85,19 +87,25 @@ def _job_log(attempt: Attempt, after: Attempt | None) -> str:
 
 
 def _of_launcher(job_log: str, logs: AttemptLogs) -> Reason | None:
-    """The first failure that torchrun or srun saw, in the rank's own words where it had time for some."""
-    failures = sorted(_ROOT_CAUSE.finditer(job_log), key=lambda found: found["time"])
-    if failures:
-        first = failures[0]
-        name = f"rank {first['rank']} (local rank {first['local']})"
-        if int(first["code"]) < 0:
+    """The first failure that torchrun or srun saw, in the rank's own words where it had time for some.
+
+    Each node's torchrun tells of its own first one: one that another led to does not count.
+    """
+    failures = sorted(_ROOT_CAUSE.finditer(job_log), key=lambda found: (found["time"], int(found["code"]) >= 0))
+    errors = list(_errors(logs)) if failures else []
+    for found in failures:
+        name, code = f"rank {found['rank']} (local rank {found['local']})", int(found["code"])
+        if code < 0 and code != -signal.SIGTERM:
             memory = ", out of memory" if re.search("oom-kill|Out Of Memory", job_log) else ""
-            return Reason(first["traceback"].partition(" received by")[0] + memory, name)
-        of_rank = [error for error in _errors(logs) if error.is_of(first["rank"], first["local"])]
-        if of_rank:
-            return Reason(min(of_rank, key=_Error.order).text, name)
+            return Reason(found["traceback"].partition(" received by")[0] + memory, name)
+        own = min(
+            (error for error in errors if error.is_of(found["rank"], found["local"])), key=_Error.order, default=None
+        )
+        if own is not None and not own.is_anothers_fault:
+            return Reason(own.text, name)
+    if failures:
         # What is wrong for all is said by one of them.
-        return _of_ranks(logs) or Reason(f"exit status {first['code']}", name)
+        return _of_ranks(logs) or Reason(f"exit status {code}", name)
     if killed := _SRUN.search(job_log):
         return Reason(killed["how"], f"task {killed['tasks']} on {killed['node']}")
     return None
@@ -109,9 +117,13 @@ class _Error:
     file: LogFile
     rank: str | None
 
+    @property
+    def is_anothers_fault(self) -> bool:
+        return bool(_OTHERS_FAULT.search(self.text))
+
     def order(self) -> tuple[bool, float]:
         """Errors that others led to come after those; the earlier before the later."""
-        return bool(_OTHERS_FAULT.search(self.text)), self.file.changed
+        return self.is_anothers_fault, self.file.changed
 
     def is_of(self, rank: str, local: str) -> bool:
         return self.rank == rank if self.rank is not None else self.file.local_rank == local
@@ -124,7 +136,7 @@ def _of_ranks(logs: AttemptLogs) -> Reason | None:
         return None
     first = min(errors, key=_Error.order)
     silent = {file.rank for file in logs.files} - {error.file.rank for error in errors}
-    if _OTHERS_FAULT.search(first.text) and silent:
+    if first.is_anothers_fault and silent:
         who = min(silent) if len(silent) == 1 else f"{len(silent)} ranks, {min(silent)} among them"
         return Reason("ended without a word: killed, or its node failed; others say: " + first.text, who)
     return Reason(first.text, f"rank {first.rank}" if first.rank else first.file.rank)

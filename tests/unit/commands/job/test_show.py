@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from datetime import datetime, timedelta
@@ -77,6 +78,20 @@ def test_why_each_attempt_ended(run: Path) -> None:
         (None, "Megatron: exiting program at iteration 20"),
         ("rank 0 (local rank 0)", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."),
     ]
+
+
+def test_a_node_that_only_missed_the_other(run: Path) -> None:
+    """Its torchrun tells, before that of the killed rank's node, of a rank that says that a connection was closed."""
+    log = run / "gpt-7.log"
+    before, cause, after = log.read_text().partition("0: Root Cause (first observed failure):\n")
+    told, line, rest = after.partition("0: ====")
+    other = re.sub(
+        r"(rank +:) 1 \(local_rank: 1\)", r"\1 0 (local_rank: 0)", re.sub("exitcode  : -9", "exitcode  : 1", told)
+    )
+    assert other.count("0 (local_rank: 0)") == other.count("exitcode  : 1") == 1
+    log.write_text(before + cause + other + cause + told + line + rest)
+    with_job_log(run)
+    assert report(run, no_slurm)["attempts"][0]["reason"] == "Signal 9 (SIGKILL)"
 
 
 def test_without_the_jobs_log(run: Path) -> None:
