@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy
 
+from sla_megatron.commands.data.inspection import open_sound_index
 from sla_megatron.common.errors import one_line_errors
 from sla_megatron.common.flag_types import count, number
 
@@ -32,11 +33,10 @@ from .record import Table, add_output_args, check_output, shown, spread, write_r
 from .tokenize_startup import adopt_orphans, one_run
 from .tokenize_throughput import byte_level_bpe, texts_of, write_corpus
 
-#: Its documents are not shuffled: they are to be compared.  What is installed here comes before --site.
+#: Its documents are not shuffled: they are to be compared.
 DATATROVE = """\
 import sys
-source, tokenizer, out, *site = sys.argv[1:]
-sys.path += site
+source, tokenizer, out = sys.argv[1:]
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
@@ -45,6 +45,7 @@ read = JsonlReader(folder, glob_pattern=name)
 write = DocumentTokenizer(out, tokenizer + "/tokenizer.json", eos_token="<|endoftext|>", shuffle_documents=False)
 LocalPipelineExecutor([read, write], tasks=1, workers=1, logging_dir=out + "-logs").run()
 """
+NEEDED = ("datatrove", "orjson", "loguru", "humanize")
 TOOLS = ("sla-data", "datatrove")
 
 
@@ -60,13 +61,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=count("--rounds"), default=3, help="of all runs (default: 3)")
     parser.add_argument("--mb", type=number("--mb", float, "megabytes greater than 0"), default=16.0)
-    parser.add_argument("--site", default="", metavar="FOLDER", help="where pip install --target put datatrove")
     with one_line_errors():
         args = parser.parse_args()
     check_output(parser, args)
-    sys.path += [args.site] if args.site else []
-    if importlib.util.find_spec("datatrove") is None:
-        parser.exit(2, f"{parser.prog}: error: datatrove is not installed: expected it, or --site FOLDER that has it\n")
+    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        parser.exit(2, f"{parser.prog}: error: expected to be installed: {' '.join(lacking)}\n")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     adopt_orphans()
@@ -99,13 +98,12 @@ def _write(path: Path, texts: Iterable[str]) -> Path:
 def measure(args: argparse.Namespace, folder: Path, corpora: dict[str, Path], tokenizer: str) -> list[dict[str, Any]]:
     """One row a corpus: both tools' figures, and the ratio of their rates round by round."""
     one = _write(folder / "one.jsonl", ["One document."])
-    site = [args.site] if args.site else []
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for turn in range(args.rounds):
         for corpus, path in {"one": one, **corpora}.items():
             for tool in TOOLS if turn % 2 else TOOLS[::-1]:
                 out = folder / f"{tool}-{corpus}-{turn}"
-                figures = one_run(_command(tool, path, tokenizer, out, site))
+                figures = one_run(_command(tool, path, tokenizer, out))
                 found.setdefault((tool, corpus), []).append(figures)
                 print(f"{corpus}, {tool}: {figures}", flush=True)
     rows = []
@@ -140,9 +138,9 @@ def measure(args: argparse.Namespace, folder: Path, corpora: dict[str, Path], to
     return rows
 
 
-def _command(tool: str, source: Path, tokenizer: str, out: Path, site: list[str]) -> list[str]:
+def _command(tool: str, source: Path, tokenizer: str, out: Path) -> list[str]:
     if tool == "datatrove":
-        return [sys.executable, "-c", DATATROVE, str(source), tokenizer, str(out), *site]
+        return [sys.executable, "-c", DATATROVE, str(source), tokenizer, str(out)]
     flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     command = [sys.executable, "-m", "sla_megatron.commands.data.cli", "tokenize", *flags]
     return [*command, "--input", str(source), "--output-prefix", str(out)]
@@ -150,10 +148,9 @@ def _command(tool: str, source: Path, tokenizer: str, out: Path, site: list[str]
 
 def _ours(prefix: Path) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Where documents end, in tokens, and all ids: of 16 bits, as the vocabulary is small."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    data = IndexedDataset(str(prefix))
-    return numpy.cumsum(data.sequence_lengths, dtype=numpy.int64), numpy.fromfile(f"{prefix}.bin", numpy.uint16)
+    index = open_sound_index(str(prefix))
+    lengths = index.mapped(index.lengths)
+    return numpy.cumsum(lengths, dtype=numpy.int64), numpy.fromfile(f"{prefix}.bin", numpy.uint16)
 
 
 def _theirs(folder: Path) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -49,7 +49,8 @@ class Encoder:
         ids = self.tokenizer.tokenize(text) + self._end
         # Of 64 bits: what does not fit the type is to be named, too.
         wide = numpy.frombuffer(array("q", ids), dtype=numpy.int64)
-        if len(wide) and not 0 <= wide.min() <= wide.max() < self.vocab_size:
+        # Without a sign, what is below 0 is beyond any vocabulary.
+        if len(wide) and wide.view(numpy.uint64).max() >= self.vocab_size:
             wrong = wide.max() if wide.max() >= self.vocab_size else wide.min()
             raise ValueError(f"id {wrong} is beyond the vocabulary of {self.vocab_size:,} tokens")
         return wide.astype(self.dtype)

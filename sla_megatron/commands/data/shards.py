@@ -121,8 +121,9 @@ class ShardWriter:
 
     def _encode(
         self, block: Block, file: BinaryIO, advanced: Callable[[Advance], None]
-    ) -> tuple[list[int], Counter, bytearray, list[Fault]]:
-        lengths, counts, digests, faults = [], Counter(), bytearray(), []
+    ) -> tuple[list[int], dict[str, int], bytearray, list[Fault]]:
+        lengths, digests, faults = [], bytearray(), []
+        tokens = text_bytes = 0
         said = time.monotonic()
         for document in self.inputs.documents(block):
             if not isinstance(document, Fault):
@@ -137,17 +138,19 @@ class ShardWriter:
                 continue
             file.write(ids.tobytes())
             lengths.append(len(ids))
-            counts.update(documents=1, tokens=len(ids), text_bytes=len(document.encoded))
+            tokens += len(ids)
+            text_bytes += len(document.encoded)
             if self.digests:
                 digests += hashlib.blake2b(document.encoded, digest_size=_DIGEST_BYTES).digest()
             if (now := time.monotonic()) - said >= _ADVANCE_SECONDS:
                 said = now
                 # What is around the texts, as in JSON lines, is taken to be evenly spread.
-                share = min(counts["text_bytes"] / max(len(block.payload or b""), 1), 1.0)
-                advanced(Advance(block.number, share, counts["documents"], counts["tokens"]))
+                share = min(text_bytes / max(len(block.payload or b""), 1), 1.0)
+                advanced(Advance(block.number, share, len(lengths), tokens))
+        counts = {"documents": len(lengths), "tokens": tokens, "text_bytes": text_bytes}
         return lengths, counts, digests, faults
 
-    def _record(self, block: Block, counts: Counter, faults: list[Fault]) -> ShardRecord:
+    def _record(self, block: Block, counts: dict[str, int], faults: list[Fault]) -> ShardRecord:
         kind = self.inputs.sources[block.source].kind
         lines, blank = (1, 0) if block.payload is None else count_lines(block.payload, kind)
         return ShardRecord(
@@ -159,9 +162,7 @@ class ShardWriter:
             work=block.work,
             lines=lines,
             blank_lines=blank,
-            documents=counts["documents"],
-            tokens=counts["tokens"],
-            text_bytes=counts["text_bytes"],
+            **counts,
             faults=dict(Counter(fault.kind for fault in faults)),
         )
 
