@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, default in (("layers", 8), ("hidden", 256), ("heads", 8), ("seq-length", 256), ("microbatches", 8)):
         parser.add_argument(f"--{name}", type=count(f"--{name}"), default=default, help=f"default: {default}")
     parser.add_argument("--rounds", type=count("--rounds"), default=2, help="rates, then steps (default: 2)")
-    parser.add_argument("--steps", type=count("--steps"), default=4, help="timed in a round, of each (default: 4)")
+    parser.add_argument("--steps", type=count("--steps"), default=3, help="timed in a round, of each (default: 3)")
     parser.add_argument("--megabits", type=count("--megabits"), default=100, help="of the slow line (default: 100)")
     parser.add_argument("--rank-answer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -119,6 +119,11 @@ def rows_of(args: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
             return [common | {"not_measured": f"not allowed here: {reason}"}]
         rounds = _answer_of_ranks(args, flags, ends)
     predicted = [_predicted(flags, one["plan_flags"]) for one in rounds]
+    for ahead, one in zip(predicted, rounds, strict=True):
+        steps = ", ".join(
+            f"{MODELS[name]} {ahead[name]:.3f} for {median(one['seconds'][name]):.3f} s" for name in MODELS
+        )
+        print(f"{case.name}, {link}: {one['summary']}; predicted {steps}", file=sys.stderr, flush=True)
     rows = []
     for name in MODELS:
         steps = [one["seconds"][name] for one in rounds]
