@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,9 +59,9 @@ class Case:
 CASES = {
     "pp2": Case(2),
     "pp2-vpp2": Case(2, 2),
-    "pp4": Case(4),
     "pp2-slow": Case(2, 1, True),
     "pp2-vpp2-slow": Case(2, 2, True),
+    "pp4": Case(4),
 }
 
 
@@ -71,11 +72,15 @@ def main() -> None:
     # Megatron warns of each model that it builds.
     logging.disable(logging.WARNING)
     if args.rank_answer is not None:
-        _be_a_rank(args, shlex.split(args.job))
+        _be_a_rank(args)
         return
     check_output(parser, args)
-    rows = [row for name in args.cases for row in rows_of(args, CASES[name])]
-    args.rank_answer = args.job = None
+    cases = [CASES[name] for name in args.cases]
+    # Those that follow each other on the same ranks need them started once.
+    rows = [
+        row for _, same in groupby(cases, lambda case: (case.ranks, case.is_slow)) for row in rows_of(args, [*same])
+    ]
+    args.rank_answer = args.jobs = None
     write_result(args, "plan", "cpu", rows, tables)
 
 
@@ -88,10 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, default in (("layers", 8), ("hidden", 256), ("heads", 8), ("seq-length", 256), ("microbatches", 8)):
         parser.add_argument(f"--{name}", type=count(f"--{name}"), default=default, help=f"default: {default}")
     parser.add_argument("--rounds", type=count("--rounds"), default=2, help="rates, then steps (default: 2)")
-    parser.add_argument("--steps", type=count("--steps"), default=4, help="timed in a round, of each (default: 4)")
+    parser.add_argument("--steps", type=count("--steps"), default=3, help="timed in a round, of each (default: 3)")
     parser.add_argument("--megabits", type=count("--megabits"), default=100, help="of the slow line (default: 100)")
     parser.add_argument("--rank-answer", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", nargs="+", help=argparse.SUPPRESS)
     return parser
 
 
@@ -107,18 +112,34 @@ def job_flags(args: argparse.Namespace, case: Case) -> list[str]:
     return flags.split()
 
 
-def rows_of(args: argparse.Namespace, case: Case) -> list[dict[str, Any]]:
-    """A row for each model."""
-    flags = job_flags(args, case)
-    link = f"{args.megabits} Mbit/s" if case.is_slow else "loopback"
-    common = {"layout": case.name, "link": link, "job": shlex.join(flags)}
+def rows_of(args: argparse.Namespace, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """A row for each case and model; all cases are of the same ranks."""
+    jobs = [job_flags(args, case) for case in cases]
+    ranks, is_slow = cases[0].ranks, cases[0].is_slow
+    link = f"{args.megabits} Mbit/s" if is_slow else "loopback"
     with ExitStack() as stack:
         try:
-            ends = stack.enter_context(slow_link(args.megabits)) if case.is_slow else [End()] * case.ranks
+            ends = stack.enter_context(slow_link(args.megabits)) if is_slow else [End()] * ranks
         except NotAllowed as reason:
-            return [common | {"not_measured": f"not allowed here: {reason}"}]
-        rounds = _answer_of_ranks(args, flags, ends)
+            return [
+                {"layout": case.name, "link": link, "not_measured": f"not allowed here: {reason}"} for case in cases
+            ]
+        answers = _answers_of_ranks(args, jobs, ends)
+    return [
+        row
+        for case, flags, rounds in zip(cases, jobs, answers, strict=True)
+        for row in _rows(case, link, flags, rounds)
+    ]
+
+
+def _rows(case: Case, link: str, flags: Sequence[str], rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    common = {"layout": case.name, "link": link, "job": shlex.join(flags)}
     predicted = [_predicted(flags, one["plan_flags"]) for one in rounds]
+    for ahead, one in zip(predicted, rounds, strict=True):
+        steps = ", ".join(
+            f"{MODELS[name]} {ahead[name]:.3f} for {median(one['seconds'][name]):.3f} s" for name in MODELS
+        )
+        print(f"{case.name}, {link}: {one['summary']}; predicted {steps}", file=sys.stderr, flush=True)
     rows = []
     for name in MODELS:
         steps = [one["seconds"][name] for one in rounds]
@@ -160,15 +181,17 @@ def _predicted(flags: Sequence[str], plan_flags: str) -> dict[str, float]:
     return {"sla": prediction.sla.step_time, "dense": prediction.dense.step_time}
 
 
-def _answer_of_ranks(args: argparse.Namespace, flags: Sequence[str], ends: Sequence[End]) -> list[dict[str, Any]]:
-    """Run a rank at each of ``ends``; the rounds as rank 0 saw them."""
+def _answers_of_ranks(
+    args: argparse.Namespace, jobs: Sequence[Sequence[str]], ends: Sequence[End]
+) -> list[list[dict[str, Any]]]:
+    """Run a rank at each of ``ends``; of each job the rounds as rank 0 saw them."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": ends[0].address, "MASTER_PORT": str(free.getsockname()[1])}
         free.close()
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "benchmarks.plan_steps", "--rank-answer", str(answer), "--job"]
-        command += [shlex.join(flags), "--rounds", str(args.rounds), "--steps", str(args.steps)]
+        command = [sys.executable, "-m", "benchmarks.plan_steps", "--rank-answer", str(answer)]
+        command += ["--jobs", *map(shlex.join, jobs), "--rounds", str(args.rounds), "--steps", str(args.steps)]
         ranks = []
         for rank, end in enumerate(ends):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(ends))}
@@ -189,27 +212,35 @@ def _answer_of_ranks(args: argparse.Namespace, flags: Sequence[str], ends: Seque
         return json.loads(answer.read_text())
 
 
-def _be_a_rank(args: argparse.Namespace, flags: Sequence[str]) -> None:
+def _be_a_rank(args: argparse.Namespace) -> None:
     from sla_megatron.cpu.device import megatron_device
 
     rank = int(os.environ["RANK"])
     with megatron_device(["--device", "cpu"]):
         import torch
 
-        from sla_megatron.commands.doctor.layout import model_parallel
-
-        from .training_steps import TrainingSteps, settle
-
-        with silence():
-            jobs = {"sla": settle(flags), "dense": settle([flag for flag in flags if flag != "--sla"])}
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(address, port, is_master=rank == 0, timeout=timedelta(seconds=300))
-        with model_parallel(jobs["sla"], store, 300, lambda step: None):
-            with silence():
-                steps = {name: TrainingSteps(job) for name, job in jobs.items()}
-            rounds = [_round(args, jobs["sla"], steps) for _ in range(args.rounds)]
-    if rank == 0:
-        args.rank_answer.write_text(json.dumps(rounds))
+        answers = [
+            _rounds(args, shlex.split(job), torch.distributed.PrefixStore(str(number), store))
+            for number, job in enumerate(args.jobs)
+        ]
+        if rank == 0:
+            args.rank_answer.write_text(json.dumps(answers))
+
+
+def _rounds(args: argparse.Namespace, flags: Sequence[str], store: Any) -> list[dict[str, Any]]:
+    """All rounds of one job."""
+    from sla_megatron.commands.doctor.layout import model_parallel
+
+    from .training_steps import TrainingSteps, settle
+
+    with silence():
+        jobs = {"sla": settle(flags), "dense": settle([flag for flag in flags if flag != "--sla"])}
+    with model_parallel(jobs["sla"], store, 300, lambda step: None):
+        with silence():
+            steps = {name: TrainingSteps(job) for name, job in jobs.items()}
+        return [_round(args, jobs["sla"], steps) for _ in range(args.rounds)]
 
 
 def _round(args: argparse.Namespace, job: argparse.Namespace, models: dict[str, Any]) -> dict[str, Any]:

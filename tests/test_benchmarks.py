@@ -119,7 +119,7 @@ def test_transport(tmp_path: Path) -> None:
 
 def test_plan_steps(tmp_path: Path) -> None:
     """Over a line of a known rate the doctor's rate is that; every step and round is in the figures."""
-    flags = ["--cases", "pp2-slow", "--layers", "4", "--hidden", "128", "--heads", "4", "--seq-length", "128"]
+    flags = ["--cases", "pp2-slow", "--layers", "4", "--hidden", "128", "--heads", "4", "--seq-length", "256"]
     flags += ["--microbatches", "2", "--rounds", "1", "--steps", "2", "--megabits", "80"]
     result, printed = run_benchmark("plan_steps", tmp_path / "plan.json", *flags)
     if "not_measured" in result["rows"][0]:
@@ -132,8 +132,8 @@ def test_plan_steps(tmp_path: Path) -> None:
     for row in result["rows"]:
         (flags,) = row["plan_flags"]
         assert f"--link-gb-per-s {row['rates']['link-gb-per-s']['median']:.4g} " in flags
-        # Headers take some of it, and a burst goes at once.
-        assert 0.7 * 0.01 < row["rates"]["link-gb-per-s"]["median"] < 1.3 * 0.01
+        # Headers, a burst, and what else runs; without the line it is a hundredfold.
+        assert 0.5 * 0.01 < row["rates"]["link-gb-per-s"]["median"] < 1.5 * 0.01
         assert row["predicted_over_measured"]["median"] == pytest.approx(
             row["predicted_seconds"]["median"] / row["seconds"]["median"]
         )
