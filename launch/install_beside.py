@@ -248,8 +248,9 @@ def main() -> int:
     if faults:
         return _end(1, faults)
     kept = sum(name not in chosen for name in before)
-    say(f"{len(chosen)} packages were installed, {kept} are what they were; sla-doctor --software says:")
-    doctor = [sys.executable, "-m", "sla_megatron.commands.doctor.cli", "--software"]
+    command = ["--software", "--device", os.environ.get("DEVICE", "auto")]
+    say(f"{len(chosen)} packages were installed, {kept} are what they were; sla-doctor {shlex.join(command)} says:")
+    doctor = [sys.executable, "-m", "sla_megatron.commands.doctor.cli", *command]
     return 1 if subprocess.run(doctor, cwd="/").returncode else 0
 
 

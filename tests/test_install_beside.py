@@ -175,10 +175,9 @@ def copied(folder: Path) -> Path:
     return to
 
 
-def installs_beside(root: Path, python: Path, whole: bool = False, **settings: str) -> subprocess.CompletedProcess:
-    """The Dockerfile's own line for it, or its first command, in ``root``; ``python`` is found before any other."""
+def installs_beside(root: Path, python: Path, **settings: str) -> subprocess.CompletedProcess:
+    """The Dockerfile's own line for it, in ``root``, where ``python`` is found before any other."""
     (command,) = re.findall(r"^RUN (.*)$", DOCKERFILE, re.MULTILINE)
-    command = command if whole else command.partition(" && ")[0]
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     own["PATH"] = f"{python.parent}{os.pathsep}{own['PATH']}"
     return subprocess.run(
@@ -230,7 +229,9 @@ def test_the_doctor_has_the_last_word(image: tuple[Path, dict[str, str], Path], 
     assert dry.returncode == 0 and "tensorboard" in dry.stdout, dry.stderr
     assert not list((tmp_path / "venv").rglob("tensorboard*"))
     done = installs_beside(root, python, **settings)
-    assert [version_of("torch", python), version_of("tensorboard", python)] == ["2.9.0", "2.21.0"], done.stderr
+    assert [version_of("torch", python), version_of("tensorboard", python)] == ["2.9.0", VERSIONS["tensorboard"]], (
+        done.stderr
+    )
     assert "stays: torch 2.9.0\n" in done.stdout and "8 packages were installed" in done.stdout, done.stderr
     assert done.returncode == 1 and "sla-doctor: error: first fault: torch: " in done.stderr
 
@@ -282,13 +283,12 @@ def test_beside_another_torch(tmp_path: Path) -> None:
     python = environment(tmp_path / "venv", serving, linked(tmp_path / "rest", rest - {"sla-megatron"}))
     before = version_of("torch", python)
     assert before == there["torch"].version != here()["torch"].version
-    done = installs_beside(copied(tmp_path), python, whole=True, PIP_NO_COMPILE="1")
+    done = installs_beside(copied(tmp_path), python, PIP_NO_COMPILE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert version_of("torch", python) == before
     assert f"{len(left)} packages were installed" in done.stdout
-    # Once by the recipe itself, once as the Dockerfile has it.
-    assert len(re.findall(rf"^ok +torch +{re.escape(before)}", done.stdout, re.MULTILINE)) == 2
-    assert len(re.findall(r"^ok +packages ", done.stdout, re.MULTILINE)) == 2
+    assert re.search(rf"^ok +torch +{re.escape(before)}", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok +packages ", done.stdout, re.MULTILINE)
 
 
 # The Dockerfile, which no test here can build
