@@ -7,7 +7,7 @@
 # shellcheck shell=bash disable=SC2154 # They are slurm.sbatch's.
 
 # Adds FOLDER to mounts, or of one that is still to be made the folder that it will be in.
-mount() { # FOLDER WHAT
+add_mount() { # FOLDER WHAT
     local folder=$1
     [ -n "$folder" ] || return 0
     until [ -e "$folder" ]; do folder=$(dirname "$folder"); done
@@ -29,14 +29,14 @@ set_mounts() {
         case $source in tmpfs | umount) ;; *) source=$(realpath -ms "$source") ;; esac
         mounts+=${mounts:+,}$source${target:-:$source}
     done
-    mount "$root" SLA_ROOT
-    mount "$PWD" "the folder of submission"
-    mount "$run_dir" RUN_DIR
-    mount "$checkpoints" CHECKPOINTS
-    mount "$stage" STAGE
+    add_mount "$root" SLA_ROOT
+    add_mount "$PWD" "the folder of submission"
+    add_mount "$run_dir" RUN_DIR
+    add_mount "$checkpoints" CHECKPOINTS
+    add_mount "$stage" STAGE
     # They may be the image's as well.
-    [ ! -e "$setup" ] || mount "$setup" SETUP
-    [ ! -e "${SCRIPT:-}" ] || mount "$(dirname "$(realpath -ms "$SCRIPT")")" SCRIPT
+    [ ! -e "$setup" ] || add_mount "$setup" SETUP
+    [ ! -e "${SCRIPT:-}" ] || add_mount "$(dirname "$(realpath -ms "$SCRIPT")")" SCRIPT
 }
 
 container=() inside=()
@@ -59,7 +59,10 @@ fi
 # What it sets of PYTHONPATH stays behind this repository.
 # shellcheck disable=SC2016 # The node's shell expands it.
 on_node=("${inside[@]}" bash -c 'root=$1 setup=$2 command=("${@:3}"); set --
-    if [ -n "$setup" ]; then . "$setup" >&2 || exit; fi
+    [ -z "$setup" ] || . "$setup" >&2 || {
+        echo "sla-megatron: error: SETUP $setup: ended with status $? on ${SLURMD_NODENAME:-$HOSTNAME}: expected 0" >&2
+        exit 2
+    }
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
     exec "${command[@]//%NODE%/${SLURMD_NODENAME:-}}"' bash "$root" "$setup")
 

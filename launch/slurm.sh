@@ -57,6 +57,16 @@ requeue_without() { # NODES
     exit 0
 }
 
+# It finishes what it is at, for a few seconds.  A file system that hangs holds it, but not the chain.
+end_attending() { # PID
+    kill "$1" 2>/dev/null
+    for _ in $(seq 150); do
+        kill -0 "$1" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    say "sla-job attend has not ended after 15 s, and is left"
+}
+
 # Tells the ranks.
 forward() { # WHAT [SIGNAL]: it came, and the ranks are told
     signalled=(--signalled)

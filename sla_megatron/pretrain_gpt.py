@@ -108,6 +108,7 @@ def _pretrain(args: Namespace, **in_process: Any) -> None:
     from .training.data import train_valid_test_datasets
     from .training.further_tokens import embedding_ranks
     from .training.loss import forward_step
+    from .training.save_file import heed_save_file
 
     with one_line_errors(), megatron_refusals():
         model_config = model_config_from_args(args)
@@ -116,6 +117,7 @@ def _pretrain(args: Namespace, **in_process: Any) -> None:
     shield_checkpoint_writer(args)
     carry_tokenizer_along(args)
     find_sharded_parameters(args)
+    heed_save_file(args)
     pretrain(
         container,
         train_valid_test_datasets,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import filecmp
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sla_megatron.common import checkpoint_contents
+from sla_megatron.common.checkpoint_contents import damage
 from tests.support.runs import NO_DROPOUT, argv, figures, train_on_all_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
@@ -52,7 +56,21 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     of_checkpoint = dict.fromkeys({*LLAMA, "sla", "sla_skip_distance"}) | {"use_checkpoint_args": True}
     requests["hybrid-goes-on"] = requests["hybrid-goes-on"] | of_checkpoint
     requests["fewer-layers"] = requests["full.hybrid"] | {"hybrid_layer_pattern": "*-|*-"}
+    requests |= _looked_into_requests(folder / "looked")
     return {name: {"argv": argv(**flags)} for name, flags in requests.items()}
+
+
+def _looked_into_requests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Trainings whose checkpoints are looked into; the last, since its process stays deterministic."""
+    usual = NO_DROPOUT | {"eval_iters": 0, "train_iters": SAVED_AT, "save_interval": LAST, "bf16": True}
+    # In shards of the buffers of two data-parallel ranks.
+    buffers = usual | {"use_distributed_optimizer": True, "tensor_model_parallel_size": 1}
+    endless = {"lr": 1e30, "clip_grad": 0.0, "no_check_for_nan_in_loss_and_grad": True}
+    return {
+        "looked.endless": buffers | endless | {"save": folder / "endless"},
+        # Here torch puts NaN into memory that nobody has set.
+        "looked.buffers": buffers | {"save": folder / "buffers", "deterministic_mode": True},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +136,39 @@ def test_other_layers_are_refused(runs: dict[str, list[dict[str, Any]]]) -> None
     assert (answer["status"], answer["loss"]) == (2, [])
     said = "sla-megatron: error: --hybrid-layer-pattern *-|*-: expected an attention layer (*) and an MLP (-, E)"
     assert answer["stderr"].startswith(said) and answer["stderr"].count("\n") == 1
+
+
+def test_a_look_into_each_kind_finds_nothing(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """Dense, SLA, experts, GPTs and hybrid models, in any layout; in optimizer buffers whose gaps hold NaN as well."""
+    looked = sorted(path for path in folder.glob("*/*/iter_*") if path.parent.name != "endless")
+    assert len(looked) == 10 and {path: damage(path) for path in looked} == dict.fromkeys(looked)
+
+
+def test_the_gaps_of_optimizer_buffers_are_seen(
+    runs: dict[str, list[dict[str, Any]]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is let pass is there; once this fails, Megatron sets them, and no exception is needed any more."""
+    monkeypatch.setattr(checkpoint_contents, "_ALIGNMENT", 0)
+    found = str(damage(folder / "looked" / "buffers" / f"iter_{SAVED_AT:07d}"))
+    assert re.fullmatch(r"\S+: optimizer\..*\.bucket_idx_0\.\S+ at \[32\]: 32 of 32 values are not finite, .*", found)
+
+
+def test_weights_that_training_has_spoiled_are_found(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """As torch's own loader has them; and one bit of a sound checkpoint, in whichever file."""
+    spoiled = folder / "looked" / "endless"
+    outside = [key for key, tensor in _stored(spoiled).items() if not torch.isfinite(tensor).all()]
+    found = damage(spoiled / f"iter_{SAVED_AT:07d}")
+    assert outside and found is not None and found.not_finite and any(f": {key}" in str(found) for key in outside)
+
+
+def test_one_bit_of_any_file(runs: dict[str, list[dict[str, Any]]], folder: Path, tmp_path: Path) -> None:
+    """In the middle of what Megatron wrote from two ranks, and in what it keeps beside the tensors."""
+    step = folder / "experts" / "gpt" / f"iter_{SAVED_AT:07d}"
+    files = sorted(path.name for path in step.glob("*.distcp"))
+    assert len(files) >= 2
+    for name in files:
+        copy = shutil.copytree(step, tmp_path / name)
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 16
+        (copy / name).write_bytes(content)
+        assert str(damage(copy)).startswith(f"{name}: "), name

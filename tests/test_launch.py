@@ -225,10 +225,7 @@ def test_a_node_without_gpus_is_no_secret(arguments: list[str], tmp_path: Path) 
     ("export", "lost", "kept"),
     [
         ("NONE", {"PRESETS", "RUN_DIR", "NPROC", "MAX_FAILURES"}, {"PYTHON"}),
-        ("NIL", {"PRESETS", "RUN_DIR", "NPROC", "MAX_FAILURES"}, {"PYTHON"}),
         ("HOME,PRESETS,NPROC=2", {"RUN_DIR", "MAX_FAILURES"}, {"PYTHON", "PRESETS", "NPROC"}),
-        ("ALL", set(), None),
-        ("ALL,NPROC=2", set(), None),
         (None, set(), None),
     ],
 )
@@ -253,6 +250,53 @@ def test_words_before_the_flags_are_overrides() -> None:
     flags = done.stdout[done.stdout.index("--exit-signal-handler") :]
     assert flags.split()[1:4] == ["\\", "--seq-length", "4096"]
     assert "PRESETS" not in flags and flags.rstrip().endswith("--lr X=1 Y=2")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["SETUP=gone.sh"], "slurm.sbatch: error: SETUP {here}/gone.sh: expected a shell file"),
+        (["SETUP=bad.sh"], "sla-megatron: error: SETUP {here}/bad.sh: ended with status 3 on "),
+        (
+            ["CONTAINER_IMAGE=x", "CONTAINER_RUNTIME=docker"],
+            "slurm.sbatch: error: CONTAINER_RUNTIME docker: expected py",
+        ),
+        (
+            ["CONTAINER_IMAGE=x", "RUN_DIR=/gone/x"],
+            "slurm.sbatch: error: RUN_DIR /gone/x: expected a folder in one that",
+        ),
+        (
+            ["CONTAINER_IMAGE=x", "STAGE=a,b/c"],
+            "slurm.sbatch: error: STAGE {here}/a,b/c: expected a path without a comma",
+        ),
+        (["LAUNCH=mpi"], "sla-job: error: LAUNCH mpi: expected torchrun, srun or ft"),
+        (["SCRIPT=gone.py"], "sla-job: error: SCRIPT gone.py: expected a Python file"),
+        (["KEEP=none"], "sla-job: error: --keep none: expected"),
+    ],
+)
+def test_overrides_that_cannot_be_end_in_one_line(words: list[str], says: str, tmp_path: Path) -> None:
+    """With status 2, before anything is written."""
+    (tmp_path / "bad.sh").write_text("echo set up; return 3\n")
+    (tmp_path / "a,b").mkdir()
+    there = sorted(tmp_path.rglob("*"))
+    program = f"cd {tmp_path} && exec {ROOT}/launch/slurm.sbatch"
+    done = sh("bash", "-c", f'{program} "$@"', "bash", *words, "--device", "cpu", DRY_RUN="1", PYTHON=sys.executable)
+    line = done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stdout) == (2, "") and line.startswith(says.format(here=tmp_path)), done.stderr
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_setup_comes_before_everything(tmp_path: Path) -> None:
+    """Whatever it sets and prints; it does not see the flags."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "site-python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "there" / "site-python").chmod(0o755)
+    (tmp_path / "setup.sh").write_text('export PATH=$PWD/there:$PATH NCCL_DEBUG="$# set up"; echo printed\n')
+    program = f"cd {tmp_path} && exec {ROOT}/launch/slurm.sbatch SETUP=setup.sh --device cpu"
+    done = sh("bash", "-c", program, DRY_RUN="1", PYTHON="site-python")
+    assert done.returncode == 0, done.stderr
+    assert "'NCCL_DEBUG=0 set up'" in done.stdout and "printed" not in done.stdout
+    assert f"bash {ROOT} {tmp_path}/setup.sh env " in done.stdout
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

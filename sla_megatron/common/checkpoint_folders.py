@@ -150,7 +150,10 @@ def newest_complete(
 
 def aside(path: Path, what: str) -> str:
     """Rename a checkpoint so that nothing takes it for one; its new name, which begins with ``what``."""
-    return path.rename(path.with_name(f"{what}_{path.name}_{time.strftime('%Y%m%dT%H%M%S')}_{os.getpid()}")).name
+    name = f"{what}_{path.name}_{time.strftime('%Y%m%dT%H%M%S')}_{os.getpid()}"
+    while path.with_name(name).exists():
+        name += "_again"
+    return path.rename(path.with_name(name)).name
 
 
 def point_to(folder: Path, iteration: int, broken: dict[Path, str], say: Callable[[str], None]) -> None:

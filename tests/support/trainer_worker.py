@@ -16,7 +16,9 @@ import json
 import logging
 import os
 import runpy
+import signal
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,10 @@ def main(folder: Path) -> None:
     with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]):
         from megatron.core.datasets import gpt_dataset
 
+        from sla_megatron.training import save_file
+
+        # A step here is much shorter than what a save file may wait.
+        save_file._SECONDS = 0.0
         # Shuffling the 25 million samples of upstream's mock corpus would take a third of a run.
         gpt_dataset.MockGPTLowLevelDataset.size = 200
         # For its flags' help Megatron parses its own source files, twice a run.
@@ -64,11 +70,21 @@ def open_servers(ports: list[int]) -> dict[str, Any]:
 
 
 def run(
-    folder: Path, name: str, argv: list[str], entry: str = "sla", pipeline: bool = False, graphs: bool = False
+    folder: Path,
+    name: str,
+    argv: list[str],
+    entry: str = "sla",
+    pipeline: bool = False,
+    graphs: bool = False,
+    environment: dict[str, str] | None = None,
+    touched: dict[str, str] | None = None,
+    signalled: list[int] | None = None,
 ) -> dict[str, Any]:
     """One run: exit status, what it printed on stderr, and what the listener heard (``pipeline``: also on the wire).
 
-    With ``graphs`` each step after the first is a recorded graph's replay (``recorded_graph.py``).
+    With ``graphs`` each step after the first is a recorded graph's replay (``recorded_graph.py``).  ``environment``
+    is the ranks' for this run; ``touched`` names the file that somebody makes in an iteration; ``signalled``, a rank
+    and an iteration: it gets SIGTERM then.
     """
     from megatron.training import training
 
@@ -79,6 +95,9 @@ def run(
         from .pipeline_listener import PipelineListener
 
         heard = PipelineListener(folder / f"{name}.jsonl", folder / f"{name}.rank{os.environ['RANK']}.pt")
+    heard.touched, heard.signalled = touched or {}, signalled
+    earlier, began = dict(os.environ), time.time()
+    os.environ.update(environment or {})
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     old_argv, sys.argv = sys.argv, ["pretrain", *argv]
     heard.listen_to(training)
@@ -95,11 +114,15 @@ def run(
         status = f"needs the host: {error}"
     finally:
         sys.argv = old_argv
+        for variable in environment or {}:
+            os.environ.pop(variable)
+        os.environ.update(earlier)
         heard.stop()
     # Not after an error, which ends this rank: the others may be waiting for something else than to leave together.
     forget_megatron()
     return {"status": status, "stderr": stderr.getvalue(), "stdout": stdout.getvalue(), **heard.answer()} | {
-        "graphs": [(len(graph.operations), graph.replays, graph.waits) for graph in recorded]
+        "began": began,
+        "graphs": [(len(graph.operations), graph.replays, graph.waits) for graph in recorded],
     }
 
 
@@ -156,6 +179,8 @@ class Listener:
         self._shared: list[weakref.ref] = []
         self._originals: list[tuple[Any, str, Any]] = []
         self.num_shared = 0
+        self.touched: dict[str, str] = {}
+        self.signalled: list[int] | None = None
 
     def listen_to(self, training: Any) -> None:
         from sla_megatron.pipeline.waiting import Microbatch
@@ -192,6 +217,10 @@ class Listener:
         if os.environ["RANK"] == "0":
             with self._path.open("a") as file:
                 print(json.dumps(step), file=file, flush=True)
+            if path := self.touched.get(str(iteration)):
+                Path(path).touch()
+        if self.signalled == [int(os.environ["RANK"]), iteration]:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _on_evaluation(self, _: tuple, result: Any) -> None:
         if result[0] is not None and "lm loss" in result[0]:

@@ -7,4 +7,7 @@ chain.py       the attempts of a run so far, and what follows from them
 checked.py     which checkpoints were looked into, and what was found
 flags.py       what they depend on of Megatron's flags
 keep.py        how many checkpoints stay
+launching.py   a training as the words of one command, for torchrun, srun and ft_launcher
+resources.py   what Slurm gave a job, beside what its ranks need
+script_flags.py  which flags a script of the user's own takes
 """

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...common.files import read_json, write_json
+from .data_cache import DATA_CACHE
 from .data_flags import names_data
 from .flags import JobError
 from .given import values
 
 #: In the run's folder.
-WANDB, TENSORBOARD, DATA_CACHE = "wandb.json", "tensorboard", "data-cache"
+WANDB, TENSORBOARD = "wandb.json", "tensorboard"
 
 # Megatron catches a missing package alone; one that does not fit the others here would end the run.
 _WRITER = "import tensorboard.compat.proto.event_pb2, tensorboard.summary.writer.event_file_writer"

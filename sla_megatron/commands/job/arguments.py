@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from ...common.errors import FlagError
@@ -56,6 +57,11 @@ def _level(text: str) -> str:
 def say(line: str) -> None:
     """A line for the job's log."""
     print(f"sla-job: {line}", flush=True)
+
+
+def warn(line: str) -> None:
+    """Likewise, beside what a command prints for its caller."""
+    print(f"sla-job: {line}", file=sys.stderr, flush=True)
 
 
 def _folder(text: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...common.checkpoint_contents import damage, size
@@ -17,7 +17,7 @@ from .keep import Keep, remove, remove_rest, shown_size, space_warning, written_
 #: Exit statuses upon which a launcher ends the step: after a save, and without one.
 SAVE_AND_EXIT, RESUMED_FROM_DAMAGE = 20, 21
 
-#: How many seconds of a look remain after training has ended.
+#: How many seconds are left for a look, or a removal, after training has ended.
 _LEFT = 5.0
 
 
@@ -55,6 +55,8 @@ class Attendance:
     _warned: bool = False
     #: What was there when nothing was left to do.
     _seen: object = None
+    _whole: dict[Path, str] = field(default_factory=dict)
+    _failures: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._chain, self._checked = Chain.read(self.run), Checked(self.run)
@@ -64,16 +66,29 @@ class Attendance:
     def attend(self, wait: Callable[[], object]) -> int:
         """Until training ends, or is to end: the exit status.  ``wait`` lets a second or so pass, or less."""
         try:
-            if self.keep is not None:
-                remove_rest(self.flags.save, self.told)
             while True:
-                self._ask()
-                if not self.round():
+                if not self._tried():
                     if self.told():
                         return 0
                     wait()
         except _Over as over:
             return over.status
+
+    def _tried(self) -> bool:
+        """A round; a file system that fails for a while does not end the attendance."""
+        try:
+            self._ask()
+            if self.keep is not None and self._seen is None:
+                remove_rest(self.flags.save, self._late)
+            return self.round()
+        except FileNotFoundError:
+            # Megatron removes checkpoints too.
+            return False
+        except OSError as error:
+            if str(error) not in self._failures:
+                self._failures.add(str(error))
+                self.say(f"{error.filename}: {error.strerror}; it is tried again")
+            return False
 
     def round(self) -> bool:
         """Look into one checkpoint that is new, or make room; whether there may be more to do at once."""
@@ -86,7 +101,7 @@ class Attendance:
         ]
         if (said, written) == self._seen:
             return False
-        there = {iteration: path for iteration, path in written if problem(path) is None}
+        there = {iteration: path for iteration, path in written if self._complete(path)}
         looks = {iteration: self._checked.look(path) for iteration, path in there.items()}
         path = self._next(there, looks) if self.contents else None
         if path is not None:
@@ -94,6 +109,13 @@ class Attendance:
         self._make_room(there, looks)
         self._seen = said, written
         return False
+
+    def _complete(self, path: Path) -> bool:
+        """Large metadata take a while to read: once for files as they are."""
+        now = fingerprint(path)
+        if self._whole.get(path) != now and problem(path) is None:
+            self._whole[path] = now
+        return self._whole.get(path) == now
 
     def _next(self, there: dict[int, Path], looks: dict[int, Look | None]) -> Path | None:
         """The checkpoint to look into: what was resumed from, then from the newest on to one to fall back to."""
@@ -124,7 +146,7 @@ class Attendance:
             path = there[iteration]
             if path.is_symlink() or not written_by(self._chain, iteration):
                 continue
-            whole = remove(path, self.told)
+            whole = remove(path, self._late)
             self.say(
                 f"{path.name} {'is removed' if whole else 'will be removed by the next attempt'}: KEEP={self.keep}"
             )
@@ -151,24 +173,34 @@ class Attendance:
             raise _Over(RESUMED_FROM_DAMAGE)
         return True
 
+    def _late(self) -> bool:
+        """Whether training has ended, and so long ago that what is under way is left as it is."""
+        if self._leave_at is None and self.told():
+            self._leave_at = time.monotonic() + _LEFT
+        return self._leave_at is not None and time.monotonic() > self._leave_at
+
     def _ask(self, count: int = 0) -> None:
         """End what is under way where it is to end; asked after every piece of a look."""
         now = time.monotonic()
         if now - self._asked_at < 0.2:
             return
         self._asked_at = now
-        if self._leave_at is None and self.told():
-            self._leave_at = now + _LEFT
+        if self._late():
+            raise _Over(0)
         if self._leave_at is not None:
             # The files are for a training that there is not any more.
-            if now > self._leave_at:
-                raise _Over(0)
             return
         if (self.run / "stop").exists():
             self.say(f"{self.run / 'stop'}: the ranks save and exit")
             raise _Over(SAVE_AND_EXIT)
         request = self.run / "save"
         if self.own_script and request.exists():
-            done = request.rename(self.run / "save.taken")
+            try:
+                done = request.rename(self.run / "save_taken")
+            except OSError as error:
+                # It would end each attempt.
+                self.own_script = False
+                self.say(f"{request} cannot be renamed ({error.strerror}), and is not heeded by this attempt")
+                return
             self.say(f"{request}: the ranks save and exit, and go on as the next attempt; it is now {done.name}")
             raise _Over(SAVE_AND_EXIT)

@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 
 from .arguments import add_flags, add_max_failures, add_run, say
 from .chain import FINISHED, REQUEUE, STOP, Chain, begin
+from .data_cache import set_aside_cut_off
 from .flags import training_flags
 
 HELP = "before an attempt: put the checkpoint folder in order, note the attempt"
@@ -28,4 +29,6 @@ def run(args: Namespace) -> int:
     job = args.job or os.environ.get("SLURM_JOB_ID", "none")
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
     verdict = begin(chain, training_flags(args.flags), job, nodes, args.max_failures, say)
+    if verdict == REQUEUE:
+        set_aside_cut_off(args.run, say)
     return {FINISHED: NOTHING_LEFT, REQUEUE: 0, STOP: LOOP}[verdict]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 
 from ...common.errors import FlagError
-from .arguments import add_check, add_flags, add_keep, add_run
+from .arguments import add_check, add_flags, add_keep, add_run, warn
 from .flags import training_flags
 from .launching import add_launch, check_launch
 from .resources import check_processes, lost_overrides, say_what_is_scarce
@@ -35,11 +34,7 @@ def run(args: Namespace) -> int:
     check_launch(args)
     if args.exported is not None:
         if lost := lost_overrides(args.exported):
-            _warn(lost)
-        check_processes(args.flags, args.processes, _warn)
-        say_what_is_scarce(flags.save, args.nodes, args.processes, _warn)
+            warn(lost)
+        check_processes(args.flags, args.processes, warn)
+        say_what_is_scarce(flags.save, args.nodes, args.processes, warn)
     return 0
-
-
-def _warn(line: str) -> None:
-    print(f"sla-job: {line}", file=sys.stderr, flush=True)

@@ -53,6 +53,11 @@ class Checked:
         known = self.look(path)
         return known.damage if known is not None else None
 
+    def not_seen(self, save: Path) -> Path | None:
+        """The newest checkpoint in ``save``, if others were looked into, and that one was not."""
+        newest = next(iter(checkpoints(save).values()), None)
+        return newest if newest is not None and self.looks() and self.look(newest) is None else None
+
     def note(self, path: Path, before: str, damage: str | None) -> None:
         """Remember what a look has found; ``before``: the fingerprint as it began.
 

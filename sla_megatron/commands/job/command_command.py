@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...common.errors import StartError
 from ...common.files import write_whole
 from ...common.flag_types import count
 from .additions import additions
@@ -37,11 +37,12 @@ def add_arguments(command: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     check_launch(args)
     words = _words(args)
-    text = "".join(f"{word}\0" for word in words)
+    # As they came, whatever the locale.
+    content = os.fsencode("".join(f"{word}\0" for word in words))
     if args.to is None:
-        sys.stdout.write(text)
+        sys.stdout.buffer.write(content)
     else:
-        write_whole(args.to, text)
+        write_whole(args.to, content)
     return 0
 
 
@@ -62,10 +63,7 @@ def _words(args: Namespace) -> list[str]:
             flags = staged_flags(flags, Path(args.stage))
         name = args.module or (Path(args.script).stem if args.script else TRAINER)
         command = launched(args, program_of(args) if own_program else ["-m", TRAINER], name)
-    words = ["env", *(f"{name}={value}" for name, value in variables.items()), *command, *flags]
-    if any("\0" in word for word in words):
-        raise StartError("a NUL in a flag")
-    return words
+    return ["env", *(f"{name}={value}" for name, value in variables.items()), *command, *flags]
 
 
 def taken(flags: Sequence[str], known: Callable[[str], bool]) -> list[str]:

@@ -17,7 +17,7 @@ _ACCEPTED = "how many of the newest checkpoints stay, such as 3, or 3,every=1000
 
 #: What a checkpoint is called while it is removed: cut off there, it is none.
 _REMOVING = "removing"
-_UNDER_WAY = re.compile(rf"{_REMOVING}_iter_\d+_\d{{8}}T\d{{6}}_\d+")
+_UNDER_WAY = re.compile(rf"{_REMOVING}_iter_\d+_\d{{8}}T\d{{6}}_\d+(_again)*")
 
 
 @dataclass(frozen=True)
@@ -74,45 +74,26 @@ def written_by(chain: Chain, iteration: int) -> bool:
     )
 
 
-def remove(path: Path, told: Callable[[], bool] = lambda: False) -> bool:
-    """Remove a checkpoint, under another name first; False if it was cut short, as ``told`` asks it to be."""
-    return _remove_files(path.with_name(aside(path, _REMOVING)), told)
+def remove(path: Path, late: Callable[[], bool]) -> bool:
+    """Remove a checkpoint, under another name first; False if it was cut short, as ``late`` asks it to be."""
+    return _remove_files(path.with_name(aside(path, _REMOVING)), late)
 
 
-def remove_rest(save: Path, told: Callable[[], bool] = lambda: False) -> None:
+def remove_rest(save: Path, late: Callable[[], bool]) -> None:
     """What was left of those whose removal was cut short."""
     for path in sorted(save.glob(f"{_REMOVING}_iter_*")):
         if _UNDER_WAY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            _remove_files(path, told)
+            _remove_files(path, late)
 
 
-def _remove_files(folder: Path, told: Callable[[], bool]) -> bool:
+def _remove_files(folder: Path, late: Callable[[], bool]) -> bool:
     for file in sorted(folder.iterdir()):
-        if told():
+        if late():
             return False
         if file.is_file() or file.is_symlink():
             file.unlink()
     shutil.rmtree(folder)
     return True
-
-
-def needed(keep: Keep | None, flags: TrainingFlags, there: Collection[int], last: int | None) -> tuple[int, int]:
-    """How many checkpoints there will be at most, one being written included, and how many of them are ``every``-th.
-
-    Args:
-        keep: None keeps all.
-        flags: of the run.
-        there: the iterations of those that are there.
-        last: iteration of the run; None where it is not known.
-    """
-    newest, step = max(there, default=0), flags.save_interval
-    coming = set(range((newest // step + 1) * step, last + 1, step)) if step and last else set()
-    saved = {*there, *coming, *([last] if last else [])}
-    if keep is None:
-        return len(saved), 0
-    stay = set(sorted(saved)[-keep.newest :])
-    often = {each for each in saved - stay if keep.every and each % keep.every == 0}
-    return max(keep.newest + len(often) + 1, 1), len(often)
 
 
 def space_warning(
@@ -121,24 +102,30 @@ def space_warning(
     """A line where the disk of ``--save`` will not hold the checkpoints to come; None where it will.
 
     Args:
-        keep: None keeps all.
+        keep: None leaves it to Megatron.
         flags: of the run.
         there: the iterations of those that are there.
         last: iteration of the run; None where it is not known.
         each: bytes of a checkpoint.
     """
-    count, often = needed(keep, flags, there, last)
-    free = shutil.disk_usage(flags.save).free
-    missing = (count - len(there)) * each - free
-    if missing <= 0:
-        return None
-    what = f"{count} checkpoints until iteration {last}, without KEEP"
-    if keep is not None:
+    newest, step = max(there, default=0), flags.save_interval
+    coming = range((newest // step + 1) * step, last + 1, step) if step and last else ()
+    saved = {*there, *coming, *([last] if last else [])}
+    count, what = len(saved), f"until iteration {last}, without KEEP"
+    retained = flags.save_retain_interval
+    if keep is not None or retained:
+        name = f"KEEP={keep}" if keep else f"--save-retain-interval {retained}"
+        keep = keep or Keep(1, retained)
+        often = sum(each % keep.every == 0 for each in sorted(saved)[: -keep.newest]) if keep.every else 0
         more = f", {often} of every {keep.every}th iteration" if keep.every else ""
-        what = f"{count} checkpoints with KEEP={keep} ({keep.newest} newest, 1 being written{more})"
+        count, what = keep.newest + often + 1, f"with {name} ({keep.newest} newest, 1 being written{more})"
+    free = shutil.disk_usage(flags.save).free
+    if (count - len(there)) * each <= free:
+        return None
+    sizes = f"{shown_size(each)} each, take {shown_size(count * each)}"
     return (
-        f"{flags.save} will be full: {what}, {shown_size(each)} each, take {shown_size(count * each)}; "
-        f"{len(there)} are there, and {shown_size(free)} are free"
+        f"{flags.save} will be full: {count} checkpoints {what}, {sizes}; {len(there)} are there, and "
+        f"{shown_size(free)} are free"
     )
 
 

@@ -69,15 +69,29 @@ def check_launch(args: Namespace) -> None:
     """
     if args.launch not in LAUNCHERS:
         raise FlagError("LAUNCH", args.launch, ", ".join(LAUNCHERS[:-1]) + f" or {LAUNCHERS[-1]}")
-    if args.launch == "ft" and find_module(_FT) is None:
-        raise FlagError("LAUNCH", "ft", "nvidia-resiliency-ext where PYTHON finds it, which has ft_launcher")
     if args.script and args.module:
         raise JobError(f"SCRIPT={args.script} and MODULE={args.module}: expected one of them")
+    _check_bind(args)
+    if shown_elsewhere():
+        return
+    if args.launch == "ft" and find_module(_FT) is None:
+        raise FlagError("LAUNCH", "ft", "nvidia-resiliency-ext where PYTHON finds it, which has ft_launcher")
     if args.script and not Path(args.script).is_file():
         raise FlagError("SCRIPT", args.script, "a Python file")
     if args.module and find_module(args.module) is None:
         raise FlagError("MODULE", args.module, "a module that python -m would find: its folder in PYTHONPATH")
-    _check_bind(args)
+    if args.bind != "none" and args.launch == "torchrun":
+        if find_module("torch.numa.binding") is None:
+            raise FlagError(
+                "BIND", args.bind, "a torch whose torchrun has --numa-binding (2.9 or newer), or LAUNCH=srun"
+            )
+        if shutil.which("numactl") is None:
+            raise FlagError("BIND", args.bind, "numactl, which torchrun calls for it, or LAUNCH=srun")
+
+
+def shown_elsewhere() -> bool:
+    """Whether the command of a container is only shown, outside of it: what it has cannot be looked at."""
+    return os.environ.get("DRY_RUN") == "1" and bool(os.environ.get("CONTAINER_IMAGE"))
 
 
 def _check_bind(args: Namespace) -> None:
@@ -91,10 +105,6 @@ def _check_bind(args: Namespace) -> None:
         raise FlagError("BIND", args.bind, "none: ft_launcher binds no ranks")
     if args.bind not in _NUMA_MODES:
         raise FlagError("BIND", args.bind, f"what torchrun's --numa-binding takes: {', '.join(_NUMA_MODES)}")
-    if find_module("torch.numa.binding") is None:
-        raise FlagError("BIND", args.bind, "a torch whose torchrun has --numa-binding (2.9 or newer), or LAUNCH=srun")
-    if shutil.which("numactl") is None:
-        raise FlagError("BIND", args.bind, "numactl, which torchrun calls for it, or LAUNCH=srun")
 
 
 def find_module(name: str) -> ModuleSpec | None:

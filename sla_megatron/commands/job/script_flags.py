@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -10,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...common.files import read_json, write_json
-from .arguments import say
-from .launching import find_module
+from .arguments import warn
+from .launching import find_module, shown_elsewhere
 
 #: How long it may take: Megatron's is there after some ten seconds, on a slow disk after more.
 _SECONDS = 180
@@ -23,6 +24,9 @@ _FLAG = re.compile(r"(?<!\S)--[A-Za-z0-9][\w.-]*")
 
 def takes(args: Namespace) -> Callable[[str], bool]:
     """Whether the script or module of ``args`` (see ``add_launch``) knows a flag; all, where it cannot be found out."""
+    if shown_elsewhere():
+        warn("the script's flags are not asked for outside of the container: all of the chain's are shown")
+        return lambda flag: True
     flags = _remembered(args)
     return (lambda flag: True) if flags is None else flags.__contains__
 
@@ -41,9 +45,10 @@ def _remembered(args: Namespace) -> set[str] | None:
     known = path.stat()
     source = {"path": str(path), "size": known.st_size, "time": known.st_mtime_ns}
     memory = args.run / "script-flags.json"
-    stored = read_json(memory) if memory.exists() else None
-    if isinstance(stored, dict) and stored.get("source") == source:
-        return set(stored["flags"])
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        stored = read_json(memory)
+        if stored is not None and stored["source"] == source:
+            return set(stored["flags"])
     flags = _asked([args.python, *program_of(args), "--help"])
     # A command that is shown alone writes nothing.
     if flags is not None and args.run.is_dir():
@@ -64,12 +69,9 @@ def _file_of(module: str) -> Path:
 
 
 def _asked(command: list[str]) -> set[str] | None:
-    # It is to be no rank of anything.
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("SLURM_") and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    # A rank alone: some look at these before they look at their flags.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | alone
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL
@@ -79,5 +81,5 @@ def _asked(command: list[str]) -> set[str] | None:
         done, reason = None, str(error)
     flags = listed_flags(done.stdout) if done is not None and done.returncode == 0 else set()
     if not flags:
-        say(f"{' '.join(command[1:])} lists no flags ({reason}): it is taken to know all of Megatron's")
+        warn(f"{' '.join(command[1:])} lists no flags ({reason}): it is taken to know all of Megatron's")
     return flags or None

@@ -11,7 +11,6 @@ from ...common.checkpoint_contents import damage, size
 from ...common.checkpoint_folders import checkpoints
 from ...common.errors import FlagError
 from ...common.flag_types import WITH_VALUE
-from ...common.waiting import bar
 from .checked import Checked, fingerprint
 from .keep import shown_size
 
@@ -26,6 +25,9 @@ def add_arguments(command: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    # A launcher's Python need not have tqdm for the other commands.
+    from ...common.waiting import bar
+
     paths = _found(args)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     damaged = 0

@@ -26,6 +26,7 @@ from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
 from ...pipeline.transport import SCHEDULE_HELPERS, SCHEDULES
 from ...training.checkpoint_writer import LOCAL_TENSOR, RESULTS_QUEUE, SAVE_CONFIG, results_here
+from ...training.save_file import WRAPPINGS as SAVE_FILE
 from ...upstream.adapters.checkpoint_interop import has_checkpoint_interop
 from ...upstream.adapters.schedule_nodes import has_schedule_nodes
 from ...upstream.compiled_helpers import COMPILE_HELPERS
@@ -45,6 +46,7 @@ CORE_ATTENTION = "with --core-attention sdpa"
 LOCAL = "with --non-persistent-ckpt-type local, where checkpoints are loaded, with --sla or without"
 ACROSS = "where a hybrid model's checkpoint is loaded into a GPT, or a GPT's with numbered layers into a hybrid model"
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
+ASKED = "with SLA_RUN_FOLDER, --save and --exit-signal-handler, from our entry point, with --sla or without"
 CONVERSION = "while sla-convert saves a checkpoint"
 SAVE = "with --sla and --save, from our entry point, until upstream saves tokenizers itself"
 FSDP2 = "with --use-torch-fsdp2, from our entry point, with --sla or without"
@@ -107,6 +109,7 @@ def registry() -> list[Entry]:
         *_entries(LOCAL, [CHECKED_ON_LOADING]),
         *(_entries(ACROSS, ACROSS_KINDS) if has_checkpoint_interop() else ()),
         *_entries(SIGNALS, [RESULTS_QUEUE]),
+        *_entries(ASKED, SAVE_FILE),
         *_entries(CONVERSION, [results_here()]),
         *_entries(SAVE, [SAVE_CONFIG]),
         *_entries(FSDP2, [LOCAL_TENSOR]),

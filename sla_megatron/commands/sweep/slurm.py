@@ -21,7 +21,10 @@ SCRIPT = ROOT / "launch" / "sweep.sbatch"
 
 #: Named overrides of launch/slurm.sbatch that hold for a sweep.  They travel as words: sbatch's --export, which a site
 #: may set for all, keeps what is in the environment from the job.
-_OVERRIDES = "NPROC MAX_FAILURES SAVE_SECONDS HEALTH_CHECK MAX_EXCLUDED DOCTOR MASTER_ADDR MASTER_PORT".split()
+_OVERRIDES = (
+    *("SETUP", "STAGE", "LAUNCH", "NPROC", "BIND", "MAX_FAILURES", "SAVE_SECONDS", "HEALTH_CHECK", "MAX_EXCLUDED"),
+    *("DOCTOR", "CHECK", "MASTER_ADDR", "MASTER_PORT"),
+)
 
 
 def command(

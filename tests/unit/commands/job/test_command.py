@@ -19,19 +19,20 @@ from sla_megatron.commands.job.resources import lost_overrides, say_what_is_scar
 from sla_megatron.commands.job.script_flags import listed_flags
 
 OWN = ["--save", "/c", "--load", "/c", "--exit-signal-handler"]
-USER = ["--num-layers", "2", "--lr", "1e-3", "--title", "two words\n"]
+USER = ["--num-layers", "2", "--lr", "1e-3", "--title", "two words\n", os.fsdecode(b"no \xff text")]
 
 
 def command(
-    capsys: pytest.CaptureFixture, run: Path, *options: str, flags: tuple[str, ...] = (*OWN, *USER)
+    capsysbinary: pytest.CaptureFixture, run: Path, *options: str, flags: tuple[str, ...] = (*OWN, *USER)
 ) -> list[str]:
     """The words, as a shell reads them."""
     with pytest.raises(SystemExit) as ended:
         cli.main(["command", "--run", str(run), "--own", "5", *options, "--", *flags])
-    shown = capsys.readouterr()
+    shown = capsysbinary.readouterr()
     assert ended.value.code == 0, shown.err
-    assert shown.out.endswith("\0")
-    return shown.out[: shown.out.rindex("\0")].split("\0")
+    *words, behind = os.fsdecode(shown.out).split("\0")
+    assert behind == ""
+    return words
 
 
 def split(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -68,7 +69,7 @@ def is_the_layout(parsed) -> None:
 
 
 def test_torchrun_reads_the_flags_as_they_are_meant(
-    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsysbinary: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "numactl").touch(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -76,7 +77,7 @@ def test_torchrun_reads_the_flags_as_they_are_meant(
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "18")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    variables, words = split(command(capsys, tmp_path, *PLACE, "--bind", "node", "--python", "/py"))
+    variables, words = split(command(capsysbinary, tmp_path, *PLACE, "--bind", "node", "--python", "/py"))
     assert words[:3] == ["/py", "-m", "torch.distributed.run"]
     parsed = torchrun_parser().parse_args(words[3:])
     is_the_layout(parsed)
@@ -89,10 +90,10 @@ def test_torchrun_reads_the_flags_as_they_are_meant(
 @pytest.mark.skipif(
     importlib.util.find_spec("nvidia_resiliency_ext") is None, reason="needs nvidia-resiliency-ext, for its ft_launcher"
 )
-def test_ft_launcher_reads_the_flags_as_they_are_meant(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_ft_launcher_reads_the_flags_as_they_are_meant(capsysbinary: pytest.CaptureFixture, tmp_path: Path) -> None:
     from nvidia_resiliency_ext.fault_tolerance.launcher import get_args_parser
 
-    _, words = split(command(capsys, tmp_path, *PLACE, "--launch", "ft"))
+    _, words = split(command(capsysbinary, tmp_path, *PLACE, "--launch", "ft"))
     assert words[1:3] == ["-m", "nvidia_resiliency_ext.fault_tolerance.launcher"]
     parsed = get_args_parser().parse_args(words[3:])
     is_the_layout(parsed)
@@ -117,7 +118,7 @@ time.sleep(60)
 """
 
 
-def test_tasks_of_srun_are_ranks(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_tasks_of_srun_are_ranks(capsysbinary: pytest.CaptureFixture, tmp_path: Path) -> None:
     """Of the second node: torch's variables, files of their own, first and last to the job's log as well; a signal
     to all processes of the step, as Slurm sends it, reaches the rank, and what it says then is not lost.
     """
@@ -134,7 +135,7 @@ def test_tasks_of_srun_are_ranks(capsys: pytest.CaptureFixture, tmp_path: Path) 
         "--logs",
         str(tmp_path / "logs"),
     ]
-    variables, words = split(command(capsys, tmp_path, *options, flags=(*OWN, "--lr", "1")))
+    variables, words = split(command(capsysbinary, tmp_path, *options, flags=(*OWN, "--lr", "1")))
     started = {}
     for local in range(3):
         task = {"SLURM_PROCID": str(3 + local), "SLURM_NTASKS": "9", "SLURM_LOCALID": str(local), **variables}
@@ -161,25 +162,25 @@ def test_tasks_of_srun_are_ranks(capsys: pytest.CaptureFixture, tmp_path: Path) 
 
 
 def test_an_own_script_is_asked_once_what_it_takes(
-    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsysbinary: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, script = tmp_path / "run", tmp_path / "mine.py"
     run.mkdir()
     asked = f"open({str(tmp_path / 'asked')!r}, 'a').write('x')\nimport argparse\np = argparse.ArgumentParser()\n"
     script.write_text(asked + "p.add_argument('--save', help='unlike --load')\np.add_argument('--lr')\np.parse_args()")
     for _ in range(2):
-        _, words = split(command(capsys, run, "--script", str(script), flags=(*OWN, "--lr", "1")))
+        _, words = split(command(capsysbinary, run, "--script", str(script), flags=(*OWN, "--lr", "1")))
         assert words[words.index(str(script)) :] == [str(script), "--save", "/c", "--lr", "1"]
     # The user's own flags are his.
-    _, words = split(command(capsys, run, "--script", str(script), flags=(*OWN, "--load", "/mine")))
+    _, words = split(command(capsysbinary, run, "--script", str(script), flags=(*OWN, "--load", "/mine")))
     assert words[words.index(str(script)) :] == [str(script), "--save", "/c", "--load", "/mine"]
     assert (tmp_path / "asked").read_text() == "x"
     script.write_text(asked + "p.add_argument('--load')\np.add_argument('--exit-signal-handler')\np.parse_args()")
-    _, words = split(command(capsys, run, "--script", str(script), flags=tuple(OWN)))
+    _, words = split(command(capsysbinary, run, "--script", str(script), flags=tuple(OWN)))
     assert words[words.index(str(script)) :] == [str(script), "--load", "/c", "--exit-signal-handler"]
     # The same file as a module; the file is what is remembered.
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    _, words = split(command(capsys, run, "--module", "mine", flags=tuple(OWN)))
+    _, words = split(command(capsysbinary, run, "--module", "mine", flags=tuple(OWN)))
     assert words[words.index("mine") - 1 :] == ["-m", "mine", "--load", "/c", "--exit-signal-handler"]
     assert (tmp_path / "asked").read_text() == "xx"
 
@@ -196,7 +197,7 @@ def test_a_script_that_does_not_say_is_taken_for_megatrons(
             ["command", "--run", str(tmp_path), "--own", "5", "--script", str(script), "--to", str(to), "--", *OWN]
         )
     assert ended.value.code == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"sla-job: {script} --help lists no flags (status ")
     assert line.endswith("it is taken to know all of Megatron's")
     assert to.read_text().split("\0")[-len(OWN) - 1 : -1] == OWN
@@ -228,7 +229,8 @@ options:
         (["--launch", "srun", "--bind", "core"], "BIND core: expected what srun's --cpu-bind takes: cores"),
         (["--bind", "cores"], "BIND cores: expected what torchrun's --numa-binding takes: node, socket"),
         (["--bind", "node"], "BIND node: expected numactl, which torchrun calls for it"),
-        (["--launch", "ft", "--bind", "node"], "LAUNCH ft: expected nvidia-resiliency-ext"),
+        (["--launch", "ft", "--bind", "node"], "BIND node: expected none: ft_launcher binds no ranks"),
+        (["--launch", "ft"], "LAUNCH ft: expected nvidia-resiliency-ext"),
     ],
 )
 def test_what_cannot_be_launched_is_refused_before_anything_is_written(

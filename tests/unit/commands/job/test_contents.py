@@ -17,6 +17,8 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, loa
 from torch.distributed.checkpoint.metadata import Metadata
 
 from sla_megatron.common.checkpoint_contents import PIECE, damage, size
+from sla_megatron.training.checkpoint_writer import results_here
+from sla_megatron.upstream.seams import replaced
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -231,3 +233,23 @@ def test_without_checksums_numbers_still_count(tmp_path: Path) -> None:
 def test_gaps_that_nobody_sets(name: str, count: int, passes: bool, tmp_path: Path) -> None:
     state = {name: torch.full((count,), torch.nan)}
     assert (damage(write(tmp_path / "iter_0000005", state)) is None) == passes
+
+
+def test_an_asynchronous_save(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's own writer: not complete before it is finished, and nothing to be found in it then."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    # What was to be copied from a GPU is here.
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    folder = tmp_path / "iter_0000005"
+    folder.mkdir()
+    weights = {name: numbers(300, dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
+    state = {name: ShardedTensor.from_rank_offsets(name, weight) for name, weight in weights.items()}
+    with replaced([results_here()]):
+        to_do = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
+        assert str(damage(folder)) == ".metadata is missing"
+        to_do.execute_sync()
+    assert damage(folder) is None
+    change(folder, "bf16", lambda content: flipped(content, middle_of_values(content)))
+    assert str(damage(folder)).startswith("__0_0.distcp: bf16: its bytes are not those that were written")

@@ -132,7 +132,7 @@ def as_before(wrappings: Sequence[Wrapping | OneOf]) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
+def test_what_is_really_replaced_is_listed(entries: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every attribute of Megatron and torch that changes in a run on the CPU with all of --sla, and no other."""
     from megatron.core.models.bert.bert_model import BertModel
 
@@ -151,13 +151,14 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
         find_sharded_parameters,
         results_here,
     )
+    from sla_megatron.training.save_file import RUN_FOLDER, WRAPPINGS, heed_save_file
     from sla_megatron.upstream.compiled_helpers import COMPILE_HELPERS
 
     def everything() -> dict[str, Any]:
         # What is wrapped stays so for the rest of the process; here, until upstream's own is put back.
         sla = SLAConfig(4, 4, (3,), 3)
         wrapped = [*SCHEDULES, BUILD_SCHEDULE_PLAN, CHECKED_ON_LOADING, SAVE_CONFIG, LOCAL_TENSOR]
-        wrapped += ACROSS_KINDS
+        wrapped += [*ACROSS_KINDS, *WRAPPINGS]
         run = Namespace(num_layers=1, load="hybrid", no_load_optim=True, ckpt_format="torch_dist", mtp_num_layers=None)
         with cpu_backend(), sla_transformer_blocks(sla, torch_attention=True), as_before(wrapped):
             install_transport()
@@ -166,11 +167,13 @@ def test_what_is_really_replaced_is_listed(entries: list[Any]) -> None:
             load_across_kinds(run, Namespace(hybrid_layer_pattern="*-"))
             carry_tokenizer_along(Namespace(save="checkpoints", sla=True, ckpt_format="torch_dist"))
             find_sharded_parameters(Namespace(use_torch_fsdp2=True))
+            heed_save_file(Namespace(save="checkpoints", exit_signal_handler=True))
             # Each is installed for a while, at a time of its own.
             briefly = [CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD, *MAMBA_PARTS, COMPILE_HELPERS, results_here()]
             with sla_transformer_blocks(sla, BertModel), replaced(briefly):
                 return attributes()
 
+    monkeypatch.setenv(RUN_FOLDER, "runs/gpt")
     # Once for what upstream itself fills in when it is first asked.
     everything()
     before = attributes()
