@@ -137,6 +137,26 @@ def test_who_asked_for_what_is_replaced(recipe: ModuleType) -> None:
     ]
 
 
+def test_an_environment_that_is_not_to_be_touched(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A distribution's own Python, unless its user says so, and a pip that cannot tell what it would install."""
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    monkeypatch.setattr(recipe.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.delenv("PIP_BREAK_SYSTEM_PACKAGES", raising=False)
+    recipe.require_usable()
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    with pytest.raises(
+        recipe.Refusal, match="is the system's: expected a venv that sees its packages .*, or PIP_BREAK"
+    ):
+        recipe.require_usable()
+    monkeypatch.setenv("PIP_BREAK_SYSTEM_PACKAGES", "1")
+    recipe.require_usable()
+    monkeypatch.setattr(recipe.importlib.metadata, "version", lambda name: "22.0.2")
+    with pytest.raises(recipe.Refusal, match=r"pip is 22.0.2: expected 22.2 or newer"):
+        recipe.require_usable()
+
+
 # Environments with a pip that installs
 
 
