@@ -56,6 +56,7 @@ IMAGE = {
     "pandas": ("2.2.3", ("numpy>=1.26.0; python_version >= '3.12'", "python-dateutil>=2.8.2", "pytz>=2020.1")),
     "packaging": ("25.0", ()),
     "pyyaml": ("6.0.2", ()),
+    "of-somebody": ("built-here", ("what (is this", "pyyaml>=5")),
 }
 OLD_HUB = {"huggingface-hub": ("0.34.4", ()), "tokenizers": ("0.21.4", ("huggingface-hub<1.0,>=0.16.4",))}
 OLD_DATASETS = {"datasets": ("3.6.0", ("huggingface-hub<1.0,>=0.24.0", "pandas", "fsspec[http]<=2025.3.0"))}
