@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags_of(save: Path, data: list[str], **more: object) -> list[str]:
     """TP=2, dropout on: its random state must come back as well."""
     common = {"sla": True, "sla_skip_distance": 2, "train_iters": LAST, "eval_iters": 0, "save_interval": INTERVAL}
-    common |= {"mock_data": False, "data_path": data, "split": "98,1,1", "seed": 7, "exit_signal_handler": True}
+    common |= {"mock_data": False, "data_path": data, "split": "1,0,0", "seed": 7, "exit_signal_handler": True}
     return argv(**common | {"save": save} | more)
 
 

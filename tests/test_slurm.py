@@ -26,6 +26,7 @@ from tests.support.launch import ROOT, free_ports, rank_environment
 from tests.support.runs import argv
 from tests.support.slurm import Cluster, cluster, missing, processes_with
 from tests.support.wandb_files import recorded
+from tests.unit.commands.job.test_attend import Run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")]
 
@@ -367,6 +368,25 @@ def wrapper(folder: Path, training: str) -> str:
     )
     path.chmod(0o755)
     return str(path)
+
+
+def test_a_step_that_resumed_from_a_damaged_checkpoint_is_ended(slurm: Cluster, tmp_path: Path) -> None:
+    """One bit of a weight: torch would load it.  The chain goes on, in the same allocation, from the one before."""
+    run = Run(slurm.folder / "runs" / "damaged")
+    run.save(10, 20)
+    run.flip(20)
+    python = wrapper(tmp_path, "echo training; sleep 60")
+    job = submit(slurm, run.folder, *FLAGS, PYTHON=python, HEALTH_CHECK="true")
+    watch = Watch(slurm, job, run.folder)
+    watch.until("resuming from iteration 20")
+    watch.until("iter_0000020 is damaged: __0_0.distcp: weight: its bytes are not those that were written")
+    watch.until("iter_0000020 is damaged: .*; it is now damaged_iter_0000020_")
+    watch.until("resuming from iteration 10")
+    watch.until("iter_0000010 is whole and finite")
+    assert slurm.job(job)["Restarts"] == "0"
+    slurm.command("scancel", job)
+    slurm.until(job, {"CANCELLED"})
+    assert run.there() == ["10", "damaged_iter_0000020"]
 
 
 def test_a_crash_loop_stops(slurm: Cluster, tmp_path: Path) -> None:

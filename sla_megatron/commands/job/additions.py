@@ -53,7 +53,8 @@ def additions(run: Path, flags: Sequence[str], takes: Callable[[str], bool]) -> 
         if values(flags, flag) is None and takes(flag) and possible():
             found.flags += [flag, str(value)]
 
-    if values(flags, "--wandb-project") not in (None, [], [""]) or os.environ.get("WANDB_PROJECT"):
+    asked = values(flags, "--wandb-project") not in (None, [], [""]) or os.environ.get("WANDB_PROJECT")
+    if asked and os.environ.get("WANDB_RESUME") != "never":
         found.environment |= _wandb(run)
         # Megatron passes a folder of its own, which counts more than WANDB_DIR.
         add("--wandb-save-dir", Path(os.environ.get("WANDB_DIR") or run))
@@ -69,9 +70,7 @@ def additions(run: Path, flags: Sequence[str], takes: Callable[[str], bool]) -> 
 
 
 def _wandb(run: Path) -> dict[str, str]:
-    """The same run at each attempt; what the user has set counts, and ``WANDB_RESUME=never`` switches this off."""
-    if os.environ.get("WANDB_RESUME") == "never":
-        return {}
+    """The same run at each attempt; what the user has set counts."""
     name, job = _kept_names(run)
     own = {"WANDB_RUN_ID": name, "WANDB_RESUME": "allow", "WANDB_DIR": str(run)}
     found = {name: value for name, value in own.items() if not os.environ.get(name)}
@@ -87,19 +86,24 @@ def _kept_names(run: Path) -> tuple[str, str | None]:
     path = run / WANDB
     try:
         kept = read_json(path)
-        if kept is not None:
-            name, job = kept["run_id"], kept["job_name"]
-            if not (name and isinstance(name, str) and isinstance(job, str | None)):
-                raise ValueError(f"run_id {name!r}, job_name {job!r}")
-            return name, job
+        if kept is None:
+            kept = {"run_id": _new_id(), "job_name": None}
+        name, job = kept["run_id"], kept["job_name"]
+        if not (name and isinstance(name, str) and isinstance(job, str | None)):
+            raise ValueError(f"run_id {name!r}, job_name {job!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"{path} cannot be read ({error}): expected it as it was, or moved away") from error
-    name = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-    job = os.environ.get("SLURM_JOB_NAME")
-    # Without a folder the command is only shown.
-    if run.is_dir():
-        write_json(path, {"run_id": name, "job_name": job})
+    # None of a command that was only shown, outside of a job; where there is no folder yet, it leaves none.
+    job = job or os.environ.get("SLURM_JOB_NAME")
+    found = {"run_id": name, "job_name": job}
+    if run.is_dir() and (found != kept or not path.exists()):
+        write_json(path, found)
     return name, job
+
+
+def _new_id() -> str:
+    """As wandb makes them."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 def _can_write_events() -> bool:

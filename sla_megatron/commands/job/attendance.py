@@ -10,7 +10,7 @@ from pathlib import Path
 from ...common.checkpoint_contents import damage, size
 from ...common.checkpoint_folders import checkpoints, problem, stored_args, tracked
 from .chain import Chain
-from .checked import Checked, Look, fingerprint, spoils
+from .checked import FILE, Checked, Look, fingerprint, spoils
 from .flags import TrainingFlags
 from .keep import Keep, remove, remove_rest, shown_size, space_warning, written_by
 
@@ -18,7 +18,7 @@ from .keep import Keep, remove, remove_rest, shown_size, space_warning, written_
 SAVE_AND_EXIT, RESUMED_FROM_DAMAGE = 20, 21
 
 #: How many seconds are left for a look, or a removal, after training has ended.
-_LEFT = 5.0
+_LEFT = 3.0
 
 
 class _Over(Exception):
@@ -56,6 +56,7 @@ class Attendance:
     #: What was there when nothing was left to do.
     _seen: object = None
     _whole: dict[Path, str] = field(default_factory=dict)
+    _unnoted: set[Path] = field(default_factory=set)
     _failures: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -123,9 +124,10 @@ class Attendance:
         for iteration in sorted(there, key=lambda each: (each == self._began_at, each), reverse=True):
             if falls_back and iteration < self._began_at:
                 return None
-            if looks[iteration] is None:
+            look = looks[iteration]
+            if look is None and there[iteration] not in self._unnoted:
                 return there[iteration]
-            falls_back |= looks[iteration].damage is None and iteration <= self._began_at
+            falls_back |= look is not None and look.damage is None and iteration <= self._began_at
         return None
 
     def _make_room(self, there: dict[int, Path], looks: dict[int, Look | None]) -> None:
@@ -161,7 +163,12 @@ class Attendance:
                 return False
         except FileNotFoundError:
             return False
-        self._checked.note(path, before, None if found is None else found.text)
+        try:
+            self._checked.note(path, before, None if found is None else found.text)
+        except OSError as error:
+            # A full disk, say.  It need not be read time and again.
+            self._unnoted.add(path)
+            self.say(f"{self.run / FILE}: {error.strerror}: what is found in {path.name} is not remembered")
         if found is None:
             self.say(f"{path.name} is whole and finite: {shown_size(size(path))} in {time.monotonic() - began:.1f} s")
             return True

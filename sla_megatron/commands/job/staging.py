@@ -67,7 +67,7 @@ def stage_data(flags: Sequence[str], stage: Path, node: str, say: Callable[[str]
     at = _placed(stage)
     named = prefixes(flags)
     sources = [source for prefix in named if at(prefix) != prefix for source in _files_of(prefix)]
-    lists = {Path(at(file)): rewritten(flag, file, at) for flag, file in list_files(flags).items()}
+    lists = {Path(at(file)): rewritten(flag, file, at) for flag, file in list_files(flags).items() if at(file) != file}
     copies = {source: Path(at(str(source))) for source in sources}
     _require_space(copies, stage, node)
     stage.mkdir(parents=True, exist_ok=True)

@@ -187,6 +187,20 @@ def test_a_file_that_is_as_it_was_is_looked_into_once(run: Run) -> None:
     assert len(run.said) == 1 and run.looks() == {"20": None}
 
 
+def test_what_cannot_be_remembered_is_said_and_not_read_again(run: Run) -> None:
+    """As on a full disk; the attendance goes on."""
+    run.begin()
+    run.save(10, 20)
+    (run.folder / "checked.json").mkdir()
+    rounds = iter([False, False, True])
+    assert run.attend(wait=lambda: next(rounds)) == 0
+    assert [line.rpartition(" ")[0] for line in run.said if "not remembered" in line] == [
+        f"{run.folder}/checked.json: Is a directory: what is found in iter_{iteration:07d} is not"
+        for iteration in (20, 10)
+    ]
+    assert sum("whole and finite" in line for line in run.said) == 2
+
+
 def test_a_checkpoint_that_is_being_written_is_left_alone(run: Run) -> None:
     """Complete but for the tracker, as with --async-save on its way; then it is looked into."""
     run.save(10)

@@ -107,8 +107,11 @@ def test_what_is_no_indexed_file(data: Path, tmp_path: Path) -> None:
     assert stage(to, *flags) == 0
     counts = json.loads(Path(staged_flags(flags, to)[-1]).read_text())
     assert counts == {f"{to}{data}/a/text": 7, f"{to}{data}/c": 8}
-    # What is below the folder already is not staged again.
+    # What is below the folder already is not staged again, and a list that is there is somebody's own.
     assert staged_flags(staged_flags(flags, to), to) == staged_flags(flags, to)
+    (to / "mine").write_text(f"{data}/d\n")
+    assert stage(to, "--data-args-path", to / "mine") == 0
+    assert (to / "mine").read_text() == f"{data}/d\n"
 
 
 def test_a_second_attempt_copies_nothing(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
