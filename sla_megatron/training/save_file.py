@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import flag_of
 from ..upstream.seams import Wrapping, wrap_once
 
 #: Names the run's folder, which launch/slurm.sbatch sets.
@@ -92,11 +93,16 @@ def heed_save_file(args: Namespace) -> None:
     Nothing is touched without the variable, ``--save`` and ``--exit-signal-handler``.
     """
     global _file
-    folder = os.environ.get(RUN_FOLDER)
-    _file = None
-    if folder and args.save is not None and args.exit_signal_handler:
-        wrap_once(WRAPPINGS)
-        _file = SaveFile(Path(folder) / "save")
+    _file, folder = None, os.environ.get(RUN_FOLDER)
+    if not folder:
+        return
+    if args.save is None or not args.exit_signal_handler:
+        if args.rank == 0:
+            missing = " and ".join(flag_of(name) for name in ("save", "exit_signal_handler") if not getattr(args, name))
+            print(f"sla-megatron: {folder}/save is not heeded without {missing}", flush=True)
+        return
+    wrap_once(WRAPPINGS)
+    _file = SaveFile(Path(folder) / "save")
 
 
 def _with_the_file(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -111,19 +111,26 @@ def test_an_asynchronous_save_is_finished_first(saving: SaveFile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "flags", "heeded"),
+    ("folder", "flags", "heeded", "missing"),
     [
-        ("runs/gpt", {}, True),
-        (None, {}, False),
-        ("", {}, False),
-        ("runs/gpt", {"save": None}, False),
-        ("runs/gpt", {"exit_signal_handler": False}, False),
+        ("runs/gpt", {}, True, None),
+        (None, {}, False, None),
+        ("", {"save": None}, False, None),
+        ("runs/gpt", {"save": None}, False, "--save"),
+        ("runs/gpt", {"exit_signal_handler": False}, False, "--exit-signal-handler"),
+        ("runs/gpt", {"exit_signal_handler": False, "rank": 1}, False, None),
     ],
 )
 def test_nothing_is_touched_unless_it_can_be_heeded(
-    folder: str | None, flags: dict[str, object], heeded: bool, megatron: None, monkeypatch: pytest.MonkeyPatch
+    folder: str | None,
+    flags: dict[str, object],
+    heeded: bool,
+    missing: str | None,
+    megatron: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
 ) -> None:
-    """Megatron's own functions are there in all other runs."""
+    """Megatron's own functions are there in all other runs; a user who named the folder is told what lacks."""
     places = [wrapping.resolve() for wrapping in save_file.WRAPPINGS]
     for owner, name in places:
         # As in a process in which no run heeded one.
@@ -133,6 +140,8 @@ def test_nothing_is_touched_unless_it_can_be_heeded(
     monkeypatch.delenv(save_file.RUN_FOLDER, raising=False)
     if folder is not None:
         monkeypatch.setenv(save_file.RUN_FOLDER, folder)
-    save_file.heed_save_file(Namespace(**{"save": "checkpoints", "exit_signal_handler": True} | flags))
+    save_file.heed_save_file(Namespace(**{"save": "checkpoints", "exit_signal_handler": True, "rank": 0} | flags))
     changed = [getattr(owner, name) is not one for (owner, name), one in zip(places, before, strict=True)]
     assert changed == [heeded] * 4 and (save_file._file is not None) == heeded
+    said = f"sla-megatron: runs/gpt/save is not heeded without {missing}\n" if missing else ""
+    assert capfd.readouterr().out == said
