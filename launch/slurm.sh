@@ -67,14 +67,28 @@ end_attending() { # PID
     say "sla-job attend has not ended after 15 s, and is left"
 }
 
-# Tells the ranks.
-forward() { # WHAT [SIGNAL]: it came, and the ranks are told
+# Tells the ranks, or torchrun, which tells them.  Slurm's own signal reaches all processes of a step: W&B's service would
+# end, and without it the rank that speaks to it, in the place of a save.
+forward() { # WHAT [SIGNAL]
     signalled=(--signalled)
     local id signal=${2:-TERM} does="save and exit"
     [ "$signal" = TERM ] || does=end
     id=$(squeue --noheader --steps --jobs="$job" --format='%i %j' | sed -n 's/ train$//p')
     say "$1 came: the ranks $does${id:+ (step $id)}"
-    [ -z "$id" ] || scancel --signal="$signal" "$id"
+    [ -n "$id" ] || return 0
+    if [ "$signal" != TERM ] || ! tell_tasks "$number.${id##*.}"; then
+        scancel --signal="$signal" "$id"
+    fi
+}
+
+# Sends TERM to the tasks of a step alone.
+tell_tasks() { # STEP
+    # shellcheck disable=SC2016 # The node's shell expands it.
+    timeout 60 srun --overlap --ntasks="$nnodes" --ntasks-per-node=1 --job-name=signal bash -c '
+        pids=$(scontrol listpids "$1" "$SLURMD_NODENAME" | while read -r pid _ _ task _; do
+            case $task in [0-9]*) echo "$pid" ;; esac
+        done)
+        [ -n "$pids" ] && kill $pids' bash "$1" </dev/null
 }
 
 # Ends this script, and has Slurm start the job again where it is still to run.
