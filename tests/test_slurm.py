@@ -370,6 +370,7 @@ def wrapper(folder: Path, training: str) -> str:
     return str(path)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_step_that_resumed_from_a_damaged_checkpoint_is_ended(slurm: Cluster, tmp_path: Path) -> None:
     """One bit of a weight: torch would load it.  The chain goes on, in the same allocation, from the one before."""
     run = Run(slurm.folder / "runs" / "damaged")
