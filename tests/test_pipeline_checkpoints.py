@@ -12,7 +12,7 @@ from tests.support.runs import CLOSE, argv, figures, train_on_all_ranks
 
 pytestmark = pytest.mark.distributed
 
-SAVED_AT, LAST = 2, 4
+SAVED_AT, LAST = 1, 3
 
 SHARDED = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}

@@ -18,7 +18,7 @@ from tests.support.runs import argv, figures, train_on_all_ranks
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 4
+STEPS = 3
 # As in test_pipeline.py: rounding in sums of another order.
 CLOSE = 1e-6
 

@@ -13,7 +13,7 @@ from tests.support.runs import argv
 
 pytestmark = pytest.mark.distributed
 
-SAVE_INTERVAL, KILLED_AFTER, LAST = 20, 30, 60
+SAVE_INTERVAL, KILLED_AFTER, LAST = 20, 30, 40
 # Dropout stays on, at Megatron's 0.1: its random state must come back as well.
 SLA = {"sla": True, "sla_skip_distance": 2, "train_iters": LAST, "eval_iters": 0, "save_interval": SAVE_INTERVAL}
 

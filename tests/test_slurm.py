@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -60,6 +60,12 @@ def submit(slurm: Cluster, run: Path, *flags: str, nodes: int = 2, **environment
     names = {"RUN_DIR": str(run), "PYTHON": sys.executable, "NPROC": "2"} | environment
     options = ["--parsable", f"--nodes={nodes}", "--job-name=gpt", f"--output={run}.log"]
     return slurm.command("sbatch", *options, "launch/slurm.sbatch", *flags, cwd=ROOT, **names).strip()
+
+
+def shown(slurm: Cluster, run: Path) -> dict[str, Any]:
+    """What ``sla-job show`` says of a run, where Slurm's commands are this cluster's."""
+    command = [sys.executable, "-m", "sla_megatron.commands.job.cli", "show", "--run", run, "--json"]
+    return json.loads(slurm.command(*command, cwd=ROOT, PYTHONPATH=str(ROOT)))
 
 
 def log(run: Path) -> str:
@@ -179,7 +185,11 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     watch.until(f"resuming from iteration {saved}")
 
     # One node's processes die in mid-step.
-    watch.training()
+    iteration = watch.training()
+    found = shown(slurm, run)
+    assert (found["state"], found["slurm"]["state"]) == ("training", "RUNNING")
+    assert found["checkpoint"]["iteration"] >= saved and found["iteration"] >= iteration
+    assert found["train_iters"] == ITERATIONS and found["seconds_left"]["training"]
     victims, helpers = (processes_on("node2", run, each) for each in (b"sla_megatron.pretrain_gpt", b"multiprocessing"))
     assert victims and helpers
     for pid in victims:
@@ -220,6 +230,12 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     assert known["JobState"] == "COMPLETED", log(run)[-5000:]
     assert log(run).count(f"sla-job: attempt {attempt + 1} of this run") == 1
     assert len(list((run / "checkpoints").glob(f"incomplete_iter_{saved:07d}_*"))) == 1
+    found = shown(slurm, run)
+    assert (found["state"], found["slurm"]["state"], found["iteration"]) == ("finished", "GONE", ITERATIONS)
+    # If the other node's torchrun ends first, that of the node whose processes died has no time to say so.
+    killed = found["attempts"][1]
+    assert re.match(r"Signal 9 \(SIGKILL\)$|ended without a word: killed", killed["reason"]), killed
+    assert killed["lost_iterations"] == killed["last_iteration"] - killed["ended_at"] >= 0
     same_result(run, undisturbed)
 
 
@@ -398,6 +414,7 @@ def test_a_crash_loop_stops(slurm: Cluster, tmp_path: Path) -> None:
     assert (known["JobState"], known["ExitCode"]) == ("FAILED", "7:0"), log(run)
     assert log(run).count("sla-job: attempt 1 failed with status 7: nothing is saved, no more than it began with") == 1
     assert "sla-job: stopping: 2 attempts in a row failed without a new checkpoint" in log(run)
+    assert shown(slurm, run)["state"] == "failed"
     # Submitted anew, it is tried again.
     job = submit(slurm, run, *FLAGS, PYTHON=python, MAX_FAILURES="1")
     slurm.until(job, {"FAILED"})
@@ -473,9 +490,12 @@ def test_a_cancelled_job_stays_cancelled(slurm: Cluster, tmp_path: Path) -> None
     assert f"slurm.sbatch: error: {run}/checkpoints: job {job} is training there: expected another RUN_DIR" in log(
         run.with_name("second")
     )
+    found = shown(slurm, run)
+    assert (found["state"], found["slurm"]["state"]) == ("starting", "RUNNING")
     slurm.command("scancel", job)
     slurm.until(job, {"CANCELLED"})
     time.sleep(2)
+    assert shown(slurm, run)["state"] in ("stopped", "failed")
     assert slurm.job(job)["JobState"] == "CANCELLED" and "requeueing" not in log(run)
 
 

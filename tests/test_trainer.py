@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sla_megatron.commands.job.progress.events import logged_steps, newest_events
+from sla_megatron.commands.job.progress.steps import first_step, last_step, printed_arguments
 from tests.support.launch import ROOT
-from tests.support.runs import CLOSE, CPU_FLAGS, ITERATIONS, NO_DROPOUT, argv, train
+from tests.support.runs import CLOSE, CPU_FLAGS, ITERATIONS, NO_DROPOUT, argv, train_on_all_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -93,7 +96,16 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return train(REQUESTS, 2, tmp_path_factory.mktemp("trainer"))
+    """The first rank's answer of each run; and what the last one printed, and where TensorBoard's files are."""
+    folder = tmp_path_factory.mktemp("trainer")
+    events = ["--tensorboard-dir", str(folder / "tensorboard"), "--log-timers-to-tensorboard"]
+    watched = REQUESTS["watched"] | {"argv": [*REQUESTS["watched"]["argv"], *events]}
+    answers = train_on_all_ranks(REQUESTS | {"watched": watched}, 2, folder)
+    more = {
+        name: {"last rank": of_ranks[-1]["stdout"], "events": folder / "tensorboard"}
+        for name, of_ranks in answers.items()
+    }
+    return {name: of_ranks[0] | more[name] for name, of_ranks in answers.items()}
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -104,6 +116,21 @@ def test_trains_and_evaluates(runs: dict[str, dict[str, Any]], name: str) -> Non
     assert run["iteration"] == list(range(1, ITERATIONS + 1))
     assert all(math.isfinite(value) for value in run["loss"] + run["grad_norm"] + run["evaluations"])
     assert len(run["evaluations"]) == 2, "validation and test"
+
+
+def test_what_it_logs_is_read(runs: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """``sla-job show`` finds the losses that the run had, in what this Megatron prints and in TensorBoard's files."""
+    run = runs["watched"]
+    for name in ("stdout", "last rank"):
+        (tmp_path / name).write_text(run[name])
+    printed = first_step(tmp_path / "last rank"), last_step(tmp_path / "last rank")
+    assert last_step(tmp_path / "stdout") is None
+    for first, last in (printed, logged_steps(newest_events(run["events"]))):
+        assert (first.iteration, last.iteration) == (1, ITERATIONS)
+        assert (first.loss, last.loss) == pytest.approx((run["loss"][0], run["loss"][-1]), rel=1e-6)
+        assert last.batch == 8 and 0 < last.seconds < 60 and 0 < last.time - first.time < 600
+    assert (printed[1].last, printed[1].samples) == (ITERATIONS, 8 * ITERATIONS)
+    assert printed_arguments(tmp_path / "stdout")["seq_length"] == "16"
 
 
 @pytest.mark.parametrize("name", REQUESTS)

@@ -1,4 +1,5 @@
-"""What every folder may use: errors, files, flag types, tables, pictures, environment, launchers, tokenizers, waiting.
+"""What every folder may use: errors, files, flag types, tables, pictures, environment, launchers, tokenizers, waiting,
+times, Megatron's log.
 
 Imports nothing of ours; torch and Megatron only within the functions that need them.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import gc
 import inspect
 import io
 import json
@@ -244,7 +245,8 @@ class Listener:
 def forget_megatron(together: bool = True) -> None:
     """Undo what a run leaves in Megatron's module globals, so that the next can have another shape.
 
-    The process groups too: each keeps gloo's threads alive, and hundreds of them slow every later run down.
+    The process groups too: each keeps gloo's threads alive, and hundreds of them slow every later run down.  What was
+    destroyed ends when nothing refers to it any more, which Python finds out at its leisure: some thirty runs later.
 
     Args:
         together: whether all ranks come here, and leave the groups at once.
@@ -264,6 +266,7 @@ def forget_megatron(together: bool = True) -> None:
     rerun_state_machine.destroy_rerun_state_machine()
     random._CUDA_RNG_STATE_TRACKER = None
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ checked.py     which checkpoints were looked into, and what was found
 flags.py       what they depend on of Megatron's flags
 keep.py        how many checkpoints stay
 launching.py   a training as the words of one command, for torchrun, srun and ft_launcher
+progress/      how a run is doing, by logs and by what Slurm says
 resources.py   what Slurm gave a job, beside what its ranks need
 script_flags.py  which flags a script of the user's own takes
 """

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ class Attempt:
     ended: str | None = None
     ended_at: int | None = None
     how: str | None = None
+    #: Slurm's count of the job's starts before this one, which names the folder of its logs.
+    restart: int | None = None
+    #: The job's log, and its length when the attempt began.
+    log: str | None = None
+    log_from: int | None = None
+    #: Failures in a row that end the chain.
+    max_failures: int | None = None
 
     @classmethod
     def read(cls, stored: dict[str, Any]) -> Attempt:
@@ -41,6 +49,16 @@ class Attempt:
         if not isinstance(attempt.began_at, int) or not isinstance(attempt.ended_at, int | None):
             raise ValueError(f"iterations {attempt.began_at} to {attempt.ended_at}")
         return attempt
+
+    def stored(self) -> dict[str, Any]:
+        """For :meth:`read`; of an attempt of before what was not noted then is not there."""
+        later = ("restart", "log", "log_from", "max_failures")
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in later}
+
+    @property
+    def clock(self) -> float:
+        """When it began, in seconds."""
+        return datetime.fromisoformat(self.began).timestamp()
 
     @property
     def failed(self) -> bool:
@@ -54,6 +72,8 @@ class Chain:
 
     folder: Path
     attempts: list[Attempt] = field(default_factory=list)
+    #: ``restart``, ``log`` and ``log_from`` of an attempt that begins now, as far as they are known.
+    logs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Chain:
@@ -71,7 +91,7 @@ class Chain:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "chain.json", {"attempts": [asdict(attempt) for attempt in self.attempts]})
+        write_json(self.folder / "chain.json", {"attempts": [attempt.stored() for attempt in self.attempts]})
 
     @property
     def newest(self) -> int:
@@ -149,7 +169,7 @@ def begin(chain: Chain, flags: TrainingFlags, job: str, nodes: str, limit: int, 
     if chain.failures(job) >= limit:
         chain.write()
         return _stopped(chain, job, say)
-    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0))
+    chain.attempts.append(Attempt(job, nodes, _now(), newest or 0, max_failures=limit, **chain.logs))
     chain.write()
     say(f"attempt {len(chain.attempts)} of this run, job {job} on {nodes}")
     return REQUEUE

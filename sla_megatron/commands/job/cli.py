@@ -7,7 +7,7 @@ sla-job command --run runs/gpt -- FLAGS             prints the command that trai
 sla-job attend --run runs/gpt --keep 3 -- FLAGS     beside an attempt; 20 save and exit, 21 exit, see RUN/checked.json
 sla-job end --run runs/gpt --status 1 -- FLAGS      0 finished or stopped, 75 to be requeued, 3 crash loop
 sla-job verify --run runs/gpt                       looks into all checkpoints: 1 if one is damaged
-sla-job show --run runs/gpt                         the attempts so far
+sla-job show --run runs/gpt                         how the run is doing, and its attempts
 sla-job health --run runs/gpt --gpus 8              this node: GPUs, and the run's folder
 """
 

@@ -32,12 +32,12 @@ _CPU_BIND = re.compile(
     r"|sockets|cores|threads|ldoms|boards)"
 )
 
-#: What runs a rank as a task of srun's: torch's variables from Slurm's, and files of its own for what it says; a node's
-#: first and last rank, which Megatron has speak, are in the job's log as well.  A signal to the step reaches the rank
-#: itself; what copies its words outlives it.
+#: What runs a rank as a task of srun's: torch's variables from Slurm's, and files of its own for what it says, in each
+#: step; a node's first and last rank, which Megatron has speak, are in the job's log as well.  A signal to the step
+#: reaches the rank itself; what copies its words outlives it.
 _RANK = """\
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$1
-logs=$2/$SLURM_LOCALID
+logs=$2${SLURM_STEP_ID:+/$SLURM_STEP_ID}/$SLURM_LOCALID
 shift 2
 mkdir -p "$logs" || exit
 copy() { trap '' INT TERM HUP USR1 USR2; exec tee -a "$1"; }

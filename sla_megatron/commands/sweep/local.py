@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from ...common.durations import duration
 from .errors import RunBusy, RunFailed
 from .grid import Run
 from .results_folder import SweepFolder
@@ -82,14 +83,6 @@ class Progress:
         if gained < 0.05 * self.runs[0].tokens:
             return "time left not known yet"
         return f"about {duration((time.monotonic() - self._began) * ahead / gained)} left of all"
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``3 min``, ``5 h 20 min``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def run_all(sweep: SweepFolder, runs: Sequence[Run], processes: int, say: Say) -> int:

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
+from ...common.megatron_log import progress_line
+
 #: Precedes the command line of each launch.
 LAUNCH_MARK = "$ "
 
 #: Log intervals at a run's end whose mean is its training loss.
 LAST_INTERVALS = 10
 
-_ITERATION = re.compile(r"\biteration +(\d+)/ *(\d+) \|(.*)")
 _VALIDATION = re.compile(r"\bvalidation loss at iteration (\d+) on validation set \| lm loss value: (\S+)")
 _PARAMETERS = re.compile(r"sla-megatron: (?:off; )?parameters (\d+)\b")
 _WORLD_SIZE = re.compile(r"\busing world size: (\d+)")
@@ -58,11 +59,10 @@ class TrainingLog:
             self.on_cpu = True
         elif found := _VALIDATION.search(line):
             self.validation[int(found[1])] = float(found[2])
-        elif found := _ITERATION.search(line):
-            self._progress(int(found[1]), found[3])
+        elif printed := progress_line(line):
+            self._progress(printed.iteration, printed.values)
 
-    def _progress(self, last: int, text: str) -> None:
-        values = dict(part.strip().rsplit(": ", 1) for part in text.split("|") if ": " in part)
+    def _progress(self, last: int, values: dict[str, str]) -> None:
         if "elapsed time per iteration (ms)" not in values:
             return
         # Without one where it is not a number.
