@@ -73,6 +73,13 @@ SECTIONS = (
         "python -m benchmarks.transport --ranks 4",
     ),
     Section(
+        "plan",
+        "A step, predicted",
+        "benchmarks.plan_steps",
+        "What `sla-plan` says of a step with the rates that `sla-doctor --rates` measures, and what it takes.",
+        "",
+    ),
+    Section(
         "generation",
         "Generation",
         "benchmarks.generation",

@@ -156,6 +156,11 @@ class TrainingSteps:
 
     def step(self) -> None:
         """Forward and backward passes of all microbatches, gradient finalisation and an optimizer step."""
+        self.passes()
+        self.optimizer.step()
+
+    def passes(self) -> None:
+        """A step without its optimizer's."""
         import torch
 
         shape = (self.args.micro_batch_size, self.args.seq_length + 1)
@@ -183,4 +188,3 @@ class TrainingSteps:
             micro_batch_size=self.args.micro_batch_size,
             forward_only=False,
         )
-        self.optimizer.step()

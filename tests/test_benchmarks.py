@@ -114,6 +114,29 @@ def test_transport(tmp_path: Path) -> None:
     assert interleaved["ranks"][0]["resident_bytes"] == 0 < interleaved["ranks"][1]["resident_bytes"]
 
 
+def test_plan_steps(tmp_path: Path) -> None:
+    """Over a line of a known rate the doctor's rate is that; every step and round is in the figures."""
+    flags = ["--cases", "pp2-slow", "--layers", "4", "--hidden", "128", "--heads", "4", "--seq-length", "256"]
+    flags += ["--microbatches", "2", "--rounds", "1", "--steps", "2", "--megabits", "80"]
+    result, printed = run_benchmark("plan_steps", tmp_path / "plan.json", *flags)
+    if "not_measured" in result["rows"][0]:
+        assert "not allowed here: " in printed
+        pytest.skip(result["rows"][0]["not_measured"])
+    assert [(row["model"], row["link"], row["seconds"]["n"]) for row in result["rows"]] == [
+        ("sla", "80 Mbit/s", 2),
+        ("dense", "80 Mbit/s", 2),
+    ]
+    for row in result["rows"]:
+        (flags,) = row["plan_flags"]
+        assert f"--link-gb-per-s {row['rates']['link-gb-per-s']['median']:.4g} " in flags
+        # Headers, a burst, and what else runs; without the line it is a hundredfold.
+        assert 0.5 * 0.01 < row["rates"]["link-gb-per-s"]["median"] < 1.5 * 0.01
+        assert row["predicted_over_measured"]["median"] == pytest.approx(
+            row["predicted_seconds"]["median"] / row["seconds"]["median"]
+        )
+    assert "predicted and real" in printed
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_generation(compiled: bool, tmp_path: Path) -> None:
     """The cache is the formula's, 13 of 16 groups, also where its size is fixed; every round is in the figures.

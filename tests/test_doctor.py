@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sla_megatron.commands.doctor import cli
+from sla_megatron.commands.plan import cli as plan
 from tests.support.indexed_files import write_indexed
-from tests.support.launch import free_ports, start_ranks
+from tests.support.launch import ROOT, free_ports, start_ranks
 from tests.support.runs import argv
 
 pytestmark = pytest.mark.distributed
 
 LINES = ["ranks", "python", "torch", "megatron", "packages", "tools", "gpus", "upstream", "flags", "te", "apex"]
-LINES += ["tokenizer", "data", "cache", "save", "space", "load", "shared", "layout"]
+LINES += ["tokenizer", "data", "cache", "save", "space", "load"]
+LINES += ["cores", "memory", "numa", "shm", "files", "memlock", "shared", "layout"]
+
+#: The page's example: the job's flags, and what is done with them.
+JOB, DOCTOR, PLAN = re.search(
+    r'^JOB="(.*?)"\n(torchrun .*?)\n(sla-plan .*?)\n', (ROOT / "docs/pipeline.md").read_text(), re.MULTILINE | re.DOTALL
+).groups()
 
 #: Seconds in which a rank that hangs is found; all before it must be done in as many.
 _TIMEOUT = 10
@@ -40,7 +50,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkpoints = {"save": folder / "to/be/made", "save_interval": 5}
     pipeline = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1}
     further = {"mtp_num_layers": 1, "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True}
+    # Without what the shell does.
+    documented = DOCTOR.partition(" -m sla_megatron.commands.doctor.cli ")[2].partition("|")[0].replace("$JOB", JOB)
     requests = {
+        "documented": {"argv": documented.replace("\\\n", " ").split()},
         "tensor": flags("tensor", "--sla", **checkpoints),
         "interleaved": flags("interleaved", "--sla", num_layers_per_virtual_pipeline_stage=1, **pipeline, **further),
         "data": flags("data", "--sla", "--quick") | {"of_rank": {"1": ["--data-path", str(folder / "absent")]}},
@@ -76,8 +89,14 @@ def test_all_is_well_with_tensor_parallelism(ran: dict[str, Any]) -> None:
     lines = lines_of(ran, "tensor", 0)
     assert list(lines) == LINES
     assert lines["ranks"] == ("ok", "2 on 2 nodes")
-    assert {how for how, _ in lines.values()} == {"ok", "skip"}
-    assert [check for check, (how, _) in lines.items() if how == "skip"] == ["gpus", "te", "apex", "load"]
+    # How much this machine has is not ours.
+    machines = ("cores", "memory", "files", "memlock")
+    assert {how for check, (how, _) in lines.items() if check not in machines} == {"ok", "skip"}
+    skipped = ["gpus", "te", "apex", "load", "numa", "shm", "memlock"]
+    # A machine may have a network adapter that pins memory.
+    assert [check for check, (how, _) in lines.items() if how == "skip" or check == "memlock"] == skipped
+    assert lines["cores"][1].endswith("for 1 rank") and "a process" in lines["files"][1]
+    assert re.search(r"GB by .*; .* GB of 1 rank at start and .* GB of weights and optimizer and ", lines["memory"][1])
     assert lines["layout"][1].startswith("TP 2: loss ")
     assert bad_nodes(ran, "tensor") == []
     assert not (ran["folder"] / "to").exists()
@@ -89,6 +108,24 @@ def test_all_is_well_with_virtual_stages(ran: dict[str, Any]) -> None:
     lines = lines_of(ran, "interleaved", 0)
     assert lines["layout"][1].startswith("PP 2 x VPP 2: loss ")
     assert "world size 2: PP 2 x VPP 2; 4 layers" in lines["flags"][1]
+
+
+def test_rates_are_measured_and_the_plan_takes_them(
+    ran: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The page's commands: the last line that the ranks print is flags, with which a step is predicted."""
+    first, second = (answer["documented"] for answer in ran["answers"])
+    assert (first["status"], second["status"], second["stdout"]) == (0, 0, ""), first
+    *lines, flags = first["stdout"].splitlines()
+    assert re.fullmatch(r"--link-gb-per-s \S+ --link-latency-us \S+ (--link-half-duplex )?--compute-tflops \S+", flags)
+    (line,) = [line for line in lines if line.startswith("ok    rates      ")]
+    # Payloads are those of the plan: 64 hidden columns and K/V of 3 of 4 groups of 16 in two layers, of 64 positions.
+    assert f"1 pair of neighbours: {4 * 64 * (64 + 2 * 2 * 3 * 16) / 1e6:.4g} MB in " in line
+    assert PLAN == "sla-plan $JOB $(tail -n 1 doctor.txt)" and DOCTOR.endswith("| tee doctor.txt")
+    monkeypatch.setattr(sys, "argv", ["sla-plan", *JOB.replace("\\\n", " ").split(), *flags.split()])
+    monkeypatch.setenv("RANK", "0")
+    plan.main()
+    assert "Predicted step-time overhead: " in capsys.readouterr().out
 
 
 def test_one_node_without_the_data(ran: dict[str, Any]) -> None:
@@ -123,10 +160,6 @@ def test_ranks_that_hang_are_named_and_ended(ran: dict[str, Any]) -> None:
 
 def test_the_folder_of_the_file_of_bad_nodes_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Said before anything is examined."""
-    import sys
-
-    from sla_megatron.commands.doctor import cli
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sla-doctor", "--bad-nodes", str(tmp_path / "absent/bad.txt")])
         with pytest.raises(SystemExit) as ended:

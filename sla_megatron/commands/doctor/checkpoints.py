@@ -62,10 +62,10 @@ def space(
     count = str(parameters)
     if parameters >= 1e6:
         count = f"{parameters / 1e6:.3g} million" if parameters < 1e9 else f"{parameters / 1e9:.3g} billion"
-    estimate = f"a checkpoint takes about {_gigabytes(need)} by estimate ({count} parameters)"
+    estimate = f"a checkpoint takes about {gigabytes(need)} by estimate ({count} parameters)"
     if free < need:
-        raise Fault(f"{args.save}: {_gigabytes(free)} free, {estimate}: expected room for at least one")
-    return f"{_gigabytes(free)} free, {estimate}"
+        raise Fault(f"{args.save}: {gigabytes(free)} free, {estimate}: expected room for at least one")
+    return f"{gigabytes(free)} free, {estimate}"
 
 
 def load_folder(args: Namespace) -> str:
@@ -124,5 +124,6 @@ def _require_complete(step: Path, what: str) -> None:
             raise Fault(f"{what}: {step.name} is not complete: {reason}: expected one that was saved to its end")
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """``size`` bytes in GB or TB."""
     return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:.3g} TB"

@@ -7,7 +7,8 @@ checks what one process can; started as the job is started, every node:
     torchrun --nproc-per-node 8 ... -m sla_megatron.commands.doctor.cli --bad-nodes bad_nodes.txt --sla ...
     sla-doctor --software
 
-One line for each check.  Exit status 0 if none failed, else 1, and the last line on stderr names the first fault.
+One line for each check.  With --rates it also measures what sla-plan predicts a step from, on the job's ranks, and its
+last line is the flags for it.  Exit status 0 if none failed, else 1, and the last line on stderr names the first fault.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
     from .node_checks import Asked
 
     with without_announcements():
-        status = _examine(Asked(asked.device, asked.num_gpus, asked.quick, asked.timeout, asked.bad_nodes))
+        status = _examine(Asked(asked.device, asked.num_gpus, asked.quick, asked.timeout, asked.bad_nodes, asked.rates))
     sys.exit(status)
 
 

@@ -23,7 +23,7 @@ from . import checkpoints
 from .finding import FAIL, OK, Doubt, Fault, Finding, Skipped, found, from_text
 from .folders import nearest_existing, probe_file
 from .meeting import Meeting, ranks_text
-from .node_checks import Asked, layout_may_run, not_run
+from .node_checks import FLAGS, Asked, layout_may_run, not_run
 from .place import Place, slurm_nodes
 from .rank import Rank, connection
 from .report import Line, Report, merge
@@ -54,6 +54,8 @@ class Lead(Rank):
         super().__init__(asked, place, meeting)
         self.report = Report()
         self.node_of: dict[int, str] = {}
+        #: node -> the cores of each of its ranks, by LOCAL_RANK.
+        self.affinities: dict[str, list[str]] = {}
         self.examiners: list[int] = []
         self._end = end
 
@@ -63,11 +65,10 @@ class Lead(Rank):
         if not self._all_come():
             self.meeting.publish("nodes", None)
             return self._part(self._conclude())
-        nodes = Counter(self.node_of.values())
-        self.meeting.publish("nodes", nodes)
+        self.meeting.publish("nodes", self.affinities)
         with ExitStack() as stack:
             with self._deadline(), waiting_for("sla-doctor", "examining this node", quick=True):
-                mine = self.examine_node(stack, nodes[self.place.node])
+                mine = self.examine_node(stack, self.affinities[self.place.node])
             self._hear_nodes(mine)
             self._share_folder()
             may_run = self._layout_may_run()
@@ -83,8 +84,10 @@ class Lead(Rank):
         """Whether all ranks are there; who is where."""
         come = self.meeting.gather("come", range(self.place.world_size), self.asked.timeout, _say)
         told = {rank: json.loads(text) for rank, text in come.items()}
-        self.node_of = {rank: node for rank, (node, _) in told.items()}
-        self.examiners = [rank for rank, (_, local_rank) in told.items() if local_rank == 0 and rank]
+        self.node_of = {rank: node for rank, (node, *_) in told.items()}
+        self.examiners = [rank for rank, (_, local_rank, _) in told.items() if local_rank == 0 and rank]
+        for node, _, cores in sorted(told.values(), key=lambda each: each[1]):
+            self.affinities.setdefault(node, []).append(cores)
         if self.place.launched:
             silent = self._silent_nodes()
             self.report.add(Line(found("ranks", self._ranks, told, silent), tuple(silent)))
@@ -107,7 +110,7 @@ class Lead(Rank):
                 f"{ranks_text(missing)} of {self.place.world_size} did not come within {self.asked.timeout:.0f} s: "
                 f"expected all ranks of the job; there are {len(self.node_of)}, on {came}{none}"
             )
-        (node, local_rank), most = Counter(map(tuple, told.values())).most_common(1)[0]
+        (node, local_rank), most = Counter((node, local) for node, local, _ in told.values()).most_common(1)[0]
         if most > 1:
             raise Doubt(f"{most} ranks on node {node} have the LOCAL_RANK {local_rank}, and so the same GPU")
         return f"{self.place.world_size} on {len(nodes)} node{'s' if len(nodes) > 1 else ''}"
@@ -170,23 +173,36 @@ class Lead(Rank):
         first_fault: list[float] = []
 
         def enough(answers: dict[int, str]) -> bool:
-            if any(_layout_of(answer)[1].status == FAIL for answer in answers.values()):
+            if any(_failed(_findings_of(answer)[1]) for answer in answers.values()):
                 first_fault.append(time.monotonic())
             return bool(first_fault) and time.monotonic() - first_fault[0] > _AFTERMATH
 
         heard = meeting.gather("layout-done", range(self.place.world_size), self.asked.timeout, _say, enough)
-        self.report.add(Line(found("layout", self._layout_text, meeting, heard)))
+        answers = {rank: _findings_of(text) for rank, text in heard.items()}
+        failed = any(_failed(findings) for _, findings in answers.values())
+        hanging = [] if failed else [rank for rank in range(self.place.world_size) if rank not in heard]
+        for check in ("layout", "rates"):
+            its = {
+                rank: (order, finding)
+                for rank, (order, findings) in answers.items()
+                for finding in findings
+                if finding.check == check
+            }
+            # Of ranks that hang the first line says all.
+            if check == "layout" or its and not hanging:
+                self.report.add(Line(found(check, self._layout_text, meeting, its, hanging)))
+        flags = [each for _, findings in answers.values() for each in findings if each.check == FLAGS]
+        if flags and not self.report.failed():
+            self.report.add_plain(flags[0].text)
         return self._conclude(meeting)
 
-    def _layout_text(self, meeting: Meeting, heard: dict[int, str]) -> str:
+    def _layout_text(self, meeting: Meeting, findings: dict[int, tuple[int, Finding]], hanging: list[int]) -> str:
         """What all ranks found; the one that failed first is the one to name, or those that hang."""
-        findings = {rank: _layout_of(text) for rank, text in heard.items()}
         failed = sorted((order, rank) for rank, (order, each) in findings.items() if each.status == FAIL)
         if failed:
             rank = failed[0][1]
             where = f"rank {rank} on node {self.node_of[rank]}: " if self.place.launched else ""
             raise Fault(f"{where}{findings[rank][1].text}")
-        hanging = [rank for rank in range(self.place.world_size) if rank not in heard]
         if hanging:
             reached = meeting.gather("reached", hanging, 0)
             steps: dict[str, list[int]] = {}
@@ -233,9 +249,13 @@ class Lead(Rank):
         return connection(self.place, self.asked.timeout) if self.place.launched else self.meeting.store
 
 
-def _layout_of(text: str) -> tuple[int, Finding]:
+def _findings_of(text: str) -> tuple[int, list[Finding]]:
     order, findings = json.loads(text)
-    return order, from_text(findings)[0]
+    return order, from_text(findings)
+
+
+def _failed(findings: list[Finding]) -> bool:
+    return any(finding.status == FAIL for finding in findings)
 
 
 def _say(line: str) -> None:

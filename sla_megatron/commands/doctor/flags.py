@@ -34,6 +34,13 @@ def add_doctor_args(parser: ArgumentParser) -> ArgumentParser:
         "no GPU; --device cuda: as for one, whatever torch was built for.",
     )
     group.add_argument(
+        "--rates",
+        action="store_true",
+        help="On the job's ranks, after all checks: measure how fast pipeline neighbours exchange the job's payloads, "
+        "and what the job's own layers achieve, forward and backward, in under a minute. The last line is the flags "
+        "with which sla-plan predicts a step.",
+    )
+    group.add_argument(
         "--timeout",
         type=number("--timeout", float, "seconds, more than 0", below=1e9),
         default=DEFAULT_TIMEOUT,
@@ -55,6 +62,8 @@ def add_doctor_args(parser: ArgumentParser) -> ArgumentParser:
 
 def check_doctor_args(args: Namespace) -> None:
     """What needs no job.  Raises :class:`FlagError`."""
+    if args.rates and args.quick:
+        raise FlagError("--rates", True, "no --quick beside it: it measures over the job's layout")
     if args.bad_nodes is not None:
         path = Path(args.bad_nodes)
         if path.is_dir() or not path.absolute().parent.is_dir():

@@ -22,7 +22,14 @@ SEED = 1
 Reached = Callable[[str], None]
 
 
-def layout(args: Namespace, store: Any, seconds: float, launched: bool, reached: Reached = lambda step: None) -> str:
+def layout(
+    args: Namespace,
+    store: Any,
+    seconds: float,
+    launched: bool,
+    reached: Reached = lambda step: None,
+    then: Callable[[], None] = lambda: None,
+) -> str:
     """Loss and gradients of one batch are there and finite.
 
     Without a launcher this is one process, and the model one stage.
@@ -31,6 +38,7 @@ def layout(args: Namespace, store: Any, seconds: float, launched: bool, reached:
         args: the job's, validated.
         store: for the process group; not used for anything else.
         seconds: how long the ranks may take; torch's own time limits are set beyond that.
+        then: called when all is well, while the process groups are there.
 
     Raises:
         Fault: if they are not.
@@ -44,13 +52,16 @@ def layout(args: Namespace, store: Any, seconds: float, launched: bool, reached:
         reached("building the model")
         model = build(tiny)
         reached("forward and backward")
-        losses = run_batch(tiny, model)
+        losses = run_batch(tiny, model, num_microbatches(tiny))
         reached("looking at the gradients")
         tensors = checked_gradients(model)
+        # Only the last stage knows the loss.
+        loss = f"loss {checked_loss(losses):.3f}, " if losses else ""
+        taken = time.monotonic() - start
+        del model
+        then()
     shape = sharding(tiny) if launched else "one process, not the job's layout"
-    # Only the last stage knows the loss.
-    loss = f"loss {checked_loss(losses):.3f}, " if losses else ""
-    return f"{shape}: {loss}gradients of {tensors} tensors finite; {time.monotonic() - start:.1f} s"
+    return f"{shape}: {loss}gradients of {tensors} tensors finite; {taken:.1f} s"
 
 
 @contextmanager
@@ -121,8 +132,8 @@ def build(args: Namespace) -> list[Any]:
     return model
 
 
-def run_batch(args: Namespace, model: list[Any]) -> list[float]:
-    """Forward and backward of random tokens; the mean loss of each microbatch, on the last stage."""
+def run_batch(args: Namespace, model: list[Any], microbatches: int) -> list[float]:
+    """Forward and backward of random tokens; the mean loss of each of ``microbatches``, on the last stage."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -135,7 +146,7 @@ def run_batch(args: Namespace, model: list[Any]) -> list[float]:
         forward_step_func=partial(forward_step, args, generator),
         data_iterator=[None] * len(model) if len(model) > 1 else None,
         model=model if len(model) > 1 else model[0],
-        num_microbatches=num_microbatches(args),
+        num_microbatches=microbatches,
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         forward_only=False,
@@ -151,11 +162,12 @@ def forward_step(
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    drawn = torch.randint(args.padded_vocab_size, (1, args.seq_length + 1), generator=generator).cuda()
+    size = (args.micro_batch_size, args.seq_length + 1)
+    drawn = torch.randint(args.padded_vocab_size, size, generator=generator).cuda()
     batch = {
         "tokens": drawn[:, :-1].contiguous(),
         "labels": drawn[:, 1:].contiguous(),
-        "position_ids": torch.arange(args.seq_length, device="cuda").unsqueeze(0),
+        "position_ids": torch.arange(args.seq_length, device="cuda").expand(size[0], -1),
     }
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
     forward = chunk.build_schedule_plan if return_schedule_plan else chunk

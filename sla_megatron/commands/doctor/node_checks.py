@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import checkpoints, data_files, gpus, job, software, upstream, versions
+from . import checkpoints, data_files, gpus, job, resources, software, upstream, versions
 from .finding import FAIL, SKIP, Finding, found
+from .host import Host
 from .place import Place
+
+#: A finding under this name is flags for ``sla-plan``, and a line of its own.
+FLAGS = "sla-plan"
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Asked:
         quick: ``--quick``.
         timeout: ``--timeout``, seconds.
         bad_nodes: ``--bad-nodes``.
+        rates: ``--rates``.
     """
 
     device: str
@@ -29,6 +34,7 @@ class Asked:
     quick: bool
     timeout: float
     bad_nodes: str | None
+    rates: bool = False
 
 
 def before_megatron(asked: Asked, place: Place, ranks_here: int, device: str) -> list[Finding]:
@@ -44,12 +50,17 @@ def before_megatron(asked: Asked, place: Place, ranks_here: int, device: str) ->
 
 
 def with_megatron(
-    settle: Callable[[], Namespace], device: str, is_first_node: bool, note: Callable[[str], None] = lambda check: None
+    settle: Callable[[], Namespace],
+    device: str,
+    is_first_node: bool,
+    ranks: resources.Ranks | None = None,
+    note: Callable[[str], None] = lambda check: None,
 ) -> tuple[list[Finding], Namespace | None]:
     """What needs Megatron, on ``device``; and the job's arguments where its flags are accepted.
 
     Args:
         settle: parses and validates the flags.
+        ranks: those of this node; ``None`` where the job need not run on it.
         note: hears the name of each check before it starts.
     """
     findings: list[Finding] = []
@@ -80,6 +91,14 @@ def with_megatron(
     check("save", checkpoints.save_folder, args)
     check("space", checkpoints.space, args, known.get("vocabulary"))
     check("load", checkpoints.load_folder, args)
+    if ranks is not None:
+        host, on_cpu = Host(), device == "cpu"
+        check("cores", resources.cores, ranks, host)
+        check("memory", resources.memory, args, known.get("vocabulary"), ranks, on_cpu, host)
+        check("numa", resources.numa, ranks, host, resources.nvidia_topology)
+        check("shm", resources.shared_memory, args, ranks, on_cpu, host.shared_memory)
+        check("files", resources.open_files, ranks, host)
+        check("memlock", resources.locked_memory, host)
     return findings, args
 
 

@@ -14,10 +14,12 @@ from ...common.silence import silence
 from ...cpu.device import choose_device, megatron_device
 from . import checkpoints
 from .finding import FAIL, Fault, Finding, as_text, error_line, found
+from .host import Host
 from .job import job_args
 from .meeting import Meeting, connect
 from .node_checks import Asked, before_megatron, with_megatron
 from .place import Place
+from .resources import Ranks
 from .watch import Watch
 
 
@@ -40,6 +42,7 @@ class Rank:
         self.device = _device_here(asked.device)
         self.doing = "start"
         self.args: Namespace | None = None
+        self.measured: list[Finding] = []
 
     def examine(self) -> int:
         """Follow rank 0; its verdict."""
@@ -64,12 +67,16 @@ class Rank:
 
     def come(self) -> None:
         """Say that this rank is there, and where."""
-        self.meeting.leave("come", json.dumps([self.place.node, self.place.local_rank]))
+        self.meeting.leave("come", json.dumps([self.place.node, self.place.local_rank, Host().affinity()]))
 
-    def examine_node(self, stack: ExitStack, ranks_here: int) -> list[Finding]:
-        """This node's findings; ``stack`` keeps Megatron's device entered."""
+    def examine_node(self, stack: ExitStack, affinities: list[str]) -> list[Finding]:
+        """This node's findings; ``stack`` keeps Megatron's device entered.
+
+        ``affinities`` are the cores that each of its ranks may run on, by LOCAL_RANK.
+        """
         self.doing = "gpus"
-        findings = before_megatron(self.asked, self.place, ranks_here if self.place.launched else 0, self.device)
+        ranks = Ranks(affinities, self.place.world_size) if self.place.launched else None
+        findings = before_megatron(self.asked, self.place, ranks.here if ranks else 0, self.device)
         if any(finding.check == "megatron" and finding.status == FAIL for finding in findings):
             return findings
         try:
@@ -77,16 +84,16 @@ class Rank:
         except Exception as error:
             return [*findings, Finding("upstream", FAIL, error_line(error))]
         more, self.args = with_megatron(
-            self._settle, self.device, self.place.rank == 0, lambda check: setattr(self, "doing", check)
+            self._settle, self.device, self.place.rank == 0, ranks, lambda check: setattr(self, "doing", check)
         )
         return [*findings, *more]
 
-    def run_layout(self, stack: ExitStack) -> Finding:
-        """This rank's part of the layout; leaves what came of it, and as the how manieth."""
-        finding = found("layout", self._layout, stack)
+    def run_layout(self, stack: ExitStack) -> None:
+        """This rank's part of the layout, and of the rates; leaves what came of it, and as the how manieth."""
+        layout = found("layout", self._layout, stack)
+        findings = [layout, *self.measured]
         order = self.meeting.store.add("layout-order", 1)
-        self.meeting.leave("layout-done", json.dumps([order, as_text([finding])]))
-        return finding
+        self.meeting.leave("layout-done", json.dumps([order, as_text(findings)]))
 
     def _layout(self, stack: ExitStack) -> str:
         if self.args is None:
@@ -101,8 +108,17 @@ class Rank:
             groups,
             self.asked.timeout,
             self.place.launched,
-            lambda step: self.meeting.leave("reached", step),
+            self._reached,
+            self._measure if self.asked.rates else lambda: None,
         )
+
+    def _measure(self) -> None:
+        from .rates import measured_rates
+
+        self.measured += measured_rates(self.args, self.place.launched, self._reached)
+
+    def _reached(self, step: str) -> None:
+        self.meeting.leave("reached", step)
 
     def _settle(self) -> Namespace:
         on_cpu = self.device == "cpu" and (self.place.launched or self.asked.device == "cpu")

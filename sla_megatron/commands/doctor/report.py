@@ -88,6 +88,10 @@ class Report:
         finding = line.finding
         print(f"{finding.status:<5} {finding.check:<10} {finding.text}", file=self.stream, flush=True)
 
+    def add_plain(self, text: str) -> None:
+        """A line that is no finding's, as it is."""
+        print(text, file=self.stream, flush=True)
+
     def failed(self) -> bool:
         return self.first_fault() is not None
 

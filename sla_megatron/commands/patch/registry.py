@@ -24,6 +24,8 @@ from ...model.recomputation import CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FOR
 from ...model.schedule_plan import BUILD_SCHEDULE_PLAN, SCHEDULE_NODES
 from ...model.transformer_block import BERT_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
+from ...pipeline.exchange import NEIGHBOURS
+from ...pipeline.pass_timers import TIMERS
 from ...pipeline.transport import SCHEDULE_HELPERS, SCHEDULES
 from ...training.checkpoint_writer import LOCAL_TENSOR, RESULTS_QUEUE, SAVE_CONFIG, results_here
 from ...training.save_file import WRAPPINGS as SAVE_FILE
@@ -47,6 +49,7 @@ LOCAL = "with --non-persistent-ckpt-type local, where checkpoints are loaded, wi
 ACROSS = "where a hybrid model's checkpoint is loaded into a GPT, or a GPT's with numbered layers into a hybrid model"
 SIGNALS = "with --save and --exit-signal-handler, with --sla or without"
 ASKED = "with SLA_RUN_FOLDER, --save and --exit-signal-handler, from our entry point, with --sla or without"
+RATES = "by sla-doctor --rates"
 CONVERSION = "while sla-convert saves a checkpoint"
 SAVE = "with --sla and --save, from our entry point, until upstream saves tokenizers itself"
 FSDP2 = "with --use-torch-fsdp2, from our entry point, with --sla or without"
@@ -104,6 +107,7 @@ def registry() -> list[Entry]:
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD]),
         *(_entries(PLANS, [BUILD_SCHEDULE_PLAN, *SCHEDULE_NODES]) if has_schedule_nodes() else ()),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),
+        *_entries(RATES, [*TIMERS, *NEIGHBOURS]),
         *_entries(CORE_ATTENTION, [*RELIED_ON, transformer_block.FURTHER_LAYERS]),
         *_entries(MAMBA, MAMBA_PARTS),
         *_entries(LOCAL, [CHECKED_ON_LOADING]),

@@ -42,6 +42,12 @@ def add_plan_args(parser: ArgumentParser) -> ArgumentParser:
         help="Microseconds that a transfer takes beside its bytes. Default: 0.",
     )
     group.add_argument(
+        "--link-half-duplex",
+        action="store_true",
+        help="Links carry one direction at a time: what 1F1B sends and receives at once takes the sum of both. So are "
+        "gloo's where point-to-point communication is batched.",
+    )
+    group.add_argument(
         "--compute-tflops",
         type=number("--compute-tflops", float, "TFLOP/s, more than 0"),
         **_WITH_VALUE,
@@ -80,6 +86,8 @@ def check_plan_args(args: Namespace) -> None:
     if args.link_latency_us is not None and args.link_gb_per_s is None:
         latency = f"{args.link_latency_us:g}"
         raise FlagError("--link-latency-us", latency, "--link-gb-per-s and --compute-tflops beside it")
+    if args.link_half_duplex and args.link_gb_per_s is None:
+        raise FlagError("--link-half-duplex", True, "--link-gb-per-s and --compute-tflops beside it")
     if args.plot is not None:
         _check_plot(args)
     if args.json not in (None, STDOUT):
@@ -94,7 +102,8 @@ def rates(args: Namespace) -> Rates | None:
     """The rates that were given, in bytes, operations and seconds."""
     if args.link_gb_per_s is None:
         return None
-    return Rates(args.link_gb_per_s * 1e9, args.compute_tflops * 1e12, (args.link_latency_us or 0) / 1e6)
+    latency = (args.link_latency_us or 0) / 1e6
+    return Rates(args.link_gb_per_s * 1e9, args.compute_tflops * 1e12, latency, args.link_half_duplex)
 
 
 def _check_plot(args: Namespace) -> None:

@@ -18,11 +18,13 @@ class Rates:
         link_bytes: bytes a second between neighbouring pipeline ranks, in one direction, of one GPU.
         operations: floating-point operations a second that one GPU achieves.
         link_latency: seconds that a transfer takes beside its bytes.
+        half_duplex: whether a link carries one direction at a time.
     """
 
     link_bytes: float
     operations: float
     link_latency: float = 0.0
+    half_duplex: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,5 +53,8 @@ def durations(job: Job, rates: Rates, dense: bool = False) -> Durations:
 
 def predict(job: Job, rates: Rates) -> Prediction:
     """Simulate both.  Raises :class:`PlanError` where the schedule does not run."""
-    sla, dense = (simulate(job.schedule, durations(job, rates, dense), job.communication) for dense in (False, True))
+    sla, dense = (
+        simulate(job.schedule, durations(job, rates, dense), job.communication, rates.half_duplex)
+        for dense in (False, True)
+    )
     return Prediction(sla, dense)

@@ -138,7 +138,8 @@ def step_lines(prediction: Prediction, rates: Rates) -> str:
     """The simulated step."""
     sla, dense = prediction.sla, prediction.dense
     lines = [
-        f"Predicted step at {rates.link_bytes / 1e9:g} GB/s, {rates.link_latency * 1e6:g} us and "
+        f"Predicted step at {rates.link_bytes / 1e9:g} GB/s{' one way at a time' * rates.half_duplex}, "
+        f"{rates.link_latency * 1e6:g} us and "
         f"{rates.operations / 1e12:g} TFLOP/s a GPU",
     ]
     rows = []

@@ -35,9 +35,6 @@ def settled_job() -> Job:
         from ...flags.arguments import fewest_gpus, megatron_refusals, settled_args
         from ...flags.hybrid import HYBRID
         from ...flags.rows import refuse_rows
-        from ...flags.validation import sla_config_from_args, training_batch_sizes
-        from ...model.report import describe
-        from ...pipeline.megatron_layout import hybrid_layout, pipeline_layout
 
         def check(args: Namespace) -> None:
             if not args.sla:
@@ -61,22 +58,39 @@ def settled_job() -> Job:
         )
         with silence(), megatron_refusals():
             config = core_transformer_config_from_args(args)
-        sla, pattern = sla_config_from_args(args), args.hybrid_layer_pattern
-        ends = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
-        size = args.pipeline_model_parallel_size
-        return Job(
-            sla=sla,
-            layout=pipeline_layout(config) if pattern is None else hybrid_layout(pattern, size, *ends),
-            shape=microbatch_shape(args),
-            work=model_work(args, config),
-            element_bytes=config.pipeline_dtype.itemsize,
-            num_gpus=args.world_size,
-            global_batch_size=training_batch_sizes(args)[-1],
-            group_size=args.microbatch_group_size_per_vp_stage,
-            expert_gpus=args.expert_model_parallel_size * args.expert_tensor_parallel_size,
-            communication=Communication(args.sla_plan_overlap, args.overlap_p2p_comm_warmup_flush),
-            description=describe(sla, is_hybrid=pattern is not None),
-        )
+        return job_of(args, config, args.sla_plan_overlap)
+
+
+def job_of(args: Namespace, config: Any, overlap: bool) -> Job:
+    """The run of Megatron's validated arguments and the ``TransformerConfig`` made of them.
+
+    Without ``--sla`` it is a run in which nothing skips.  ``overlap`` is ``--overlap-p2p-communication`` as it was
+    before validation, which switches it off without virtual stages.
+    """
+    from ...attention.sla_config import SLAConfig
+    from ...flags.validation import num_attention_layers, num_query_groups, sla_config_from_args, training_batch_sizes
+    from ...model.report import describe
+    from ...pipeline.megatron_layout import hybrid_layout, pipeline_layout
+
+    sla, pattern = sla_config_from_args(args), args.hybrid_layer_pattern
+    if sla is None:
+        layers = num_attention_layers(args)
+        sla = SLAConfig(layers, num_query_groups(args), (layers,), 0)
+    ends = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+    size = args.pipeline_model_parallel_size
+    return Job(
+        sla=sla,
+        layout=pipeline_layout(config) if pattern is None else hybrid_layout(pattern, size, *ends),
+        shape=microbatch_shape(args),
+        work=model_work(args, config),
+        element_bytes=(config.pipeline_dtype or config.params_dtype).itemsize,
+        num_gpus=args.world_size,
+        global_batch_size=training_batch_sizes(args)[-1],
+        group_size=args.microbatch_group_size_per_vp_stage,
+        expert_gpus=args.expert_model_parallel_size * args.expert_tensor_parallel_size,
+        communication=Communication(overlap, args.overlap_p2p_comm_warmup_flush),
+        description=describe(sla, is_hybrid=pattern is not None),
+    )
 
 
 def microbatch_shape(args: Namespace) -> MicrobatchShape:

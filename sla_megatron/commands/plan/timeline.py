@@ -68,8 +68,10 @@ class Timeline:
             yield one, start, start + self.durations.of(one.kind, stage)
 
 
-def simulate(schedule: Schedule, durations: Durations, communication: Communication | None = None) -> Timeline:
-    """Run one training step.
+def simulate(
+    schedule: Schedule, durations: Durations, communication: Communication | None = None, half_duplex: bool = False
+) -> Timeline:
+    """Run one training step; ``half_duplex``: activations and gradients between two ranks share a line.
 
     Raises:
         ValueError: if ``durations`` are not those of as many stages and hops as ``schedule`` has.
@@ -79,7 +81,7 @@ def simulate(schedule: Schedule, durations: Durations, communication: Communicat
     sizes = len(durations.forward), len(durations.backward), len(durations.transfer)
     if sizes != (pipeline.num_stages, pipeline.num_stages, pipeline.num_hops):
         raise ValueError(f"{pipeline.num_stages} virtual stages, but durations of {sizes}")
-    return _Simulation(pipeline, durations, communication or Communication()).run()
+    return _Simulation(pipeline, durations, communication or Communication(), half_duplex).run()
 
 
 class _Simulation:
@@ -88,7 +90,9 @@ class _Simulation:
     The order in which ranks get their turn decides no time: a transfer's end follows from its own two ranks.
     """
 
-    def __init__(self, pipeline: Pipeline, durations: Durations, communication: Communication) -> None:
+    def __init__(
+        self, pipeline: Pipeline, durations: Durations, communication: Communication, half_duplex: bool
+    ) -> None:
         schedule = pipeline.schedule
         self.pipeline, self.durations = pipeline, durations
         ranks = range(schedule.pipeline_size)
@@ -103,7 +107,11 @@ class _Simulation:
         # Lanes of one sender and one direction share a line, which carries one transfer at a time.  The rank of a hop's
         # first stage sends its activations, that of its second stage its gradients.
         hops, size = range(pipeline.num_hops), schedule.pipeline_size
-        self.line_of = [hop % size for hop in hops] + [size + (hop + 1) % size for hop in hops]
+        if half_duplex:
+            # One line for both; two ranks are each other's neighbours on both sides.
+            self.line_of = [hop % size if size > 2 else 0 for hop in hops] * 2
+        else:
+            self.line_of = [hop % size for hop in hops] + [size + (hop + 1) % size for hop in hops]
         self.line_free = [0.0] * (2 * len(ranks))
         self.waiting: dict[int, list[int]] = {}
         self.ready = deque(ranks)

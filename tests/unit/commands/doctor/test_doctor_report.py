@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from torch.distributed import HashStore
 from sla_megatron.commands.doctor.examination import Lead, examine
 from sla_megatron.commands.doctor.finding import FAIL, OK, SKIP, WARN, Fault, Finding, as_text, from_text
 from sla_megatron.commands.doctor.meeting import Meeting, ranks_text
-from sla_megatron.commands.doctor.node_checks import Asked, layout_may_run
+from sla_megatron.commands.doctor.node_checks import FLAGS, Asked, layout_may_run
 from sla_megatron.commands.doctor.place import Place, slurm_nodes
 from sla_megatron.commands.doctor.report import Line, Report, merge
 from sla_megatron.commands.doctor.watch import Watch
@@ -193,10 +194,32 @@ def test_two_ranks_on_one_gpu_are_odd() -> None:
     """Where no launcher says LOCAL_RANK, Megatron puts all of a node's ranks on its first GPU."""
     lead = Lead(Asked("cpu", None, True, 0.2, None), Place(0, 2, 0, "a", launched=True), Meeting(HashStore(), 0, 2))
     for rank in range(2):
-        lead.meeting.store.set(f"come/{rank}", '["a", 0]')
+        lead.meeting.store.set(f"come/{rank}", '["a", 0, "0-7"]')
     lead.report.stream = io.StringIO()
     assert lead._all_come()
     assert "2 ranks on node a have the LOCAL_RANK 0" in lead.report.stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("rates", "silent", "lines"),
+    [
+        ((OK, "fast"), (), ["ok    layout     fine", "ok    rates      fast", "--compute-tflops 1"]),
+        # The other waits in a collective, and is not to blame.
+        ((FAIL, "no memory"), (1,), ["ok    layout     fine", "FAIL  rates      rank 0 on node a: no memory"]),
+        ((OK, "fast"), (1,), ["FAIL  layout     not finished within 0 s: rank 1 at timing passes"]),
+    ],
+)
+def test_rates_come_behind_the_layout(rates: tuple[str, str], silent: tuple[int, ...], lines: list[str]) -> None:
+    """A line of figures, and where nothing failed the flags as they are."""
+    lead = Lead(Asked("cpu", None, False, 0.1, None), Place(0, 2, 0, "a", launched=True), Meeting(HashStore(), 0, 2))
+    lead.node_of, lead.report.stream = {0: "a", 1: "b"}, io.StringIO()
+    found = [Finding("layout", OK, "fine"), Finding("rates", *rates), Finding(FLAGS, OK, "--compute-tflops 1")]
+    for rank in range(2):
+        lead.meeting.store.set(f"reached/{rank}", "timing passes")
+        if rank not in silent:
+            lead.meeting.store.set(f"layout-done/{rank}", json.dumps([rank, as_text(found)]))
+    assert lead._conclude_layout(lead.meeting) == (1 if silent else 0)
+    assert lead.report.stream.getvalue().splitlines() == lines
 
 
 def test_rank_0_says_where_it_hangs_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

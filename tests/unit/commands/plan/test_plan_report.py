@@ -311,6 +311,8 @@ def test_rates_in_bytes_operations_and_seconds() -> None:
     check_plan_args(args)
     assert flags.rates(args) == Rates(50e9, 400e12, 10e-6)
     assert flags.rates(parsed()) is None
+    shared = parsed("--link-gb-per-s", "50", "--compute-tflops", "400", "--link-half-duplex")
+    assert flags.rates(shared) == Rates(50e9, 400e12, half_duplex=True)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +321,7 @@ def test_rates_in_bytes_operations_and_seconds() -> None:
         ("--link-gb-per-s 50", "--link-gb-per-s 50: expected --compute-tflops beside it"),
         ("--compute-tflops 400", "--compute-tflops 400: expected --link-gb-per-s beside it"),
         ("--link-latency-us 3", "--link-latency-us 3: expected --link-gb-per-s and --compute-tflops beside it"),
+        ("--link-half-duplex", "--link-half-duplex True: expected --link-gb-per-s and --compute-tflops beside it"),
         ("--plot a.png", "--plot a.png: expected --link-gb-per-s and --compute-tflops beside it"),
         ("--plot a.pdf", "--plot a.pdf: expected a file name that ends in .png or .svg"),
         ("--plot", "--plot without a value: expected a file name"),

@@ -90,6 +90,9 @@ def test_1f1b_with_transfers_by_hand() -> None:
     # second gradient leaves at 8 and arrives at 8.5.
     assert timeline.starts == ((0.0, 1.5, 5.0, 8.5), (1.5, 2.5, 5.0, 6.0))
     assert timeline.ends == (10.5, 8.5)
+    # On a line for both, F1's output and the first gradient go one after the other, until 5.5.
+    halved = simulate(schedule, equal_stages(schedule, 0.5), half_duplex=True)
+    assert halved.starts == ((0.0, 1.5, 5.5, 9.0), (1.5, 2.5, 5.5, 6.5))
 
 
 # What must hold
