@@ -6,7 +6,8 @@
 # ask for (pip --no-deps); then this project; then it is compared that all else is what it was, and sla-doctor examines
 # what is there.  A second time it finds nothing missing.  docs/containers.md says more.
 #
-# Named overrides: PYTHON= the environment's interpreter (default: python3); DRY_RUN=1 prints what would be installed.
+# Named overrides: PYTHON= the environment's interpreter (default: python3); DEVICE=cuda refuses one that is not for GPUs
+# (default: auto); DRY_RUN=1 prints what would be installed.
 # Ends with status 2 and a line for each reason where nothing was done, 1 where the environment is not as it should be.
 set -eu
 

@@ -180,12 +180,8 @@ def require_usable() -> None:
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_PIP:
         raise Refusal(f"pip is {version}: expected {'.'.join(map(str, OLDEST_PIP))} or newer")
     marker = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
-    allowed = sys.prefix != sys.base_prefix or os.environ.get("PIP_BREAK_SYSTEM_PACKAGES", "0") not in (
-        "",
-        "0",
-        "false",
-    )
-    if marker.exists() and not allowed:
+    allowed = os.environ.get("PIP_BREAK_SYSTEM_PACKAGES", "0") not in ("", "0", "false")
+    if sys.prefix == sys.base_prefix and marker.exists() and not allowed:
         raise Refusal(
             f"{sys.executable} is the system's: expected a venv that sees its packages "
             "(python3 -m venv --system-site-packages), or PIP_BREAK_SYSTEM_PACKAGES=1"
@@ -248,8 +244,9 @@ def main() -> int:
     if faults:
         return _end(1, faults)
     kept = sum(name not in chosen for name in before)
-    say(f"{len(chosen)} packages were installed, {kept} are what they were; sla-doctor --software says:")
-    doctor = [sys.executable, "-m", "sla_megatron.commands.doctor.cli", "--software"]
+    command = ["--software", "--device", os.environ.get("DEVICE", "auto")]
+    say(f"{len(chosen)} packages were installed, {kept} are what they were; sla-doctor {shlex.join(command)} says:")
+    doctor = [sys.executable, "-m", "sla_megatron.commands.doctor.cli", *command]
     return 1 if subprocess.run(doctor, cwd="/").returncode else 0
 
 

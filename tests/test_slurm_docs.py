@@ -15,7 +15,10 @@ from sla_megatron.commands.job.resources import OVERRIDES
 from tests.support.launch import ROOT
 
 SCRIPT = (ROOT / "launch" / "slurm.sbatch").read_text()
-PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("slurm_own_script", "slurm_sites", "containers")}
+PAGES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text()
+    for name in ("slurm_own_script", "slurm_sites", "slurm_disks", "containers")
+}
 PAGES["launch"] = (ROOT / "launch" / "README.md").read_text()
 PAGES["slurm"] = (ROOT / "docs" / "slurm.md").read_text()
 

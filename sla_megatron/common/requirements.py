@@ -10,13 +10,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 try:
-    from packaging.requirements import Requirement
+    from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
-    from packaging.version import Version
+    from packaging.version import InvalidVersion, Version
 except ImportError:  # A bare image has pip's copy of it alone.
-    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
     from pip._vendor.packaging.utils import canonicalize_name
-    from pip._vendor.packaging.version import Version
+    from pip._vendor.packaging.version import InvalidVersion, Version
 
 #: This project's name as a package.
 PROJECT = "sla-megatron"
@@ -116,16 +116,24 @@ def lacks(packages: Mapping[str, Package], requirements: Iterable[str], by: str 
 
 
 def _meets(package: Package, requirement: Requirement) -> bool:
-    version = package.version
+    try:
+        version = Version(package.version)
+    except InvalidVersion:
+        # What somebody built for himself, and knows.
+        return True
     # NVIDIA's images have 2.9.0a0+...nv25.09, which is 2.9.0 in all but its name.
-    if stays(package.name):
-        version = Version(version).base_version
-    return requirement.specifier.contains(version, prereleases=True)
+    compared = version.base_version if stays(package.name) else str(version)
+    return requirement.specifier.contains(compared, prereleases=True)
 
 
 def _applying(requirements: Iterable[str], extras: frozenset[str]) -> Iterator[Requirement]:
     """Those that this interpreter and these extras make apply."""
-    for requirement in map(Requirement, requirements):
+    for text in requirements:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            # Of an older setuptools, which let it pass.
+            continue
         marker = requirement.marker
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
             yield requirement

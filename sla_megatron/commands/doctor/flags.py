@@ -28,17 +28,17 @@ def add_doctor_args(parser: ArgumentParser) -> ArgumentParser:
         "--quick", action="store_true", help="Leave out the forward and backward pass over the job's layout."
     )
     group.add_argument(
+        "--software",
+        action="store_true",
+        help="Examine what is installed, and nothing else: of a container's image, say. Takes no job's flags and needs "
+        "no GPU; --device cuda: as for one, whatever torch was built for.",
+    )
+    group.add_argument(
         "--rates",
         action="store_true",
         help="On the job's ranks, after all checks: measure how fast pipeline neighbours exchange the job's payloads, "
         "and what the job's own layers achieve, forward and backward, in under a minute. The last line is the flags "
         "with which sla-plan predicts a step.",
-    )
-    group.add_argument(
-        "--software",
-        action="store_true",
-        help="Examine what is installed, and nothing else: of a container's image, say. Takes no job's flags and needs "
-        "no GPU; --device cuda: as for one, whatever torch was built for.",
     )
     group.add_argument(
         "--timeout",
