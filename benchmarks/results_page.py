@@ -126,7 +126,7 @@ SECTIONS = (
         "Text to tokens beside datatrove",
         "benchmarks.tokenize_peers",
         "`sla-data tokenize` and datatrove's `DocumentTokenizer`, the same text and tokenizer, in turns on one core. "
-        "Rates are beyond the start, which is a run on one document: that of sla-data is that of transformers with torch.",
+        "Rates are beyond the start, a run on one document: that of sla-data is that of transformers with torch.",
         "",
     ),
     Section(
