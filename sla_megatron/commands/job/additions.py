@@ -75,7 +75,8 @@ def _wandb(run: Path) -> dict[str, str]:
     own = {"WANDB_RUN_ID": name, "WANDB_RESUME": "allow", "WANDB_DIR": str(run)}
     found = {name: value for name, value in own.items() if not os.environ.get(name)}
     # Megatron puts it into the run's configuration, where W&B takes no second value: another would end the trainer.
-    return found if job in (None, os.environ.get("SLURM_JOB_NAME")) else found | {"SLURM_JOB_NAME": job}
+    # Ranks would see the job's name or the step's, as Slurm's version has it.
+    return found | ({"SLURM_JOB_NAME": job} if job and "WANDB_RUN_ID" in found else {})
 
 
 def _kept_names(run: Path) -> tuple[str, str | None]:

@@ -92,9 +92,12 @@ def test_a_resumed_run_keeps_its_jobs_name(tmp_path: Path, monkeypatch: pytest.M
     # A command that is shown where there is no job.
     additions(tmp_path, flags, everything)
     monkeypatch.setenv("SLURM_JOB_NAME", "first")
-    assert "SLURM_JOB_NAME" not in additions(tmp_path, flags, everything).environment
+    assert additions(tmp_path, flags, everything).environment["SLURM_JOB_NAME"] == "first"
     monkeypatch.setenv("SLURM_JOB_NAME", "second")
     assert additions(tmp_path, flags, everything).environment["SLURM_JOB_NAME"] == "first"
+    # A run that began elsewhere has what it had there.
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert "SLURM_JOB_NAME" not in additions(tmp_path, flags, everything).environment
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"run_id": 5}', "[]"])
