@@ -81,10 +81,10 @@ forward() { # WHAT [SIGNAL]
     fi
 }
 
-# Sends TERM to the tasks of a step alone.
+# Sends TERM to the tasks of a step alone; not 0 where it cannot, as where steps cannot share a node.
 tell_tasks() { # STEP
     # shellcheck disable=SC2016 # The node's shell expands it.
-    timeout 60 srun --overlap --ntasks="$nnodes" --ntasks-per-node=1 --job-name=signal bash -c '
+    timeout 20 srun --overlap --ntasks="$nnodes" --ntasks-per-node=1 --job-name=signal bash -c '
         pids=$(scontrol listpids "$1" "$SLURMD_NODENAME" | while read -r pid _ _ task _; do
             case $task in [0-9]*) echo "$pid" ;; esac
         done)

@@ -421,34 +421,6 @@ def test_a_crash_loop_stops(slurm: Cluster, tmp_path: Path) -> None:
     assert "sla-job: attempt 3 of this run" in log(run)
 
 
-def test_what_attends_an_attempt_can_end_it(slurm: Cluster, tmp_path: Path) -> None:
-    """By its status, twice on the same nodes: with a signal to save, and without; any other end of it is its own."""
-    run = slurm.folder / "runs" / "attended"
-    python = wrapper(tmp_path, "trap 'echo told; exit 0' TERM; echo training; sleep 3 & wait; exit 7")
-    text = (
-        Path(python)
-        .read_text()
-        .replace(
-            "\n",
-            "\n[[ $* != *cli\\ attend* ]] || { sleep 0.5; echo >>attended; exit $((19 + $(wc -l <attended))); }\n",
-            1,
-        )
-    )
-    Path(python).write_text(text.replace("attended", f"{tmp_path}/attended"))
-    job = submit(slurm, run, *FLAGS, PYTHON=python, MAX_FAILURES="1")
-    known = slurm.until(job, {"COMPLETED", "FAILED"})
-    said = [r"word of sla-job attend came: the ranks save and exit \(step \d+\.\d+\)", "the step ended with status 0"]
-    said += [
-        "a damaged checkpoint came: the ranks end",
-        "the step ended with status 137",
-        "the step ended with status 7",
-    ]
-    found = re.findall("|".join(said), log(run))
-    assert len(found) == len(said) and all(map(re.match, said, found)), log(run)
-    assert log(run).count("sla-job: attempt 3 of this run") == 1 and log(run).count(": told") == 2
-    assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", "7:0", "0")
-
-
 def test_an_unhealthy_node_is_excluded(slurm: Cluster, tmp_path: Path) -> None:
     run = slurm.folder / "runs" / "unhealthy"
     python = wrapper(tmp_path, "echo trained on $SLURMD_NODENAME; exit 7")
