@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import struct
 import zipfile
 import zlib
@@ -44,6 +43,11 @@ _FORMATS = {
     "float8_e4m3fn": (1, 0x7F, 0x7F),
     "float8_e8m0fnu": (1, 0xFF, 0xFF),
 }
+
+#: Of a record in an archive, in the way of DOS.
+_FOLDER = 0x10
+
+_OTHER_BYTES = "its bytes are not those that were written (CRC-32)"
 
 #: In Megatron's distributed optimizer parameters begin at multiples of this (``pad_param_start`` in
 #: megatron/core/optimizer/param_layout.py); what is between them is memory that was never set
@@ -101,12 +105,7 @@ def damage(folder: Path, pulse: Callable[[int], None] = lambda count: None) -> D
     for name, inside in items.items():
         with (folder / name).open("rb", buffering=0) as file:
             for item in inside:
-                try:
-                    found = _look(file, item, pulse)
-                except (zipfile.BadZipFile, struct.error, pickle.UnpicklingError, ValueError, EOFError) as error:
-                    found = Damage(f"what lies there is not what torch wrote ({error or type(error).__name__})")
-                except OSError as error:
-                    found = Damage(f"cannot be read ({error.strerror})")
+                found = None if item.transformed else _look(file, item, pulse)
                 if found is not None:
                     return Damage(f"{name}: {item.name}: {found}", found.not_finite)
     return None
@@ -158,32 +157,55 @@ def _numbers(size: Any) -> tuple[int, ...]:
     return tuple(getattr(size, "arguments", (size,))[0])
 
 
+@dataclass(frozen=True)
+class _Record:
+    """Of an archive: bytes that have a checksum.  ``form`` is that of the numbers which they are, and None else."""
+
+    start: int
+    length: int
+    checksum: int
+    form: str | None
+
+
 def _look(file: BinaryIO, item: _Item, pulse: Callable[[int], None]) -> Damage | None:
-    if item.transformed:
-        return None
+    try:
+        records = _records(file, item)
+    except _Disagreement as error:
+        return Damage(str(error))
+    except OSError as error:
+        return Damage(f"cannot be read ({error.strerror})")
+    except Exception as error:  # Other bytes raise what they like.
+        return Damage(f"what lies there is not what torch wrote ({error or type(error).__name__})")
+    return next((found for record in records if (found := _look_at_record(file, record, pulse)) is not None), None)
+
+
+def _records(file: BinaryIO, item: _Item) -> list[_Record]:
+    """Those of an archive that torch wrote; raises anything where there is another, or none."""
     archive = zipfile.ZipFile(_Window(file, item.start, item.length))
-    # The pickle first: it says what the bytes of the others are.
-    records = sorted(archive.infolist(), key=lambda record: not record.filename.endswith("/data.pkl"))
-    if not records or not records[0].filename.endswith("/data.pkl"):
-        return Damage("it has no data.pkl")
-    for record in records:
-        start = item.start + _data(archive, record)
-        if start + record.file_size > item.start + item.length or record.compress_type != zipfile.ZIP_STORED:
-            return Damage(f"{record.filename} does not lie within it")
-        if record is records[0]:
-            file.seek(start)
-            content = file.read(record.file_size)
-            if record.CRC and zlib.crc32(content) != record.CRC:
-                return Damage("its bytes are not those that were written (CRC-32 of data.pkl)")
-            form, values = _pickled(content)
-            if item.values is not None and values not in (None, item.values):
-                return Damage(f"it has {values} values there, and {item.values} by .metadata")
-            continue
-        tensor = item.values is not None and "/data/" in record.filename and not item.may_be_unset
-        found = _record(file, start, record, form if tensor else None, pulse)
-        if found is not None:
-            return found
-    return None
+    listed = {record.filename.partition("/")[2]: record for record in archive.infolist()}
+    pickled = listed["data.pkl"]
+    archive.fp.seek(_data(archive, pickled))
+    content = archive.fp.read(pickled.file_size)
+    if pickled.CRC and zlib.crc32(content) != pickled.CRC:
+        raise _Disagreement(_OTHER_BYTES)
+    form, values = _pickled(content)
+    if item.values is not None and values not in (None, item.values):
+        raise _Disagreement(f"it has {values} values there, and {item.values} by .metadata")
+    if item.values is None or item.may_be_unset:
+        form = None
+    records = []
+    for name, record in listed.items():
+        start = _data(archive, record)
+        if start + record.file_size > item.length or record.compress_type != zipfile.ZIP_STORED:
+            raise _Disagreement(f"{name} does not lie within it")
+        # torch's loader then gives other numbers without a word.
+        if record.external_attr & _FOLDER:
+            raise _Disagreement(f"{name} is called a folder")
+        own = form if name.startswith("data/") else None
+        if own is not None and record.file_size % _FORMATS[own][0]:
+            raise _Disagreement(f"{name} ends within a number")
+        records.append(_Record(item.start + start, record.file_size, record.CRC, own))
+    return records
 
 
 def _data(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
@@ -193,26 +215,34 @@ def _data(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
     header = struct.unpack(zipfile.structFileHeader, stream.read(zipfile.sizeFileHeader))
     if header[0] != zipfile.stringFileHeader:
         raise zipfile.BadZipFile(f"no record at byte {record.header_offset}")
+    if stream.read(header[-2]) != record.orig_filename.encode():
+        raise zipfile.BadZipFile(f"another record than {record.filename}")
     return record.header_offset + zipfile.sizeFileHeader + header[-2] + header[-1]
 
 
-def _record(
-    file: BinaryIO, start: int, record: zipfile.ZipInfo, form: str | None, pulse: Callable[[int], None]
-) -> Damage | None:
+def _look_at_record(file: BinaryIO, record: _Record, pulse: Callable[[int], None]) -> Damage | None:
     checksum, seen, bad, first = 0, 0, 0, 0
-    for piece in _pieces(file, start, record.file_size):
+    pieces = _pieces(file, record.start, record.length)
+    while True:
+        # Not around what pulse raises.
+        try:
+            piece = next(pieces, None)
+        except OSError as error:
+            return Damage(f"cannot be read ({error.strerror})")
+        if piece is None:
+            break
         # 0: torch was told to write none.
-        if record.CRC:
+        if record.checksum:
             checksum = zlib.crc32(piece, checksum)
-        if form is not None:
-            outside = _not_finite(piece, form)
+        if record.form is not None:
+            outside = _not_finite(piece, record.form)
             if outside is not None and not bad:
                 first = seen + int(outside.argmax())
             bad += 0 if outside is None else int(outside.sum())
-            seen += len(piece) // _FORMATS[form][0]
+            seen += len(piece) // _FORMATS[record.form][0]
         pulse(len(piece))
-    if record.CRC and checksum != record.CRC:
-        return Damage("its bytes are not those that were written (CRC-32)")
+    if record.checksum and checksum != record.checksum:
+        return Damage(_OTHER_BYTES)
     if bad:
         return Damage(f"{bad} of {seen} values are not finite, the first is number {first}", not_finite=True)
     return None
@@ -227,7 +257,7 @@ def _pieces(file: BinaryIO, start: int, length: int) -> Iterator[memoryview]:
         while filled < min(PIECE, length):
             count = file.readinto(buffer[filled : min(PIECE, length)])
             if not count:
-                raise EOFError("the file ends before it")
+                raise OSError(0, "the file ends before it")
             filled += count
         length -= filled
         yield buffer[:filled]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,11 +198,12 @@ class Attendance:
         if self._leave_at is not None:
             # The files are for a training that there is not any more.
             return
-        if (self.run / "stop").exists():
+        # What cannot be asked at the moment is not there; nor is it a fault of the checkpoint that is looked into.
+        if os.path.exists(self.run / "stop"):
             self.say(f"{self.run / 'stop'}: the ranks save and exit")
             raise _Over(SAVE_AND_EXIT)
         request = self.run / "save"
-        if self.own_script and request.exists():
+        if self.own_script and os.path.exists(request):
             try:
                 done = request.rename(self.run / "save_taken")
             except OSError as error:
