@@ -135,6 +135,11 @@ def rows_of(args: argparse.Namespace, cases: Sequence[Case]) -> list[dict[str, A
 def _rows(case: Case, link: str, flags: Sequence[str], rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     common = {"layout": case.name, "link": link, "job": shlex.join(flags)}
     predicted = [_predicted(flags, one["plan_flags"]) for one in rounds]
+    for ahead, one in zip(predicted, rounds, strict=True):
+        steps = ", ".join(
+            f"{MODELS[name]} {ahead[name]:.3f} for {median(one['seconds'][name]):.3f} s" for name in MODELS
+        )
+        print(f"{case.name}, {link}: {one['summary']}; predicted {steps}", file=sys.stderr, flush=True)
     rows = []
     for name in MODELS:
         steps = [one["seconds"][name] for one in rounds]

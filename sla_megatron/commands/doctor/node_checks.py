@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import checkpoints, data_files, gpus, job, resources, software, upstream, versions
-from .finding import FAIL, SKIP, Finding, found
+from .finding import FAIL, SKIP, WARN, Finding, found
 from .host import Host
 from .place import Place
 
@@ -92,14 +92,24 @@ def with_megatron(
     check("space", checkpoints.space, args, known.get("vocabulary"))
     check("load", checkpoints.load_folder, args)
     if ranks is not None:
-        host, on_cpu = Host(), device == "cpu"
-        check("cores", resources.cores, ranks, host)
-        check("memory", resources.memory, args, known.get("vocabulary"), ranks, on_cpu, host)
-        check("numa", resources.numa, ranks, host, resources.nvidia_topology)
-        check("shm", resources.shared_memory, args, ranks, on_cpu, host.shared_memory)
-        check("files", resources.open_files, ranks, host)
-        check("memlock", resources.locked_memory, host)
+        note("resources")
+        findings += _resources(args, known.get("vocabulary"), ranks, device == "cpu", Host())
     return findings, args
+
+
+def _resources(
+    args: Namespace, vocabulary: int | None, ranks: resources.Ranks, on_cpu: bool, host: Host
+) -> list[Finding]:
+    """What the node gives its ranks; what cannot be read is a doubt as well, and excludes no node."""
+    findings = [
+        found("cores", resources.cores, ranks, host),
+        found("memory", resources.memory, args, vocabulary, ranks, on_cpu, host),
+        found("numa", resources.numa, ranks, host, resources.nvidia_topology),
+        found("shm", resources.shared_memory, args, ranks, on_cpu, host.shared_memory),
+        found("files", resources.open_files, ranks, host),
+        found("memlock", resources.locked_memory, host),
+    ]
+    return [replace(each, status=WARN) if each.status == FAIL else each for each in findings]
 
 
 def layout_may_run(findings: list[Finding]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sla_megatron.commands.doctor import resources
+from sla_megatron.commands.doctor import node_checks, resources
 from sla_megatron.commands.doctor.finding import Doubt, Skipped, found
 from sla_megatron.commands.doctor.host import Host, cores_of, gpu_cores
 from sla_megatron.commands.doctor.resources import Ranks
@@ -295,3 +295,12 @@ def test_open_files_and_locked_memory(node: Node) -> None:
         resources.locked_memory(node(**adapter))
     unlimited = LIMITS.replace("8388608  ", "unlimited")
     assert resources.locked_memory(node(proc__self__limits=unlimited, **adapter)) == "1 RDMA adapter, no limit"
+
+
+def test_what_cannot_be_read_excludes_no_node(node: Node) -> None:
+    """No line of these is a fault, whatever the kernel or Slurm say."""
+    odd = node({"SLURM_CPUS_ON_NODE": "many", "SLURM_MEM_PER_NODE": "64G"}, proc__self__limits="Max open files none\n")
+    findings = node_checks._resources(Namespace(save=None), None, bound("0-7"), True, odd)
+    assert [each.check for each in findings] == ["cores", "memory", "numa", "shm", "files", "memlock"]
+    assert {each.status for each in findings} <= {"ok", "skip", "warn"}
+    assert [each.check for each in findings if each.status == "warn"] == ["cores", "memory", "shm", "files"]
