@@ -85,6 +85,8 @@ def without(names: Iterable[str]) -> dict[str, Package]:
     ("there", "installs", "leaves"),
     [
         (packages(IMAGE), {"megatron-core", "datasets", "transformers"}, {"numpy", "pandas", "packaging", "pyyaml"}),
+        # By its number older than 2.6.
+        (packages(IMAGE, {"torch": ("2.6.0a0+df5bbc09d1.nv24.12", ())}), {"megatron-core"}, {"numpy", "pandas"}),
         (packages(IMAGE, OLD_HUB), {"huggingface-hub", "tokenizers"}, {"pandas"}),
         (packages(IMAGE, OLD_HUB, OLD_DATASETS), {"datasets", "huggingface-hub"}, {"pandas"}),
         (without(["megatron-core", "tensorboard"]), {"megatron-core", "tensorboard"}, {"datasets", "transformers"}),
@@ -92,7 +94,7 @@ def without(names: Iterable[str]) -> dict[str, Package]:
         # Neither torch's own needs nor CUDA's libraries are looked after.
         (without(["nvidia-nccl-cu13", "triton", "sympy"]), set(), {"megatron-core"}),
     ],
-    ids=["nvidia", "too old", "asks for the old one", "two missing", "whole", "without torch's own"],
+    ids=["nvidia", "an alpha", "too old", "asks for the old one", "two missing", "whole", "without torch's own"],
 )
 def test_what_is_chosen(recipe: ModuleType, there: dict[str, Package], installs: set[str], leaves: set[str]) -> None:
     """What is missing, and what is too old; afterwards nothing is; never an image's own."""
