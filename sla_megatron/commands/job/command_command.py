@@ -24,7 +24,7 @@ def add_arguments(command: ArgumentParser) -> None:
     add_flags(command)
     add_launch(command)
     command.add_argument("--address", default="localhost", metavar="HOST", help="where ranks meet")
-    command.add_argument("--port", type=count("--port"), default=29500, metavar="N", help="likewise")
+    command.add_argument("--port", type=count("--port", 0), default=29500, metavar="N", help="likewise; 0: a free one")
     command.add_argument("--id", default="none", metavar="NAME", help="of the job and its attempt")
     command.add_argument("--logs", type=Path, default=Path("logs"), metavar="FOLDER", help="for the logs of ranks")
     own = "of FLAGS, the first N words are the chain's own, which a script gets where it takes them (default: 0)"

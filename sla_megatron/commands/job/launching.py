@@ -145,7 +145,9 @@ def launched(args: Namespace, program: Sequence[str], name: str) -> list[str]:
     """
     logs = f"{args.logs}/{name}-%NODE%"
     if args.launch == "srun":
-        meeting = [f"MASTER_ADDR={args.address}", f"MASTER_PORT={args.port}"]
+        # Nobody would tell the others which one was free.
+        port = args.port or 10_000 + int("0" + re.sub(r"\D", "", args.id)) % 20_000
+        meeting = [f"MASTER_ADDR={args.address}", f"MASTER_PORT={port}"]
         return [*meeting, "bash", "-c", _RANK, "bash", str(args.processes), logs, args.python, "-u", *program]
     words = [args.python, "-m", "torch.distributed.run" if args.launch == "torchrun" else _FT]
     words += ["--nnodes", str(args.nodes), "--nproc-per-node", str(args.processes), "--max-restarts", "0"]

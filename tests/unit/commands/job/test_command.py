@@ -135,6 +135,9 @@ def test_tasks_of_srun_are_ranks(capsysbinary: pytest.CaptureFixture, tmp_path: 
         "--logs",
         str(tmp_path / "logs"),
     ]
+    # As sla-sweep gives it: any free one, which the others would not know of.
+    free, _ = split(command(capsysbinary, tmp_path, *options, "--port", "0", flags=tuple(OWN)))
+    assert 10_000 <= int(free["MASTER_PORT"]) < 30_000
     variables, words = split(command(capsysbinary, tmp_path, *options, flags=(*OWN, "--lr", "1")))
     started = {}
     for local in range(3):
