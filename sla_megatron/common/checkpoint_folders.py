@@ -149,7 +149,7 @@ def newest_complete(
 
 
 def aside(path: Path, what: str) -> str:
-    """Rename a checkpoint so that nothing takes it for one; its new name, which begins with ``what``."""
+    """Rename a checkpoint, or another file, so that nothing takes it for one; its new name begins with ``what``."""
     name = f"{what}_{path.name}_{time.strftime('%Y%m%dT%H%M%S')}_{os.getpid()}"
     while path.with_name(name).exists():
         name += "_again"

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from ...common.amounts import shown_size
 from ...common.checkpoint_folders import TRACKER, problem
 from .checkpoint_size import checkpoint_bytes, parameter_count
 from .finding import Doubt, Fault, Skipped
@@ -62,10 +63,10 @@ def space(
     count = str(parameters)
     if parameters >= 1e6:
         count = f"{parameters / 1e6:.3g} million" if parameters < 1e9 else f"{parameters / 1e9:.3g} billion"
-    estimate = f"a checkpoint takes about {gigabytes(need)} by estimate ({count} parameters)"
+    estimate = f"a checkpoint takes about {shown_size(need)} by estimate ({count} parameters)"
     if free < need:
-        raise Fault(f"{args.save}: {gigabytes(free)} free, {estimate}: expected room for at least one")
-    return f"{gigabytes(free)} free, {estimate}"
+        raise Fault(f"{args.save}: {shown_size(free)} free, {estimate}: expected room for at least one")
+    return f"{shown_size(free)} free, {estimate}"
 
 
 def load_folder(args: Namespace) -> str:
@@ -122,8 +123,3 @@ def _require_complete(step: Path, what: str) -> None:
         reason = problem(step)
         if reason is not None:
             raise Fault(f"{what}: {step.name} is not complete: {reason}: expected one that was saved to its end")
-
-
-def gigabytes(size: int) -> str:
-    """``size`` bytes in GB or TB."""
-    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:.3g} TB"

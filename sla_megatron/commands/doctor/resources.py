@@ -11,13 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...attention.sla_config import compact_ranges
+from ...common.amounts import shown_size
+from ..job.resources import CORES_A_RANK
 from .checkpoint_size import checkpoint_bytes, parameter_count
-from .checkpoints import gigabytes
 from .finding import Doubt, Skipped
 from .host import Host, cores_of, gpu_cores
-
-#: Cores for each rank: one that keeps its GPU busy, and one for its data-loader workers and communication.
-CORES_A_RANK = 2
 
 #: What NVIDIA has containers give /dev/shm for NCCL (--shm-size=1g): NCCL's user guide, "Runtime and MPI issues".
 NCCL_SHARED_MEMORY = 1 << 30
@@ -72,19 +70,19 @@ def memory(args: Namespace, vocabulary: int | None, ranks: Ranks, on_cpu: bool, 
         raise Skipped("/proc/meminfo cannot be read")
     least = min(limits, key=lambda name: limits[name])
     own = ranks.here * host.resident()
-    parts = [f"{gigabytes(own)} of {_of(ranks.here)} at start"]
+    parts = [f"{shown_size(own)} of {_of(ranks.here)} at start"]
     if args.save is not None or on_cpu:
         share = checkpoint_bytes(args, parameter_count(args, vocabulary)) * ranks.here // ranks.world_size
         if on_cpu:
             own += share
-            parts.append(f"{gigabytes(share)} of weights and optimizer")
+            parts.append(f"{shown_size(share)} of weights and optimizer")
         if args.save is not None:
             own += share
             when = "while training goes on" if args.async_save else "while it is saved"
-            parts.append(f"{gigabytes(share)} of a checkpoint {when}")
-    text = f"{gigabytes(limits[least])} by {least}; {' and '.join(parts)}"
+            parts.append(f"{shown_size(share)} of a checkpoint {when}")
+    text = f"{shown_size(limits[least])} by {least}; {' and '.join(parts)}"
     if limits[least] < own:
-        raise Doubt(f"{text}: expected {gigabytes(own)} or more (--mem=0 asks Slurm for all of a node's)")
+        raise Doubt(f"{text}: expected {shown_size(own)} or more (--mem=0 asks Slurm for all of a node's)")
     return text
 
 
@@ -130,8 +128,8 @@ def shared_memory(args: Namespace, ranks: Ranks, on_cpu: bool, size: Callable[[]
         needs[f"{args.num_workers} data-loader workers a rank"] = ranks.here * args.num_workers * _PREFETCHED * batch
     if not needs:
         raise Skipped("neither NCCL nor data-loader workers")
-    text = f"/dev/shm has {gigabytes(size())}; " + ", ".join(
-        f"{gigabytes(need)} for {name}" for name, need in needs.items()
+    text = f"/dev/shm has {shown_size(size())}; " + ", ".join(
+        f"{shown_size(need)} for {name}" for name, need in needs.items()
     )
     if size() < sum(needs.values()):
         raise Doubt(f"{text}: expected their sum (a container's --shm-size, or its --ipc=host)")
@@ -157,7 +155,7 @@ def locked_memory(host: Host) -> str:
     limit, text = host.soft_limit("Max locked memory"), f"{len(adapters)} RDMA adapter{'s' * (len(adapters) > 1)}"
     if limit != float("inf"):
         raise Doubt(
-            f"{text}, and {gigabytes(int(limit))} of memory may be locked: expected no limit (ulimit -l unlimited; "
+            f"{text}, and {shown_size(int(limit))} of memory may be locked: expected no limit (ulimit -l unlimited; "
             "slurmd's own: LimitMEMLOCK=infinity)"
         )
     return f"{text}, no limit"

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...common.amounts import shown_size
 from ...common.checkpoint_contents import damage, size
 from ...common.checkpoint_folders import checkpoints, problem, stored_args, tracked
 from .chain import Chain
 from .checked import FILE, Checked, Look, fingerprint, spoils
 from .flags import TrainingFlags
-from .keep import Keep, remove, remove_rest, shown_size, space_warning, written_by
+from .keep import Keep, remove, remove_rest, space_warning, written_by
 
 #: Exit statuses upon which a launcher ends the step: after a save, and without one.
 SAVE_AND_EXIT, RESUMED_FROM_DAMAGE = 20, 21

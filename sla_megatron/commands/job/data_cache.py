@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ast
 import math
-import os
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from ...common.checkpoint_folders import aside
 
 #: In the run's folder.
 DATA_CACHE = "data-cache"
@@ -25,9 +25,7 @@ def set_aside_cut_off(run: Path, say: Callable[[str], None]) -> None:
     """
     for path in sorted((run / DATA_CACHE).glob("*.npy")):
         if not _is_whole(path):
-            aside = path.with_name(f"incomplete_{path.name}_{time.strftime('%Y%m%dT%H%M%S')}_{os.getpid()}")
-            path.rename(aside)
-            say(f"{path} is cut off: it is now {aside.name}, and is built anew")
+            say(f"{path} is cut off: it is now {aside(path, 'incomplete')}, and is built anew")
 
 
 def _is_whole(path: Path) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...common.amounts import shown_size
 from ...common.checkpoint_folders import aside
 from ...common.errors import FlagError
 from .chain import Chain
@@ -127,12 +128,3 @@ def space_warning(
         f"{flags.save} will be full: {count} checkpoints {what}, {sizes}; {len(there)} are there, and "
         f"{shown_size(free)} are free"
     )
-
-
-def shown_size(count: float) -> str:
-    """Bytes, for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"

@@ -18,7 +18,7 @@ OVERRIDES = (
     *("MASTER_ADDR", "MASTER_PORT", "SLA_ROOT", "DRY_RUN"),
 )
 
-#: A rank's own thread, and one that feeds it.
+#: One that keeps its GPU busy, and one for its data-loader workers and communication.
 CORES_A_RANK = 2
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...common.amounts import shown_size
 from ...common.files import flush, write_whole
 from .data_flags import FILES, PATHS, list_files, prefixes, rewritten, with_prefixes
 from .flags import JobError
@@ -74,7 +75,7 @@ def stage_data(flags: Sequence[str], stage: Path, node: str, say: Callable[[str]
     with _alone(stage, node, say):
         missing = _require_space(copies, stage, node)
         there = sum(source.stat().st_size for source in copies.keys() - missing.keys())
-        say(f"{node}: {_size(there)} of data are in {stage}, {_size(_bytes(missing))} are to be copied")
+        say(f"{node}: {shown_size(there)} of data are in {stage}, {shown_size(_bytes(missing))} are to be copied")
         began = time.monotonic()
         _copy_all(missing, node, say)
         for file, text in lists.items():
@@ -82,7 +83,7 @@ def stage_data(flags: Sequence[str], stage: Path, node: str, say: Callable[[str]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, text)
     if missing:
-        say(f"{node}: {_size(_bytes(missing))} copied in {time.monotonic() - began:.0f} s")
+        say(f"{node}: {shown_size(_bytes(missing))} copied in {time.monotonic() - began:.0f} s")
 
 
 def _placed(stage: Path) -> Callable[[str], str]:
@@ -117,8 +118,8 @@ def _require_space(copies: dict[Path, Path], stage: Path, node: str) -> dict[Pat
     free = shutil.disk_usage(existing).free
     if _bytes(missing) > free:
         raise JobError(
-            f"--to {stage}: {_size(_bytes(missing))} of data are to be copied there, and {_size(free)} are free on "
-            f"{node}: expected more space, or another folder"
+            f"--to {stage}: {shown_size(_bytes(missing))} of data are to be copied there, and {shown_size(free)} are "
+            f"free on {node}: expected more space, or another folder"
         )
     return missing
 
@@ -164,7 +165,7 @@ def _copy_all(copies: dict[Path, Path], node: str, say: Callable[[str], None]) -
                 failed.set()
                 raise fault
             if under_way:
-                say(f"{node}: {_size(done)} of {_size(total)} copied")
+                say(f"{node}: {shown_size(done)} of {shown_size(total)} copied")
 
 
 def _copy(source: Path, copy: Path, copied: Callable[[int], None]) -> None:
@@ -190,10 +191,3 @@ def _copy(source: Path, copy: Path, copied: Callable[[int], None]) -> None:
 
 def _bytes(copies: dict[Path, Path]) -> int:
     return sum(source.stat().st_size for source in copies)
-
-
-def _size(size: int) -> str:
-    for unit, amount in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if size >= amount:
-            return f"{size / amount:.3g} {unit}"
-    return f"{size / 1e3:.3g} kB"

@@ -7,12 +7,12 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ...common.amounts import shown_size
 from ...common.checkpoint_contents import damage, size
 from ...common.checkpoint_folders import checkpoints
 from ...common.errors import FlagError
 from ...common.flag_types import WITH_VALUE
 from .checked import Checked, fingerprint
-from .keep import shown_size
 
 HELP = "look into all checkpoints: checksums and finite numbers; status 1 if one is damaged"
 

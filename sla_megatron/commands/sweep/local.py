@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ...common.durations import duration
+from ...common.amounts import duration
 from .errors import RunBusy, RunFailed
 from .grid import Run
 from .results_folder import SweepFolder

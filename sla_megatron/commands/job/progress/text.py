@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ....common.durations import duration
+from ....common.amounts import duration
 
 #: Of a reason; --json has all of it.
 _WIDEST = 200

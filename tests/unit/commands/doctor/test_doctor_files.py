@@ -198,7 +198,7 @@ def test_space_for_a_checkpoint(settled: Callable[..., Namespace], tmp_path: Pat
     args = settled(save=tmp_path / "checkpoints", save_interval=5)
     assert "55488 parameters" in checkpoints.space(args, 127, lambda path: 10**9)
     text = fault_of(checkpoints.space, args, 127, lambda path: 600_000)
-    assert text.startswith(f"{tmp_path}/checkpoints: 0.0006 GB free, a checkpoint takes about 0.000666 GB")
+    assert text.startswith(f"{tmp_path}/checkpoints: 600 kB free, a checkpoint takes about 666 kB")
 
 
 def tracker(folder: Path, text: str) -> None:

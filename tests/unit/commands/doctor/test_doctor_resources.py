@@ -256,21 +256,21 @@ def test_cores_near_the_gpus(
             {"num_workers": 0},
             False,
             64 << 20,
-            ("warn", "/dev/shm has 0.0671 GB; 1.07 GB for NCCL (NVIDIA's --shm-size"),
+            ("warn", "/dev/shm has 67.1 MB; 1.07 GB for NCCL (NVIDIA's --shm-size"),
         ),
         # Two ranks, two workers, two batches: 8 of 2 x 4096 tokens of 28 bytes.
         (
             {"num_workers": 2},
             True,
             2 << 30,
-            ("ok", "/dev/shm has 2.15 GB; 0.00184 GB for 2 data-loader workers a rank"),
+            ("ok", "/dev/shm has 2.15 GB; 1.84 MB for 2 data-loader workers a rank"),
         ),
         # Masks of 4096 x 4096 beside them.
         (
             {"num_workers": 2, "create_attention_mask_in_dataloader": True},
             True,
             64 << 20,
-            ("warn", "/dev/shm has 0.0671 GB; 0.27 GB for 2 data-loader workers a rank: expected their sum"),
+            ("warn", "/dev/shm has 67.1 MB; 270 MB for 2 data-loader workers a rank: expected their sum"),
         ),
         ({"num_workers": 0}, True, 1, ("skip", "neither NCCL nor data-loader workers")),
     ],
@@ -291,7 +291,7 @@ def test_open_files_and_locked_memory(node: Node) -> None:
     with pytest.raises(Skipped, match="no InfiniBand or RoCE adapter"):
         resources.locked_memory(node())
     adapter = {"sys__class__infiniband__mlx5_0__node_type": "1: CA\n"}
-    with pytest.raises(Doubt, match="1 RDMA adapter, and 0.00839 GB of memory may be locked: expected no limit"):
+    with pytest.raises(Doubt, match="1 RDMA adapter, and 8.39 MB of memory may be locked: expected no limit"):
         resources.locked_memory(node(**adapter))
     unlimited = LIMITS.replace("8388608  ", "unlimited")
     assert resources.locked_memory(node(proc__self__limits=unlimited, **adapter)) == "1 RDMA adapter, no limit"

@@ -175,7 +175,7 @@ def test_a_file_that_is_as_it_was_is_looked_into_once(run: Run) -> None:
     run.begin()
     run.attend()
     # What was resumed from is whole: older ones are for nothing.
-    assert len(run.said) == 1 and run.said[0].startswith("iter_0000020 is whole and finite: 4.05 KiB in ")
+    assert len(run.said) == 1 and run.said[0].startswith("iter_0000020 is whole and finite: 4.14 kB in ")
     run.attend()
     assert run.said == []
     (run.path(20) / ".metadata").touch()
@@ -348,7 +348,7 @@ def test_the_space_that_checkpoints_will_take(run: Run, monkeypatch: pytest.Monk
         monkeypatch.setattr(shutil, "disk_usage", lambda path, new=new: usage(0, 0, each * new - 1))
         run.attend(keep)
         warned = [line for line in run.said if line.startswith("warning")]
-        assert len(warned) == 1 and f"{run.checkpoints} will be full: {says}, {each / 1024:.3g} KiB each" in warned[0]
+        assert len(warned) == 1 and f"{run.checkpoints} will be full: {says}, {each / 1e3:.3g} kB each" in warned[0]
         monkeypatch.setattr(shutil, "disk_usage", lambda path, new=new: usage(0, 0, each * new))
         run.attend(keep)
         assert not [line for line in run.said if line.startswith("warning")]
