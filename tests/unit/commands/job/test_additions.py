@@ -115,7 +115,8 @@ def test_a_kept_name_that_cannot_be_read(text: str, tmp_path: Path) -> None:
         ({"WANDB_RESUME": "must", "WANDB_DIR": "/mine"}, {"WANDB_RUN_ID"}),
         ({"WANDB_RESUME": "never"}, set()),
     ],
-    ids=str,
+    # Not of a set, whose order is chance.
+    ids=["run-id", "resume-and-folder", "never"],
 )
 def test_what_the_user_has_set_counts(
     own: dict[str, str], added: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
