@@ -109,15 +109,25 @@ def test_sigkill_at_any_moment(folder: Path, undisturbed: dict[str, bytes], tmp_
             for path in tmp_path.glob("out*"):
                 path.unlink()
         process = started(main, arguments)
-        time.sleep(source.uniform(0, whole))
+        if source.random() < 0.5:
+            time.sleep(source.uniform(0, whole))
+        else:
+            # Most of the time goes by before the first shard: not all moments are to be there.
+            wanted = source.randrange(1, 80)
+            while len(finished_shards(tmp_path)) < wanted and process.is_alive():
+                time.sleep(0.002)
         process.kill()
         ended = status(process)
         assert ended in (0, -signal.SIGKILL), "the same command is refused"
         kills += ended != 0
-        shards_left.add(len(list(tmp_path.glob("out.sla-data/shards/*.json"))))
+        shards_left.add(len(finished_shards(tmp_path)))
     main(arguments)
     assert contents(tmp_path / "out") == undisturbed
     assert rounds >= 2 and len(shards_left) >= 5, "the kills came at few different moments"
+
+
+def finished_shards(folder: Path) -> list[Path]:
+    return list(folder.glob("out.sla-data/shards/*.json"))
 
 
 def contents_if_finished(prefix: Path) -> bytes | None:
@@ -164,7 +174,7 @@ def test_workers_end_with_the_process_they_work_for(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while not list(tmp_path.glob("out.sla-data/shards/*.json")):
+    while not finished_shards(tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
     workers = children(process.pid)

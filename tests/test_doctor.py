@@ -96,7 +96,7 @@ def test_all_is_well_with_tensor_parallelism(ran: dict[str, Any]) -> None:
     # A machine may have a network adapter that pins memory.
     assert [check for check, (how, _) in lines.items() if how == "skip" or check == "memlock"] == skipped
     assert lines["cores"][1].endswith("for 1 rank") and "a process" in lines["files"][1]
-    assert re.search(r"GB by .*; .* GB of 1 rank at start and .* GB of weights and optimizer and ", lines["memory"][1])
+    assert re.search(r"GB by .*; .* MB of 1 rank at start and .* kB of weights and optimizer and ", lines["memory"][1])
     assert lines["layout"][1].startswith("TP 2: loss ")
     assert bad_nodes(ran, "tensor") == []
     assert not (ran["folder"] / "to").exists()
