@@ -36,7 +36,7 @@ from sla_megatron.common.errors import one_line_errors
 from sla_megatron.common.flag_types import count
 
 # The one thing here that is the tests': a cluster of real daemons, which is as long to write as all of this.
-from tests.support.slurm import Cluster, cluster, missing
+from tests.support.slurm import Cluster, cluster, missing, processes_with
 
 from .record import ROOT, Table, add_output_args, check_output, shown, spread, write_result
 from .recovery_log import PARTS, Event, attempts, recoveries, written
@@ -254,15 +254,13 @@ def watched(slurm: Cluster, run: Path) -> Iterator[Watch]:
 
 
 def ranks(run: Path) -> list[int]:
-    """The processes that train."""
+    """The processes that train: not what launches them, which names the same module."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with contextlib.suppress(OSError):
-                command = (folder / "cmdline").read_bytes()
-                own = _RANK in command and b"distributed.run" not in command and b"python" in command.split(b"\0")[0]
-                if own and f"RUN_DIR={run}\0".encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
+    for pid in processes_with(_RANK, RUN_DIR=str(run)):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"distributed.run" not in command and b"python" in command.split(b"\0")[0]:
+                found.append(pid)
     return sorted(found)
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ...common.checkpoint_contents import size
 from ...common.checkpoint_folders import checkpoints, newest_complete
 from .flags import JobError
 from .given import values
@@ -80,7 +81,7 @@ def say_what_is_scarce(
     newest, _ = newest_complete(save)
     if newest is None:
         return
-    part = sum(file.stat().st_size for file in checkpoints(save)[newest].iterdir()) / nodes
+    part = size(checkpoints(save)[newest]) / nodes
     if memory < part:
         say(
             f"Slurm gave {memory / 2**30:.1f} GiB a node, whose part of the checkpoint of iteration {newest} is "
