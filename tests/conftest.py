@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.slurm import Cluster, cluster
 
 
 @pytest.fixture
@@ -34,3 +36,11 @@ def convert(convert_streams: Callable[..., tuple[int, str, str]]) -> Callable[..
         return status, out + err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm of three nodes, with a folder ``runs``."""
+    with cluster(tmp_path_factory.mktemp("slurm"), 3) as made:
+        (made.folder / "runs").mkdir()
+        yield made
