@@ -2,7 +2,8 @@
 
 A GPT, or a hybrid model, as one function of its weights.  It follows the method's definition to the letter and nothing
 else: no parallelism, no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of
-``linear_qkv``: group after group, ``q .. q k v``, without the key or the value that is left out.
+``linear_qkv``: group after group, ``q .. q k v``, without the key or the value that is left out; where attention has an
+output gate, ``q .. q gate .. gate k v``.
 
 Shapes: b batch, s sequence, h hidden, d head size.  Layers are numbered 1..L, groups 0..G-1.
 """
@@ -43,6 +44,7 @@ class ReferenceGPT:
     eps: float = 1e-5
     pattern: str = ""
     experts_per_token: int = 2
+    output_gate: bool = False
     share: str = "kv"
     source_layers: tuple[int, ...] = ()
 
@@ -105,11 +107,14 @@ class ReferenceGPT:
         p = p + "self_attention."
         d, heads_per_group = self.head_size, self.num_heads // self.num_groups
         rows = self._linear(w, p + "linear_qkv", x)
-        queries, start = [], 0
+        queries, gates, start = [], [], 0
         for group in range(self.num_groups):
             for _ in range(heads_per_group):
                 query = self._head_norm(w, p + "q_layernorm", rows[..., start : start + d])
                 queries.append(self._position(query, layer))
+                start += d
+            for _ in range(heads_per_group if self.output_gate else 0):
+                gates.append(rows[..., start : start + d])
                 start += d
             if self.is_projected(layer, group, "key"):
                 key = self._head_norm(w, p + "k_layernorm", rows[..., start : start + d])
@@ -125,7 +130,8 @@ class ReferenceGPT:
             group = head // heads_per_group
             key, value = (projected[kind, self.source_of(layer, group, kind), group] for kind in ("key", "value"))
             scores = query @ key.transpose(-1, -2) / math.sqrt(d)
-            outputs.append(scores.masked_fill(is_hidden, -math.inf).softmax(-1) @ value)
+            output = scores.masked_fill(is_hidden, -math.inf).softmax(-1) @ value
+            outputs.append(output * gates[head].sigmoid() if self.output_gate else output)
         return self._linear(w, p + "linear_proj", torch.cat(outputs, dim=-1))
 
     def _position(self, x: Tensor, layer: int) -> Tensor:

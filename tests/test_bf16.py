@@ -19,8 +19,8 @@ SOUND = {
 }
 #: Another source than the reference's, for all groups or, of three that skip, for one.
 BROKEN = {
-    "wrong-source": parity_case(distances=[1], reference_distances=[2]),
-    "one-wrong-source": parity_case(distances=[2, 1], reference_distances=[2]),
+    "wrong-source": parity_case(distances=[1], mistake={"distances": [2]}),
+    "one-wrong-source": parity_case(distances=[2, 1], mistake={"distances": [2]}),
 }
 
 

@@ -64,7 +64,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, flo
     """All cases in one group of two gloo ranks."""
     cases = {name: BASE | case for name, case in CASES.items()}
     # Controls: the reference reads another layer.
-    cases["mistaken"] = BASE | CASES["gpt"] | {"reference_distances": [2, 1]}
+    cases["mistaken"] = BASE | CASES["gpt"] | {"mistake": {"distances": [2, 1]}}
     return run_worker("parity_worker", cases, 2, tmp_path_factory.mktemp("parity"))[0]
 
 

@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 
+from tests.support import parity_variants
 from tests.support.launch import run_worker
-from tests.support.parity import relative_errors
+from tests.support.parity import parity_case, relative_errors
 
 pytestmark = pytest.mark.distributed
 
 # fp32 keeps 24 bits, 6e-8; four layers of matrix products of length <= 96 in another order lose about a factor of ten.
 TOLERANCE = 1e-5
+
+
+EVERY_OTHER_ROTARY = {"no_rope_freq": 2, "layers_without_rope": [2, 4]}
+#: All later layers read the first.
+FROM_ONE = {"share": "values", "distances": [], "source_layers": [1], "skip_groups": 2}
 
 
 def _cases() -> dict[str, dict[str, Any]]:
@@ -54,7 +60,7 @@ def _cases() -> dict[str, dict[str, Any]]:
             "recompute": recompute,
             **shape,
         }
-    return cases | _extra_cases()
+    return cases | _extra_cases() | parity_variants.CASES
 
 
 def _name(groups, rope, rms_norm, projection, two, tp, sequence_parallel, recompute) -> str:
@@ -99,7 +105,7 @@ def _extra_cases() -> dict[str, dict[str, Any]]:
         "swiglu": {"swiglu": True, "bias": False},
         "tied": {"tied": True},
         "half-rotary": {"rotary_percent": 0.5},
-        "every-other-rotary": {"no_rope_freq": 2, "layers_without_rope": [2, 4], "distances": [2], "skip_groups": 3},
+        "every-other-rotary": {**EVERY_OTHER_ROTARY, "distances": [2], "skip_groups": 3},
         "distance-1": {"distances": [1], "skip_groups": 3},
         "distance-1-recompute-1": {"distances": [1], "skip_groups": 3, "recompute": "uniform"},
         "distance-1-recompute-2": {"distances": [1], "skip_groups": 3, "recompute": "uniform2"},
@@ -115,21 +121,65 @@ def _extra_cases() -> dict[str, dict[str, Any]]:
         "offload-qk-norm-two": {"offload": True, "qk_norm": True, "distances": [2, 1]},
         "offload-gqa-learned": {"offload": True, "groups": 2, "skip_groups": 2, "rope": False, "distances": [1]},
         "learned-recompute-block": {"rope": False, "recompute": "block", "distances": [1]},
+        # What reads no keys of others may differ from them in rotary embedding.
+        "values-every-other-rotary": {**EVERY_OTHER_ROTARY, "share": "values", "distances": [1], "skip_groups": 3},
+        "offload-values-from-one": {"offload": True, **FROM_ONE},
+        # The source alone in its chunk, then readers that share one; the source with its first readers.
+        "one-source-recompute-1": {"recompute": "uniform", "share": "kv", "repeats": True, **FROM_ONE},
+        "one-source-recompute-3": {"recompute": "uniform3", "repeats": True, **FROM_ONE},
+        "one-source-recompute-block": {"recompute": "block", "share": "keys", "repeats": True, **FROM_ONE},
     }
     return {name: base | extra for name, extra in extras.items()}
 
 
 CASES = _cases()
 
+#: Models of which the reference is told something else.
+MISTAKEN: dict[str, dict[str, Any]] = {
+    name: parity_case(tp=2, distances=[], source_layers=[1]) | mistaken
+    for name, mistaken in {
+        "another source layer": {"share": "values", "mistake": {"source_layers": [2]}},
+        "one of two source layers": {"source_layers": [1, 2], "mistake": {"source_layers": [1, 3]}},
+        "a distance": {"mistake": {"source_layers": [], "distances": [1]}},
+        "a layer that does not read": {"share": "keys", "mistake": {"layers": [2, 3]}},
+        "values of keys and values": {"mistake": {"share": "values"}},
+        "keys for values": {"share": "values", "mistake": {"share": "keys"}},
+        "keys and values of keys": {"share": "keys", "mistake": {"share": "kv"}},
+        "one group of four": {"output_gate": True, "skip_groups": 4, "mistake": {"skip_groups": 3}},
+    }.items()
+}
+
 
 @pytest.fixture(scope="module")
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """All cases that were chosen in one group of two gloo ranks: a Megatron process takes ten seconds to start."""
-    chosen = [item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)]
-    return run_worker("parity_worker", {name: CASES[name] for name in chosen}, 2, tmp_path_factory.mktemp("parity"))[0]
+    items = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    chosen = [item.callspec.params["name"] for item in items]
+    cases = {name: (CASES | MISTAKEN)[name] for name in chosen}
+    return run_worker("parity_worker", cases, 2, tmp_path_factory.mktemp("parity"))[0]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_every_gradient(answers: dict[str, dict[str, float]], name: str) -> None:
     errors = relative_errors(answers[name])
     assert {tensor: error for tensor, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_a_mistake_is_seen(answers: dict[str, dict[str, float]], name: str) -> None:
+    """Of what is shared, and from where, for a single group or layer too."""
+    assert answers[name]["logits"] > 100 * TOLERANCE
+
+
+def test_the_variants_cover_every_pair() -> None:
+    """But for the two pairs of which there is no case, and every share from every source, kept and pruned."""
+    rows = parity_variants.rows()
+    values = [sorted({f"{axis} {row[axis]}" for row in rows}) for axis in parity_variants.AXES]
+    assert [len(of_axis) for of_axis in values] == [3, 5, 2, 2, 2, 2, 3, 5, 3]
+    every = {frozenset(pair) for a, b in itertools.combinations(values, 2) for pair in itertools.product(a, b)}
+    left_out = every - set().union(*map(parity_variants.pairs, rows))
+    assert left_out == {
+        frozenset(("share kv", "source distance")),
+        frozenset(("projection pruned", "extra gate")),
+    }
+    assert len({(row["share"], row["source"], row["projection"]) for row in rows}) == 3 * 5 * 2 - 2

@@ -74,7 +74,8 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     # What is offloaded is decided in a first step, and done in the next ones as in the first or otherwise.
     draws = case.get("draws", 3 if case.get("offload") else 1)
     with offloading.offloading(cpu_backend_is_active()) if case.get("offload") else nullcontext():
-        answers = [compare(reference, model, full_shapes, generator, documents) for _ in range(draws)]
+        repeats = case.get("repeats", False)
+        answers = [compare(reference, model, full_shapes, generator, documents, repeats) for _ in range(draws)]
     return {
         name: {"dead rows": max, "before change": max, "after change": min}.get(name, root_mean_square)(
             [answer[name] for answer in answers]
@@ -88,11 +89,15 @@ def root_mean_square(values: list[float]) -> float:
 
 
 def compare(
-    reference: Any, model: Any, full_shapes: dict[str, Any], generator: Any, documents: Documents
+    reference: Any,
+    model: Any,
+    full_shapes: dict[str, Any],
+    generator: Any,
+    documents: Documents,
+    repeats: bool = False,
 ) -> dict[str, float]:
-    """The errors for weights and tokens that are drawn from ``generator``."""
+    """The errors for weights and tokens that are drawn from ``generator``; with ``repeats`` of a second step too."""
     import torch
-    from megatron.core.distributed import finalize_model_grads
 
     from tests.support import offloading, sharding
 
@@ -106,12 +111,7 @@ def compare(
     packed = documents.packed_sequences()
 
     misread = listen_at_core_attention(model, reference.num_layers)
-    model.zero_grad_buffer()
-    logits = run_model(model, tokens, positions, packed)
-    # The mean over this rank's share of the sequence; Megatron averages gradients over the ranks.
-    torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), share(labels).flatten()).backward()
-    finalize_model_grads([model])
-    logits = whole_sequence(logits.detach())
+    logits, gradients = step(model, tokens, positions, packed, labels)
     offloads = model.config.fine_grained_activation_offloading
     if offloads:
         offloading.next_step()
@@ -120,14 +120,16 @@ def compare(
     exact = {name: tensor.cuda().double().requires_grad_() for name, tensor in weights.items()}
     expected_logits = documents.each_alone(reference, exact, tokens)
     torch.nn.functional.cross_entropy(expected_logits.flatten(0, 1), labels.flatten()).backward()
-    gradients = sharding.gather_gradients(model)
-    answer = {"logits": error(logits.detach(), expected_logits.detach())}
+    answer = {"logits": error(logits, expected_logits.detach())}
     for name, tensor in exact.items():
         # Nobody reads the weight at all (a key norm where every group skips): the gradient to expect is zero.
         tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         answer[name] = error(gradients[name], tensor.grad)
     answer["misread by Transformer Engine"] = float(sum(misread))
     answer["dead rows"] = dead_rows(reference, exact, gradients)
+    if repeats:
+        _, again = step(model, tokens, positions, packed, labels)
+        answer["repeated"] = max(float((again[name] - gradients[name]).abs().max()) for name in gradients)
     model.eval()
     with torch.no_grad():
         evaluated = whole_sequence(run_model(model, tokens, positions, packed))
@@ -140,6 +142,22 @@ def compare(
     answer["before change"] = float(moved[~sees].abs().max())
     answer["after change"] = float(moved[sees].abs().sum(-1).min())
     return answer
+
+
+def step(model: Any, tokens: Any, positions: Any, packed: Any, labels: Any) -> tuple[Any, dict[str, Any]]:
+    """Logits ``[b, s, vocabulary]``, and the whole gradient of each parameter."""
+    import torch
+    from megatron.core.distributed import finalize_model_grads
+
+    from tests.support import sharding
+
+    model.zero_grad_buffer()
+    logits = run_model(model, tokens, positions, packed)
+    # The mean over this rank's share of the sequence; Megatron averages gradients over the ranks.
+    torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), share(labels).flatten()).backward()
+    finalize_model_grads([model])
+    gradients = {name: gradient.clone() for name, gradient in sharding.gather_gradients(model).items()}
+    return whole_sequence(logits.detach()), gradients
 
 
 def run_model(model: Any, tokens: Any, positions: Any, packed: Any) -> Any:
@@ -196,7 +214,6 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
 
     from sla_megatron.attention.sla_config import SLAConfig
     from sla_megatron.model import builder
-    from tests.reference import ReferenceGPT
     from tests.support import sharding
 
     transformer, pattern = transformer_config(case), case.get("pattern", "")
@@ -206,7 +223,10 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         num_query_groups=case["groups"],
         skip_distances=tuple(case["distances"]),
         num_skip_groups=case["skip_groups"],
+        layers=tuple(case["layers"]) if "layers" in case else None,
         kv_projection=case["projection"],
+        share=case.get("share", "kv"),
+        source_layers=tuple(case.get("source_layers", ())),
     )
     kind = "Hybrid" if pattern else "GPT"
     config = getattr(builder, f"SLA{kind}ModelConfig")(
@@ -225,28 +245,38 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     model.cuda().train()
     if case.get("bf16"):
         model.bfloat16()
-    reference = ReferenceGPT(
-        num_layers=num_layers,
-        num_heads=HEADS,
-        num_groups=case["groups"],
-        head_size=HEAD_SIZE,
-        # Another source than the model's: a mistake that a test is to find.
-        distances=tuple(case.get("reference_distances", case["distances"])),
-        num_skip_groups=case["skip_groups"],
-        pruned=case["projection"] == "pruned",
-        rope=case["rope"],
-        rotary_percent=case.get("rotary_percent", 1.0),
-        layers_without_rope=tuple(case.get("layers_without_rope", ())),
-        rms_norm=case["rms_norm"],
-        swiglu=case.get("swiglu", False),
-        pattern=pattern,
-    )
     wrapped = DistributedDataParallel(
         config=transformer,
         ddp_config=DistributedDataParallelConfig(overlap_grad_reduce=True, use_distributed_optimizer=False),
         module=model,
     )
-    return reference, wrapped, sharding.full_shapes(wrapped)
+    return reference_gpt(case, num_layers), wrapped, sharding.full_shapes(wrapped)
+
+
+def reference_gpt(case: dict[str, Any], num_layers: int) -> Any:
+    """Of the case's model, or of another one: what ``mistake`` says of it is a mistake that a test is to find."""
+    from tests.reference import ReferenceGPT
+
+    asked = case | case.get("mistake", {})
+    return ReferenceGPT(
+        num_layers=num_layers,
+        num_heads=HEADS,
+        num_groups=asked["groups"],
+        head_size=HEAD_SIZE,
+        distances=tuple(asked["distances"]),
+        num_skip_groups=asked["skip_groups"],
+        consumer_layers=tuple(asked["layers"]) if "layers" in asked else None,
+        pruned=asked["projection"] == "pruned",
+        rope=asked["rope"],
+        rotary_percent=asked.get("rotary_percent", 1.0),
+        layers_without_rope=tuple(asked.get("layers_without_rope", ())),
+        rms_norm=asked["rms_norm"],
+        swiglu=asked.get("swiglu", False),
+        pattern=asked.get("pattern", ""),
+        output_gate=asked.get("output_gate", False),
+        share=asked.get("share", "kv"),
+        source_layers=tuple(asked.get("source_layers", ())),
+    )
 
 
 def transformer_config(case: dict[str, Any]) -> Any:
@@ -280,6 +310,7 @@ def transformer_config(case: dict[str, Any]) -> Any:
         add_bias_linear=case.get("bias", True),
         add_qkv_bias=case.get("bias", True),
         qk_layernorm=case.get("qk_norm", False),
+        attention_output_gate=case.get("output_gate", False),
         no_rope_freq=case.get("no_rope_freq"),
         normalization="RMSNorm" if case["rms_norm"] else "LayerNorm",
         layernorm_epsilon=1e-5,
