@@ -11,8 +11,8 @@ from typing import Any
 AXES = ("share", "source", "projection", "groups", "position", "norm", "ranks", "recompute", "extra")
 
 #: ``kv`` from a distance is the method itself, which ``test_parity.py`` has in many more combinations.  No gates where
-#: rows are left out: that is refused.  No biases of key norms without rotary embedding, whose gradient is zero: they add
-#: the same to all scores of a query.
+#: rows are left out: that is refused.  No biases of key norms without rotary embedding: they add the same to all scores
+#: of a query, so that their gradient is zero.
 TABLE = """
 values  distance  full    gqa  rope     layernorm  tp2sp  uniform2   gate
 values  distance  full    mha  rope     layernorm  tp2sp  none       plain

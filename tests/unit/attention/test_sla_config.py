@@ -31,29 +31,40 @@ def brute_skip_groups(k: int, groups: int) -> list[int]:
 
 
 def brute_source(sla: SLAConfig, layer: int, group: int) -> int:
-    """source(l, g) = l - n if g in S, l in C and l > n, else l; the j-th skip group has n_{j mod D}."""
+    """An earlier layer if g in S and l in C, else l; the j-th skip group has n_{j mod D}, or the layer N_{j mod D}."""
     skipping = brute_skip_groups(sla.num_skip_groups, sla.num_query_groups)
-    if group not in skipping:
+    if group not in skipping or (sla.layers is not None and layer not in sla.layers):
         return layer
-    n = sla.skip_distances[skipping.index(group) % len(sla.skip_distances)]
-    chosen = sla.layers is None or layer in sla.layers
-    return layer - n if chosen and layer > n else layer
+    turn = skipping.index(group)
+    if sla.source_layers:
+        fixed = sla.source_layers[turn % len(sla.source_layers)]
+        return fixed if layer > fixed else layer
+    n = sla.skip_distances[turn % len(sla.skip_distances)]
+    return layer - n if layer > n else layer
 
 
-def brute_readers(sla: SLAConfig, layer: int, group: int) -> list[int]:
+def brute_source_of(sla: SLAConfig, layer: int, group: int, kind: str) -> int:
+    """sourceK, sourceV: source(l, g) where that tensor is shared, else l."""
+    shared = {("kv", "key"), ("kv", "value"), ("keys", "key"), ("values", "value")}
+    return brute_source(sla, layer, group) if (sla.share, kind) in shared else layer
+
+
+def brute_readers(sla: SLAConfig, layer: int, group: int, kind: str) -> list[int]:
     """The later layers m with source(m, g) = l."""
-    return [m for m in range(layer + 1, sla.num_layers + 1) if brute_source(sla, m, group) == layer]
+    return [m for m in range(layer + 1, sla.num_layers + 1) if brute_source_of(sla, m, group, kind) == layer]
 
 
-def brute_is_live(sla: SLAConfig, layer: int, group: int) -> bool:
+def brute_is_live(sla: SLAConfig, layer: int, group: int, kind: str) -> bool:
     """The layer itself uses it, or some later layer does."""
-    return brute_source(sla, layer, group) == layer or bool(brute_readers(sla, layer, group))
+    return brute_source_of(sla, layer, group, kind) == layer or bool(brute_readers(sla, layer, group, kind))
 
 
 def every_place(sla: SLAConfig) -> list[tuple[int, int]]:
     """All (layer, group) pairs."""
     return [(m, g) for m in range(1, sla.num_layers + 1) for g in range(sla.num_query_groups)]
 
+
+kinds = pytest.mark.parametrize("kind", ["key", "value"])
 
 #: Skip groups and all groups, with as many as a large model has.
 counts = st.integers(1, 200).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
@@ -102,7 +113,9 @@ def test_the_paper_s_model() -> None:
     assert sla.consumer_layers == (10, 11, 12)
     assert [sla.source(layer, 1) for layer in range(1, 13)] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
     assert [sla.source(layer, 0) for layer in range(1, 13)] == list(range(1, 13))
-    assert (sla.num_dead, sla.live_groups(12), sla.live_groups(9)) == (27, (0, 4, 8), tuple(range(12)))
+    for kind in ("key", "value"):
+        found = (sla.num_dead(kind), sla.live_groups(12, kind), sla.live_groups(9, kind))
+        assert found == (27, (0, 4, 8), tuple(range(12)))
 
 
 def test_the_other_reading_of_nine_skip_layers() -> None:
@@ -111,7 +124,44 @@ def test_the_other_reading_of_nine_skip_layers() -> None:
     assert sla.consumer_layers == tuple(range(4, 13))
     assert [sla.source(layer, 1) for layer in range(1, 13)] == [1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     # Only the last layer's own K/V are read by nobody.
-    assert [layer for layer in range(1, 13) if len(sla.live_groups(layer)) < 12] == [12]
+    assert [layer for layer in range(1, 13) if len(sla.live_groups(layer, "key")) < 12] == [12]
+    assert (sla.num_dead("key"), sla.num_dead("value")) == (9, 9)
+
+
+def test_skipv1former() -> None:
+    """Half of the values of every later layer are layer 1's; keys are own, and of the 11 layers 6 values are dead."""
+    sla = SLAConfig(12, 12, (), 6, share="values", source_layers=(1,))
+    assert sla.pattern() == "NS" * 6
+    assert (sla.readers(1, 1, "value"), sla.readers(1, 0, "value")) == (tuple(range(2, 13)), ())
+    assert sla.readers(1, 1, "key") == ()
+    assert (sla.num_dead("key"), sla.num_dead("value")) == (0, 11 * 6)
+    assert [sla.live_groups(layer, "value") for layer in (1, 2)] == [tuple(range(12)), (0, 2, 4, 6, 8, 10)]
+
+
+def test_cross_layer_attention_of_two() -> None:
+    """Every second layer has no K/V of its own."""
+    sla = SLAConfig(12, 4, (1,), 4, layers=(2, 4, 6, 8, 10, 12))
+    assert [sla.source_of(layer, 3, "key") for layer in range(1, 13)] == [1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11]
+    assert [len(sla.live_groups(layer, "value")) for layer in range(1, 13)] == [4, 0] * 6
+
+
+def test_half_shared() -> None:
+    """The upper half reads what the middle layer projects; it has none of its own."""
+    sla = SLAConfig(12, 4, (), 4, source_layers=(6,))
+    assert sla.consumer_layers == sla.readers(6, 2, "key") == (7, 8, 9, 10, 11, 12)
+    assert (sla.num_dead("key"), sla.num_dead("value")) == (24, 24)
+
+
+def test_several_source_layers_take_turns() -> None:
+    """Each is read behind it alone: layer 3 reads layer 2 for one group, and its own where layer 5's would be next."""
+    sla = SLAConfig(7, 4, (), 3, source_layers=(2, 5), share="keys")
+    assert sla.pattern() == "NSSS"
+    assert [[sla.source_of(layer, g, "key") for g in range(4)] for layer in (2, 3, 5, 6)] == [
+        [2, 2, 2, 2],
+        [3, 2, 3, 2],
+        [5, 2, 5, 2],
+        [6, 2, 5, 2],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -125,33 +175,62 @@ def test_the_defaults_are_three_quarters_rounded(total: int, rounded: int) -> No
 # What reads what.
 
 
-@given(sla_configs())
-def test_source_is_the_definition_s(sla: SLAConfig) -> None:
-    """Every group of every layer reads the layer that the definition says."""
-    assert {p: sla.source(*p) for p in every_place(sla)} == {p: brute_source(sla, *p) for p in every_place(sla)}
+@kinds
+@given(sla=sla_configs())
+def test_source_is_the_definition_s(kind: str, sla: SLAConfig) -> None:
+    """Every tensor of every group and layer is read from the layer that the definition says, never a later one."""
+    places = every_place(sla)
+    assert {p: sla.source(*p) for p in places} == {p: brute_source(sla, *p) for p in places}
+    found = {p: sla.source_of(*p, kind) for p in places}
+    assert found == {p: brute_source_of(sla, *p, kind) for p in places}
+    assert all(1 <= source <= layer for (layer, _), source in found.items())
+
+
+@kinds
+@given(sla=sla_configs())
+def test_readers_are_those_that_have_it_as_their_source(kind: str, sla: SLAConfig) -> None:
+    """All of them, ascending; every tensor is read once in each layer, by itself or by an earlier layer's reader."""
+    places = every_place(sla)
+    assert {p: list(sla.readers(*p, kind)) for p in places} == {p: brute_readers(sla, *p, kind) for p in places}
+    itself = sum(sla.source_of(*p, kind) == p[0] for p in places)
+    assert itself + sum(len(sla.readers(*p, kind)) for p in places) == len(places)
 
 
 @given(sla_configs())
-def test_consumer_is_the_one_later_reader(sla: SLAConfig) -> None:
-    """No K/V have more than one later reader, and ``consumer`` names that one."""
-    for place in every_place(sla):
-        readers = brute_readers(sla, *place)
-        assert len(readers) <= 1
-        assert sla.consumer(*place) == (readers[0] if readers else None)
+def test_a_distance_has_one_reader(sla: SLAConfig) -> None:
+    """A source layer may have as many as there are layers behind it."""
+    if sla.skip_distances:
+        assert max(len(sla.readers(*p, kind)) for p in every_place(sla) for kind in ("key", "value")) <= 1
 
 
-@given(sla_configs())
-def test_live_groups_are_those_that_something_reads(sla: SLAConfig) -> None:
-    """A group is live where its own layer or a later one uses it; ``pruned`` projects only these."""
+@kinds
+@given(sla=sla_configs())
+def test_live_groups_are_those_that_something_reads(kind: str, sla: SLAConfig) -> None:
+    """A tensor is live where its own layer or a later one uses it; ``pruned`` projects only these."""
     dead = 0
     for layer in range(1, sla.num_layers + 1):
-        live = [g for g in range(sla.num_query_groups) if brute_is_live(sla, layer, g)]
+        live = [g for g in range(sla.num_query_groups) if brute_is_live(sla, layer, g, kind)]
         dead += sla.num_query_groups - len(live)
-        assert [g for g in range(sla.num_query_groups) if sla.is_live(layer, g)] == live
-        assert list(sla.live_groups(layer)) == live
+        assert [g for g in range(sla.num_query_groups) if sla.is_live(layer, g, kind)] == live
+        assert list(sla.live_groups(layer, kind)) == live
         everything = list(range(sla.num_query_groups))
-        assert list(sla.projected_groups(layer)) == (live if sla.kv_projection == "pruned" else everything)
-    assert sla.num_dead == dead
+        assert list(sla.projected_groups(layer, kind)) == (live if sla.kv_projection == "pruned" else everything)
+    assert sla.num_dead(kind) == dead
+
+
+@given(sla_configs())
+def test_each_tensor_is_shared_as_if_both_were(sla: SLAConfig) -> None:
+    """The sources of the shared ones are those of ``kv``; the other tensor is each layer's own, and never dead."""
+    both = dataclasses.replace(sla, share="kv")
+    for share, shared, own in (("values", "value", "key"), ("keys", "key", "value")):
+        one = dataclasses.replace(sla, share=share)
+        assert one.shared_kinds == (shared,)
+        for place in every_place(sla):
+            assert one.source_of(*place, shared) == both.source_of(*place, shared) == both.source(*place)
+            assert one.source_of(*place, own) == place[0]
+            assert one.readers(*place, shared) == both.readers(*place, shared)
+        assert (one.num_dead(own), one.num_dead(shared)) == (0, both.num_dead(shared))
+        assert one.consumer_layers == both.consumer_layers
 
 
 @given(sla_configs())
@@ -167,15 +246,14 @@ def test_several_distances_take_turns(num_skip_groups: int) -> None:
     """The j-th skip group has the (j mod D)-th distance."""
     sla = SLAConfig(12, 6, (2, 5, 7), num_skip_groups)
     expected = dict(zip(brute_skip_groups(num_skip_groups, 6), [2, 5, 7, 2, 5, 7], strict=False))
-    assert sla.distance_of_group == expected
     assert {g: 12 - sla.source(12, g) for g in expected} == expected
 
 
 @given(sla_configs())
 def test_one_distance_is_the_same_as_several_equal_ones(sla: SLAConfig) -> None:
-    """Repeating a distance changes nothing."""
-    once = dataclasses.replace(sla, skip_distances=sla.skip_distances[:1])
-    thrice = dataclasses.replace(sla, skip_distances=sla.skip_distances[:1] * 3)
+    """Repeating a distance, or a source layer, changes nothing."""
+    origins = "skip_distances" if sla.skip_distances else "source_layers"
+    once, thrice = (dataclasses.replace(sla, **{origins: getattr(sla, origins)[:1] * times}) for times in (1, 3))
     assert [once.source(*p) for p in every_place(sla)] == [thrice.source(*p) for p in every_place(sla)]
 
 
@@ -187,6 +265,9 @@ def test_one_distance_is_the_same_as_several_equal_ones(sla: SLAConfig) -> None:
         pytest.param(SLAConfig(4, 4, (1,), 0), id="no-skip-groups"),
         pytest.param(SLAConfig(4, 4, (1,), 3, layers=()), id="no-consumer-layers"),
         pytest.param(SLAConfig(4, 4, (3,), 3, layers=(1, 2, 3)), id="consumers-not-beyond-the-distance"),
+        pytest.param(SLAConfig(4, 4, (4,), 3, share="values"), id="distance-is-L-for-values"),
+        pytest.param(SLAConfig(4, 4, (), 4, source_layers=(4,)), id="source-is-the-last-layer"),
+        pytest.param(SLAConfig(4, 4, (), 4, layers=(1, 2), source_layers=(2, 3)), id="consumers-not-behind-a-source"),
     ],
 )
 def test_dense(sla: SLAConfig) -> None:
@@ -195,8 +276,10 @@ def test_dense(sla: SLAConfig) -> None:
         same = dataclasses.replace(sla, kv_projection=mode)
         assert same.is_dense
         assert all(same.source(layer, group) == layer for layer, group in every_place(same))
-        assert same.num_dead == 0
-        assert all(same.projected_groups(layer) == (0, 1, 2, 3) for layer in range(1, 5))
+        for kind in ("key", "value"):
+            assert same.num_dead(kind) == 0
+            assert all(same.projected_groups(layer, kind) == (0, 1, 2, 3) for layer in range(1, 5))
+            assert not any(same.readers(layer, group, kind) for layer, group in every_place(same))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +294,10 @@ def test_dense(sla: SLAConfig) -> None:
         pytest.param({"layers": (0,)}, "layers", id="layer-0"),
         pytest.param({"layers": (7,)}, "layers", id="layer-beyond-L"),
         pytest.param({"kv_projection": "none"}, "kv_projection", id="unknown-projection"),
+        pytest.param({"share": "k"}, "share must be one of .*'kv', 'values', 'keys'", id="unknown-share"),
+        pytest.param({"source_layers": (1,)}, "either skip_distances or source_layers", id="distance-and-source"),
+        pytest.param({"skip_distances": (), "source_layers": (1, 7)}, "source_layers", id="source-beyond-L"),
+        pytest.param({"skip_distances": (), "source_layers": (0,)}, "source_layers", id="source-layer-0"),
     ],
 )
 def test_values_out_of_range_are_refused(wrong: dict[str, object], named: str) -> None:
@@ -242,6 +329,11 @@ def test_ranges_read_back_as_the_same_layers(layers: list[int]) -> None:
         (" 3 - 4 , 1 ", (1, 3, 4)),
         ("2-4,3-5,4", (2, 3, 4, 5)),
         ("5-5", (5,)),
+        ("9-", (9, 10, 11, 12)),
+        ("2-/2", (2, 4, 6, 8, 10, 12)),
+        ("1-12/5", (1, 6, 11)),
+        (" 12 - / 3 ", (12,)),
+        ("3-5/9,11-", (3, 11, 12)),
     ],
 )
 def test_layer_ranges(text: str, layers: tuple[int, ...]) -> None:
@@ -249,7 +341,11 @@ def test_layer_ranges(text: str, layers: tuple[int, ...]) -> None:
     assert parse_layers(text, 12) == layers
 
 
-@pytest.mark.parametrize("text", ["", ",", "0", "13", "0-3", "11-13", "5-4", "-3", "3-", "1.5", "a", "1;2", "1,,2"])
+@pytest.mark.parametrize(
+    "text",
+    ["", ",", "0", "13", "0-3", "11-13", "5-4", "-3", "13-", "1.5", "a", "1;2", "1,,2"]
+    + ["2/2", "2-/0", "2-/", "/2", "-/2", "2-4-6", "2-8/-1", "2-8/1.5"],
+)
 def test_layer_ranges_refused(text: str) -> None:
     """What is no range, or not within the model, is refused with the flag's name and the model's range."""
     with pytest.raises(FlagError, match="--sla-layers.*within 1-12"):
