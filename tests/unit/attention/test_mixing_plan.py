@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from torch import Tensor
 from sla_megatron.attention.mixing import mix, naive
 from sla_megatron.attention.mixing_plan import LayerPlan, MixingPlan, OwnHeads
 from sla_megatron.attention.roles import LayerRole
-from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.attention.sla_config import KINDS, SLAConfig
 from sla_megatron.pipeline.joining import joined
 from sla_megatron.pipeline.runs import Run
 from sla_megatron.pipeline.waiting import Microbatch
@@ -30,9 +32,9 @@ def test_the_default_pattern() -> None:
         ((0, 2), (0, 5)),
     )
     plan = LayerPlan.of(source, own, ())
-    assert plan.handed_on == {(1, (10,)): 3} and plan.mixing.copies == ()
+    assert plan.handed_on == {("key", 1, (10,)): 3, ("value", 1, (10,)): 3} and plan.mixing.copies == ()
     assert plan.mixing.views[3:6] == tuple(Run(0, first, 3, 3 + i, 0, 1, 3) for i, first in enumerate((4, 16, 28)))
-    reader = LayerPlan.of(LayerRole.of(sla, 10), own, [((3, 3, 3), (3, 3, 3))])
+    reader = LayerPlan.of(LayerRole.of(sla, 10), own, [(3, 3, 3), (3, 3, 3)])
     assert reader.handed_on == {} and reader.mixing.views == (None, None, None)
     # A piece's gradient is a view of that of the keys or values; the projection's is written.
     views = reader.mixing.gradient_views
@@ -51,13 +53,30 @@ def test_nothing_handed_on_lies_with_what_is_read(sla: SLAConfig) -> None:
         if not role.puts:
             continue
         own = OwnHeads.in_projection(role, 1)
-        taken = [((len(role.read),), (len(role.read),)) for _ in role.takes]
+        # As if all groups came with each: no plan depends on more than is read.
+        taken = [(sla.num_query_groups,) for _ in role.takes]
         for may_be_views in (False, True):
             plan = LayerPlan.of(role, own, taken, may_be_views)
             inputs = [torch.zeros(1, 1, heads, 3) for heads in plan.mixing.inputs]
             places = [output.untyped_storage().data_ptr() for output in mix(plan.mixing, inputs)]
             # Queries, keys and values first.
             assert set(places[:3]).isdisjoint(places[3:]) == (not may_be_views or bool(role.takes))
+
+
+def test_skipv1former_hands_on_one_piece() -> None:
+    """Every other value, a view; each reader copies its own keys and values and these to their places."""
+    sla = SLAConfig(12, 12, (), 6, share="values", source_layers=(1,))
+    role = LayerRole.of(sla, 1)
+    plan = LayerPlan.of(role, OwnHeads.in_projection(role, 1), ())
+    assert plan.handed_on == {("value", 1, tuple(range(2, 13))): 1} and plan.mixing.copies == ()
+    # Heads q0 k0 v0 q1 k1 v1 ..: group 1's value is the sixth, group 3's the twelfth.
+    assert plan.mixing.views[3] == Run(0, 5, 6, 3, 0, 1, 6)
+    role = LayerRole.of(sla, 7)
+    reader = LayerPlan.of(role, OwnHeads.in_projection(role, 1), [(6,)])
+    assert reader.handed_on == {} and reader.mixing.views == (None, None, None)
+    # Queries, keys, own values, those that it reads; the gradient of these is a view.
+    assert [run.count for run in reader.mixing.copies] == [12, 12, 6, 6]
+    assert reader.mixing.gradient_views == (None, Run(2, 1, 2, 1, 0, 1, 6))
 
 
 def test_a_layer_between_mixes_nothing() -> None:
@@ -77,8 +96,9 @@ def model_heads(sla: SLAConfig, layer: int, queries: int) -> Tensor:
     heads = []
     for group in range(sla.num_query_groups):
         heads += [[layer, group, 0]] * queries
-        if group in sla.projected_groups(layer):
-            heads += [[layer, group, 1], [layer, group, 2]]
+        heads += [
+            [layer, group, i] for i, kind in enumerate(KINDS, start=1) if group in sla.projected_groups(layer, kind)
+        ]
     return torch.tensor(heads, dtype=torch.float).reshape(1, 1, -1, 3)
 
 
@@ -87,19 +107,19 @@ def test_every_layer_reads_the_groups_that_the_formula_names(
     sla: SLAConfig, queries: int, apart: bool, whole: bool
 ) -> None:
     """``apart``: keys and values come in tensors of their own; ``whole``: they pass through memory of their own."""
-    held = Microbatch()
-    for layer in range(1, sla.num_layers + 1):
-        role = LayerRole.of(sla, layer)
+    every = [(layer, role) for layer in range(1, sla.num_layers + 1) for role in [LayerRole.of(sla, layer)]]
+    held = Microbatch(Counter(shared for _, role in every for shared in role.takes))
+    for layer, role in every:
         heads, own = OwnHeads.in_projection(role, queries), [model_heads(sla, layer, queries)]
         if apart:
             sides = [[index for _, index in side] for side in (heads.key, heads.value)]
             own = [own[0][:, :, side] for side in sides if side]
             heads = OwnHeads.apart(role)
-        taken = [held.take(name) for shared in role.takes for name in shared.names]
+        taken = [held.take(shared) for shared in role.takes]
         if whole:
             taken = [(tensor,) for tensor in joined(taken)]
         sizes = [[piece.shape[2] for piece in pieces] for pieces in taken]
-        plan = LayerPlan.of(role, heads, list(zip(sizes[0::2], sizes[1::2], strict=True)))
+        plan = LayerPlan.of(role, heads, sizes)
         pieces = [piece for its in taken for piece in its]
         outputs = list(mix(plan.mixing, [*own, *pieces]))
         if not apart:
@@ -107,13 +127,12 @@ def test_every_layer_reads_the_groups_that_the_formula_names(
                 [group, 0] for group in range(sla.num_query_groups) for _ in range(queries)
             ]
         key, value, *handed = outputs
-        expected = [[sla.source(layer, group), group] for group in range(sla.num_query_groups)]
-        for kind, tensor in ((1, key), (2, value)):
-            assert tensor[0, 0].tolist() == [[*each, kind] for each in expected]
+        for number, kind, tensor in ((1, "key", key), (2, "value", value)):
+            expected = [[sla.source_of(layer, group, kind), group, number] for group in range(sla.num_query_groups)]
+            assert tensor[0, 0].tolist() == expected
         for shared, count in plan.handed_on.items():
-            for name in shared.names:
-                held.put(name, handed[:count])
-                del handed[:count]
+            held.put(shared, handed[:count])
+            del handed[:count]
         assert not handed
     held.require_empty()
 
