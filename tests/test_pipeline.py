@@ -35,6 +35,7 @@ from tests.support.pipelines import (
     MODELS,
     SEQUENCE,
     TWO_RANKS,
+    VARIANTS,
     expected_wire,
 )
 from tests.support.runs import argv, figures, train_on_all_ranks
@@ -66,6 +67,20 @@ CASES += [
 #: K/V that cross hops alone, that stay, that pass stages without layers, on more ranks, and over context-parallel ones.
 TWICE = ("pp2", "pp2v2", "pp2v2-empty-stages", "pp4v2", "tp2pp2v2", "cp2pp2v2")
 REPEATED = [next(case for case in CASES if case[1] == layout) for layout in TWICE]
+#: Tensors with many readers, in stages before and behind each other and on all ranks; keys or values alone.
+VARIANT_CASES = [(model, "pp2v2") for model in VARIANTS]
+VARIANT_CASES += [("skipv1", "pp2"), ("skipv1", "pp2v4"), ("half-shared", "pp2v4"), ("values-two-sources", "pp2v4")]
+VARIANT_CASES += [("values-two-sources", "pp4"), ("skipv1", "pp4v2"), ("half-shared", "pp4v2")]
+VARIANT_CASES += [("values-two-sources", "tp2pp2"), ("half-shared", "tp2pp2v2")]
+CASES += VARIANT_CASES
+REPEATED += [("skipv1", "pp2v4"), ("half-shared", "pp2v2"), ("half-shared", "pp4v2"), ("values-two-sources", "pp2v4")]
+#: With full recomputation: a checkpoint for each layer, for two of which one reads or makes what the other does.
+UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
+RECOMPUTED = {
+    ("skipv1", "pp2v2"): UNIFORM | {"recompute_num_layers": 2},
+    ("half-shared", "pp2v4"): UNIFORM | {"recompute_num_layers": 1},
+    ("values-two-sources", "pp2v2"): UNIFORM | {"recompute_num_layers": 1},
+}
 
 #: Short documents, which attention does not leave: all stages need the mask, those between the ends too.
 DOCUMENTS = {"mock_data": None, "split": "8,1,1", "reset_attention_mask": True, "reset_position_ids": True}
@@ -112,6 +127,9 @@ def _requests(folder: Path, layouts: dict[str, Any]) -> dict[str, dict[str, Any]
         requests[f"{model}.{layout}"] = request
         if (model, layout) in REPEATED:
             requests[f"{model}.{layout}.repeated"] = request
+        if flags := RECOMPUTED.get((model, layout)):
+            recomputes = {"argv": model_flags(model, folder, **LAYOUTS[layout].argv() | flags), "pipeline": True}
+            requests |= {f"{model}.{layout}.{name}": recomputes for name in ("recomputed", "recomputed-twice")}
     return requests
 
 
@@ -236,7 +254,26 @@ def assert_same_gradients(
 @pytest.mark.parametrize(("model", "layout"), REPEATED)
 def test_repeats_bit_for_bit(runs: Runs, model: str, layout: str) -> None:
     """The order in which gradients are summed is fixed."""
-    assert runs.figures(f"{model}.{layout}.repeated") == runs.figures(f"{model}.{layout}")
+    assert_same_bits(runs, f"{model}.{layout}.repeated", f"{model}.{layout}")
+
+
+def assert_same_bits(runs: Runs, name: str, reference: str) -> None:
+    """All figures, and every gradient of the first step, to the last bit."""
+    assert runs.figures(name) == runs.figures(reference)
+    found, expected = runs.gradients(name), runs.gradients(reference)
+    assert found.keys() == expected.keys() and found
+    assert [parameter for parameter in found if not torch.equal(found[parameter], expected[parameter])] == []
+
+
+@pytest.mark.parametrize(("model", "layout"), RECOMPUTED)
+def test_recomputed_layers_share_as_others(runs: Runs, model: str, layout: str) -> None:
+    """The same training and bytes, with what many layers read in and out of each checkpoint; nothing stays."""
+    name = f"{model}.{layout}.recomputed"
+    assert_trains_as(runs, name, f"{model}.pp1")
+    assert_bound(runs, name, model, layout)
+    assert_same_bits(runs, f"{name}-twice", name)
+    for answer in runs.answers[name]:
+        assert answer["alive"] == 0 and [step["left"] for step in answer["steps"]] == [0] * len(answer["steps"])
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -274,7 +311,11 @@ def assert_bound(runs: Runs, name: str, model: str, layout: str) -> None:
 def test_live_kv_is_what_the_plan_says(runs: Runs, model: str, layout: str) -> None:
     """Between two passes the memory of K/V and their gradients is the plan's figure, and nothing after a step."""
     settings, split, ranks = MODELS[model], LAYOUTS[layout], runs.answers[f"{model}.{layout}"]
-    sla = SLAConfig(LAYERS, GROUPS, settings.distances, settings.num_skip_groups, kv_projection=settings.projection)
+    sla = SLAConfig(
+        *(LAYERS, GROUPS, settings.distances, settings.num_skip_groups, settings.layers, settings.projection),
+        share=settings.share,
+        source_layers=settings.sources,
+    )
     declared = declare(sla, LayerNumbers.of_gpt(LAYERS), split.tensor, settings.head_size)
     plan = RoutePlan(declared, PipelineLayout.of_sizes(split.pipeline, split.stages))
     shape = MicrobatchShape(SEQUENCE, MICRO_BATCH, HIDDEN, split.tensor, split.context)

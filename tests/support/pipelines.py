@@ -13,13 +13,16 @@ LAYERS, GROUPS, HIDDEN, SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 8, 4, 32, 16, 2, 8
 
 @dataclass(frozen=True)
 class Model:
-    """A GPT of 8 layers and 4 K/V groups."""
+    """A GPT of 8 layers and 4 K/V groups; without distances skip groups read fixed ``sources``."""
 
     heads: int
     distances: tuple[int, ...]
     num_skip_groups: int
     projection: str = "full"
     flags: tuple[tuple[str, Any], ...] = ()
+    share: str = "kv"
+    sources: tuple[int, ...] = ()
+    layers: tuple[int, ...] | None = None
 
     @property
     def head_size(self) -> int:
@@ -32,9 +35,12 @@ class Model:
             "num_attention_heads": self.heads,
             "group_query_attention": True,
             "num_query_groups": GROUPS,
-            "sla_skip_distance": list(self.distances),
+            "sla_skip_distance": list(self.distances) or None,
             "sla_num_skip_groups": self.num_skip_groups,
             "sla_kv_projection": self.projection,
+            "sla_share": None if self.share == "kv" else self.share,
+            "sla_source_layer": list(self.sources) or None,
+            "sla_layers": self.layers and ",".join(map(str, self.layers)),
             **NO_DROPOUT,
             **dict(self.flags),
         }
@@ -80,6 +86,17 @@ MODELS = {
     "gqa-full-short": Model(8, (2,), 3, flags=ROPE),
     "mha-pruned-short": Model(4, (2,), 2, "pruned"),
 }
+NORMS = (("qk_layernorm", True),)
+#: What is shared, and from where: layer 1's values for all others, one cache for the upper half, pairs of layers, one
+#: source of which reads the other, keys alone.
+VARIANTS = {
+    "skipv1": Model(4, (), 2, share="values", sources=(1,)),
+    "half-shared": Model(8, (), 4, "pruned", ROPE, sources=(4,)),
+    "cla2": Model(8, (1,), 4, "pruned", NORMS, layers=(2, 4, 6, 8)),
+    "values-two-sources": Model(4, (), 4, "pruned", ROPE, share="values", sources=(1, 3)),
+    "keys": Model(8, (3, 1), 3, "pruned", NORMS, share="keys"),
+}
+MODELS |= VARIANTS
 
 
 def _virtual(layers_each: int) -> tuple[tuple[str, Any], ...]:
@@ -114,25 +131,36 @@ FOUR_RANKS = {
 LAYOUTS = TWO_RANKS | FOUR_RANKS
 
 
-def skip_groups(model: Model) -> dict[int, int]:
-    """Skip group -> its distance, by the specification's formula."""
+#: What a skip group takes from its source.
+SHARED = {"kv": ("key", "value"), "values": ("value",), "keys": ("key",)}
+
+
+def source(model: Model, layer: int, group: int) -> int:
+    """The layer whose K/V ``group`` takes in ``layer``, by the specification's formula; its own where it does not."""
     k = model.num_skip_groups
     chosen = [g for g in range(GROUPS) if (g + 1) * k // GROUPS > g * k // GROUPS]
-    return {g: model.distances[j % len(model.distances)] for j, g in enumerate(chosen)}
+    if group not in chosen or (model.layers is not None and layer not in model.layers):
+        return layer
+    origins = model.sources or model.distances
+    origin = origins[chosen.index(group) % len(origins)]
+    found = origin if model.sources else layer - origin
+    return found if 1 <= found < layer else layer
 
 
 def hop_elements(model: Model, layout: Layout, tensor_rank: int) -> list[int]:
-    """The specification's lower bound for each hop, hidden states and K/V, in elements of one tensor-parallel rank."""
+    """The specification's lower bound for each hop, hidden states and K/V, in elements of one tensor-parallel rank.
+
+    Keys and values count alike.  However many layers read a group, it crosses the hops to the furthest of their ranks.
+    """
     stage_of = [stage for stage, size in enumerate(layout.stages) for _ in range(size)]
     share, positions = GROUPS // layout.tensor, SEQUENCE // layout.context
     hops = [positions * MICRO_BATCH * HIDDEN // layout.tensor] * (len(layout.stages) - 1)
-    for group, distance in skip_groups(model).items():
-        if group // share != tensor_rank:
-            continue
-        for source in range(len(stage_of) - distance):
-            s_a, s_c = stage_of[source], stage_of[source + distance]
-            for hop in range(s_a, s_a + (s_c - s_a) % layout.pipeline):
-                hops[hop] += 2 * positions * MICRO_BATCH * model.head_size
+    for group in range(tensor_rank * share, (tensor_rank + 1) * share):
+        for s_a, made in zip(stage_of, range(1, len(stage_of) + 1), strict=True):
+            readers = [layer for layer in range(made + 1, len(stage_of) + 1) if source(model, layer, group) == made]
+            away = [(stage_of[layer - 1] - s_a) % layout.pipeline for layer in readers]
+            for hop in range(s_a, s_a + max(away, default=0)):
+                hops[hop] += len(SHARED[model.share]) * positions * MICRO_BATCH * model.head_size
     return hops
 
 
