@@ -2,7 +2,7 @@
 
 A GPT, or a hybrid model, as one function of its weights.  It follows the method's definition to the letter and nothing
 else: no parallelism, no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of
-``linear_qkv``: group after group, ``q .. q k v``, without ``k`` or ``v`` where that of the group is left out.
+``linear_qkv``: group after group, ``q .. q k v``, without the key or the value that is left out.
 
 Shapes: b batch, s sequence, h hidden, d head size.  Layers are numbered 1..L, groups 0..G-1.
 """
@@ -19,9 +19,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ReferenceGPT:
-    """The model's shape and its skip-layer attention; ``distances`` empty means the standard Transformer.
+    """The model's shape and its skip-layer attention: with neither distances nor source layers a standard Transformer.
 
-    With ``pattern`` each layer is attention ``*``, an MLP ``-`` or experts ``E`` alone, and ``num_layers`` counts those
+    ``share`` is what skip groups take from their source: keys and values ``kv``, ``values`` or ``keys`` alone.  With
+    ``source_layers`` the j-th skip group reads the (j mod count)-th of them, in every later consumer layer.  With
+    ``pattern`` each layer is attention ``*``, an MLP ``-`` or experts ``E`` alone, and ``num_layers`` counts those
     with attention.
     """
 
@@ -45,24 +47,24 @@ class ReferenceGPT:
     source_layers: tuple[int, ...] = ()
 
     def source(self, layer: int, group: int) -> int:
-        """The layer from which ``group`` reads what it shares in ``layer``."""
+        """The layer from which ``group`` takes what it shares in ``layer``."""
         k, total = self.num_skip_groups, self.num_groups
         skip_groups = [g for g in range(total) if math.floor((g + 1) * k / total) > math.floor(g * k / total)]
-        from_where = self.source_layers or self.distances
-        if not from_where or group not in skip_groups:
+        origins = self.source_layers or self.distances
+        is_consumer = self.consumer_layers is None or layer in self.consumer_layers
+        if not origins or group not in skip_groups or not is_consumer:
             return layer
-        n = from_where[skip_groups.index(group) % len(from_where)]
-        if layer <= n or (self.consumer_layers is not None and layer not in self.consumer_layers):
-            return layer
-        return n if self.source_layers else layer - n
+        n = origins[skip_groups.index(group) % len(origins)]
+        source = n if self.source_layers else layer - n
+        return source if 1 <= source < layer else layer
 
     def source_of(self, layer: int, group: int, kind: str) -> int:
-        """The layer whose ``kind``, ``key`` or ``value``, ``group`` reads in ``layer``."""
-        is_shared = {"kv": True, "values": kind == "value", "keys": kind == "key"}[self.share]
+        """The layer whose tensor of that kind, ``key`` or ``value``, ``group`` reads in ``layer``."""
+        is_shared = self.share == "kv" or self.share == kind + "s"
         return self.source(layer, group) if is_shared else layer
 
     def is_projected(self, layer: int, group: int, kind: str) -> bool:
-        """Whether ``layer`` has weights for the ``kind`` of ``group``: in ``pruned`` mode only if anyone reads it."""
+        """Whether ``layer`` has weights for that tensor of ``group``: in ``pruned`` mode only if anyone reads it."""
         readers = [m for m in range(layer, self.num_layers + 1) if self.source_of(m, group, kind) == layer]
         return bool(readers) or not self.pruned
 
@@ -83,7 +85,7 @@ class ReferenceGPT:
 
     def _block(self, w: dict[str, Tensor], name: str, x: Tensor, is_hidden: Tensor) -> Tensor:
         """All layers on ``[b, s, h]``; ``is_hidden`` (query, key) is True where the key is not to be seen."""
-        projected: dict[tuple[int, int, str], Tensor] = {}
+        projected: dict[tuple[str, int, int], Tensor] = {}
         attention = 0
         for index, kinds in enumerate(self.pattern or ["*-"] * self.num_layers):
             p = f"{name}layers.{index}."
@@ -111,17 +113,17 @@ class ReferenceGPT:
                 start += d
             if self.is_projected(layer, group, "key"):
                 key = self._head_norm(w, p + "k_layernorm", rows[..., start : start + d])
-                projected[layer, group, "key"] = self._position(key, layer)
+                projected["key", layer, group] = self._position(key, layer)
                 start += d
             if self.is_projected(layer, group, "value"):
-                projected[layer, group, "value"] = rows[..., start : start + d]
+                projected["value", layer, group] = rows[..., start : start + d]
                 start += d
         assert start == rows.shape[-1], (start, rows.shape)
 
         outputs = []
         for head, query in enumerate(queries):
             group = head // heads_per_group
-            key, value = (projected[self.source_of(layer, group, k), group, k] for k in ("key", "value"))
+            key, value = (projected[kind, self.source_of(layer, group, kind), group] for kind in ("key", "value"))
             scores = query @ key.transpose(-1, -2) / math.sqrt(d)
             outputs.append(scores.masked_fill(is_hidden, -math.inf).softmax(-1) @ value)
         return self._linear(w, p + "linear_proj", torch.cat(outputs, dim=-1))
