@@ -70,6 +70,26 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         LLAMA_LIKE | {"qk_layernorm": True, "sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3]},
         3 * 4,
     ),
+    # Layers 4 to 6 read the caches of layer 3, and of layer 1 one of three layers' each.
+    "gqa, rope, many readers, full": (
+        LLAMA_LIKE | {"qk_layernorm": True, "sla_source_layers": [3, 1], "sla_skip_groups": [0, 1, 3]},
+        6 * 4 - 2 * 3 - 5,
+    ),
+    # vLLM keeps as many values as keys, so all of them.
+    "mha, learned, values, pruned": (
+        {
+            **{"sla_share": "values", "sla_source_layers": [1], "sla_skip_groups": [1, 3, 5, 7]},
+            **{"sla_kv_projection": "pruned"},
+        },
+        6 * 8,
+    ),
+    # Layers 4 to 6 have values of their own and no keys.
+    "gqa, rope, keys, pruned": (
+        LLAMA_LIKE
+        | {"qk_layernorm": True, "sla_share": "keys", "sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3]}
+        | {"sla_kv_projection": "pruned"},
+        6 * 4,
+    ),
     "dense": (LLAMA_LIKE, 6 * 4),
 }
 #: Bytes of one pair's keys and values in fp32.
