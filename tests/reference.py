@@ -2,7 +2,7 @@
 
 A GPT, or a hybrid model, as one function of its weights.  It follows the method's definition to the letter and nothing
 else: no parallelism, no fusion, one attention head at a time.  Weights carry Megatron's names and its layout of
-``linear_qkv``: group after group, ``q .. q k v``, or ``q .. q`` where the group's K/V are left out.
+``linear_qkv``: group after group, ``q .. q k v``, without the key or the value that is left out.
 
 Shapes: b batch, s sequence, h hidden, d head size.  Layers are numbered 1..L, groups 0..G-1.
 """
@@ -19,9 +19,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ReferenceGPT:
-    """The model's shape and its skip-layer attention; ``distances`` empty means the standard Transformer.
+    """The model's shape and its skip-layer attention: with neither distances nor source layers a standard Transformer.
 
-    With ``pattern`` each layer is attention ``*``, an MLP ``-`` or experts ``E`` alone, and ``num_layers`` counts those
+    ``share`` is what skip groups take from their source: keys and values ``kv``, ``values`` or ``keys`` alone.  With
+    ``source_layers`` the j-th skip group reads the (j mod count)-th of them, in every later consumer layer.  With
+    ``pattern`` each layer is attention ``*``, an MLP ``-`` or experts ``E`` alone, and ``num_layers`` counts those
     with attention.
     """
 
@@ -41,20 +43,29 @@ class ReferenceGPT:
     eps: float = 1e-5
     pattern: str = ""
     experts_per_token: int = 2
+    share: str = "kv"
+    source_layers: tuple[int, ...] = ()
 
     def source(self, layer: int, group: int) -> int:
-        """The layer whose K/V ``group`` reads in ``layer``."""
+        """The layer from which ``group`` takes what it shares in ``layer``."""
         k, total = self.num_skip_groups, self.num_groups
         skip_groups = [g for g in range(total) if math.floor((g + 1) * k / total) > math.floor(g * k / total)]
-        if not self.distances or group not in skip_groups:
-            return layer
-        n = self.distances[skip_groups.index(group) % len(self.distances)]
+        origins = self.source_layers or self.distances
         is_consumer = self.consumer_layers is None or layer in self.consumer_layers
-        return layer - n if is_consumer and layer > n else layer
+        if not origins or group not in skip_groups or not is_consumer:
+            return layer
+        n = origins[skip_groups.index(group) % len(origins)]
+        source = n if self.source_layers else layer - n
+        return source if 1 <= source < layer else layer
 
-    def is_projected(self, layer: int, group: int) -> bool:
-        """Whether ``layer`` has K/V weights for ``group``: in ``pruned`` mode only if anyone reads them."""
-        readers = [m for m in range(layer, self.num_layers + 1) if self.source(m, group) == layer]
+    def source_of(self, layer: int, group: int, kind: str) -> int:
+        """The layer whose tensor of that kind, ``key`` or ``value``, ``group`` reads in ``layer``."""
+        is_shared = self.share == "kv" or self.share == kind + "s"
+        return self.source(layer, group) if is_shared else layer
+
+    def is_projected(self, layer: int, group: int, kind: str) -> bool:
+        """Whether ``layer`` has weights for that tensor of ``group``: in ``pruned`` mode only if anyone reads it."""
+        readers = [m for m in range(layer, self.num_layers + 1) if self.source_of(m, group, kind) == layer]
         return bool(readers) or not self.pruned
 
     def logits(self, w: dict[str, Tensor], tokens: Tensor) -> Tensor:
@@ -74,7 +85,7 @@ class ReferenceGPT:
 
     def _block(self, w: dict[str, Tensor], name: str, x: Tensor, is_hidden: Tensor) -> Tensor:
         """All layers on ``[b, s, h]``; ``is_hidden`` (query, key) is True where the key is not to be seen."""
-        projected: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        projected: dict[tuple[str, int, int], Tensor] = {}
         attention = 0
         for index, kinds in enumerate(self.pattern or ["*-"] * self.num_layers):
             p = f"{name}layers.{index}."
@@ -100,16 +111,19 @@ class ReferenceGPT:
                 query = self._head_norm(w, p + "q_layernorm", rows[..., start : start + d])
                 queries.append(self._position(query, layer))
                 start += d
-            if self.is_projected(layer, group):
-                key = self._position(self._head_norm(w, p + "k_layernorm", rows[..., start : start + d]), layer)
-                projected[layer, group] = (key, rows[..., start + d : start + 2 * d])
-                start += 2 * d
+            if self.is_projected(layer, group, "key"):
+                key = self._head_norm(w, p + "k_layernorm", rows[..., start : start + d])
+                projected["key", layer, group] = self._position(key, layer)
+                start += d
+            if self.is_projected(layer, group, "value"):
+                projected["value", layer, group] = rows[..., start : start + d]
+                start += d
         assert start == rows.shape[-1], (start, rows.shape)
 
         outputs = []
         for head, query in enumerate(queries):
             group = head // heads_per_group
-            key, value = projected[self.source(layer, group), group]
+            key, value = (projected[kind, self.source_of(layer, group, kind), group] for kind in ("key", "value"))
             scores = query @ key.transpose(-1, -2) / math.sqrt(d)
             outputs.append(scores.masked_fill(is_hidden, -math.inf).softmax(-1) @ value)
         return self._linear(w, p + "linear_proj", torch.cat(outputs, dim=-1))

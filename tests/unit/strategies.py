@@ -83,13 +83,17 @@ def sla_configs(draw: st.DrawFn, groups: st.SearchStrategy[int] = st.integers(1,
     """Any valid configuration of up to 14 layers, distances beyond the last layer included."""
     num_layers, num_groups = draw(st.integers(1, 14)), draw(groups)
     layers = draw(st.none() | st.sets(st.integers(1, num_layers)).map(lambda chosen: tuple(sorted(chosen))))
+    has_distances = draw(st.booleans())
+    origins = st.lists(st.integers(1, num_layers + 2 * has_distances), min_size=1, max_size=3).map(tuple)
     return SLAConfig(
         num_layers=num_layers,
         num_query_groups=num_groups,
-        skip_distances=tuple(draw(st.lists(st.integers(1, num_layers + 2), min_size=1, max_size=3))),
+        skip_distances=draw(origins) if has_distances else (),
         num_skip_groups=draw(st.integers(0, num_groups)),
         layers=layers,
         kv_projection=draw(st.sampled_from(["full", "pruned"])),
+        share=draw(st.sampled_from(["kv", "values", "keys"])),
+        source_layers=() if has_distances else draw(origins),
     )
 
 
