@@ -1,10 +1,10 @@
 """SLA-GPT's attention, and the norm that it needs.
 
 Shapes: b batch, s new tokens, S all tokens (past and new), h hidden, d head size, H query heads, G key/value groups,
-P groups that a layer has K/V weights for, N groups whose K/V it keeps (live ones, in the configuration's stored order),
-R blocks of groups that do the same in every layer (the configuration's ``G / period``), n groups of a block.
+N groups of which a layer keeps keys, or values (live ones, in the configuration's stored order; keys and values have
+each their own N), R blocks of groups that do the same in every layer (the configuration's ``G / period``).
 
-This file goes into exported folders: it needs torch, transformers and ``configuration_sla_gpt.py``.
+This file goes into exported folders: it needs torch, transformers and the other ``*_sla_gpt.py`` files.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .cache_sla_gpt import Own, cached
 from .configuration_sla_gpt import SlaGPTConfig
 from .pieces_sla_gpt import LiveRows, Pieces, is_eager_inference
+from .reads_sla_gpt import Reads, kept_at, parts_of
 from .rotary_sla_gpt import apply_rotary
+from .sharing_sla_gpt import KINDS
 
-#: Keys and values.
-KV = tuple[Tensor, Tensor]
+#: What a layer reads of keys, and of values: tensors of earlier layers, and its own the last.
+Stores = tuple[list[Tensor], list[Tensor]]
 
 #: Bytes of keys and values up to which they are copied for one token, rather than read where they are.
 MOST_COPIED = 512 * 1024
@@ -121,66 +124,75 @@ class SlaGPTAttention(nn.Module):
         # The configuration counts layers from 1.
         number, period = layer_idx + 1, config.period
         blocks = config.num_key_value_heads // period
-        reads, stored = config.reads_in_block(number), config.stored_in_block(number)
-        kept = {a: config.stored_in_block(a) for a in reads}
-        #: Of each layer that is read, itself the last: of a block of its stored groups, the first that is read, how
-        #: many are, and how many there are.
-        self.places = [(kept[a].index(groups[0]), len(groups), len(kept[a])) for a, groups in reads.items()]
-        self.reads_own = number in reads
-        #: The earlier ones, counted from 1.
-        self.source_layers = [a for a in reads if a != number]
-        #: Of one block: where what is read goes among the keys and values, and its queries and outputs among the heads.
-        self.kv_pieces = Pieces(list(reads.values()), period)
-        self.query_pieces = Pieces(list(reads.values()), period, per_group)
-        projected = [g for g in config.projected_groups(number) if g < period]
-        #: Query heads of a block, and groups that it has K/V weights for.
-        self.heads_in_block, self.projected_in_block = period * per_group, len(projected)
-        self.stored_pieces = Pieces([[projected.index(g) for g in stored]], len(projected)) if stored else None
-        #: Where at most half of the groups are read, the rows of those that are.
+        #: Of keys and of values.
+        self.reads = tuple(Reads(config, number, kind) for kind in KINDS)
+        earlier = sorted({a for reads in self.reads for a in reads.source_layers})
+        #: The tensors of earlier layers that are read: layer, counted from 1, and index of the kind.
+        self.sources = [(a, kind) for a in earlier for kind in (0, 1) if a in self.reads[kind].source_layers]
+        #: Query heads of a block.
+        self.heads_in_block = period * per_group
+        #: What a call for each part takes, and of one block where its queries and outputs go among the heads.
+        self.parts = parts_of(config, number)
+        self.query_pieces = Pieces([part.groups for part in self.parts or []] or [[0]], period, per_group)
+        #: Where at most half of the groups are read, the rows of those that are, of the kinds that this is true of.
         self.live_rows: LiveRows | None = None
-        if stored and 2 * len(stored) <= period:
-            order = [block * len(projected) + projected.index(g) for block in range(blocks) for g in stored]
+        self.gathered = self._gathered(period)
+        if self.gathered:
+            reads = self.reads[self.gathered[0]]
+            order = [block * reads.projected_in_block + place for block in range(blocks) for place in reads.stored]
             self.live_rows = LiveRows([group * d + i for group in order for i in range(d)])
 
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * d, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, blocks * len(projected) * d, bias=bias) if projected else None
-        self.v_proj = nn.Linear(config.hidden_size, blocks * len(projected) * d, bias=bias) if projected else None
+        rows = [blocks * reads.projected_in_block * d for reads in self.reads]
+        self.k_proj = nn.Linear(config.hidden_size, rows[0], bias=bias) if rows[0] else None
+        self.v_proj = nn.Linear(config.hidden_size, rows[1], bias=bias) if rows[1] else None
         self.o_proj = nn.Linear(config.num_attention_heads * d, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = SlaGPTNorm(config, d) if config.qk_layernorm else None
-        self.k_norm = SlaGPTNorm(config, d) if config.qk_layernorm and projected else None
+        self.k_norm = SlaGPTNorm(config, d) if config.qk_layernorm and self.k_proj is not None else None
+
+    def _gathered(self, period: int) -> list[int]:
+        """The kinds whose live rows are put together: both alike, or one that has other rows too."""
+        kinds = [kind for kind, reads in enumerate(self.reads) if 0 < 2 * len(reads.stored) <= period]
+        has_others = any(len(self.reads[kind].stored) < self.reads[kind].projected_in_block for kind in kinds)
+        return kinds if len(kinds) == 2 or has_others else []
 
     def forward(
         self,
         hidden_states: Tensor,
-        sources: Sequence[KV],
+        sources: Sequence[Tensor],
         attention_mask: Tensor | None = None,
-        rotary: KV | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[Tensor, Tensor | None, KV | None]:
+    ) -> tuple[Tensor, Tensor | None, Own]:
         """Attend.
 
         Args:
             hidden_states: ``[b, s, h]``.
-            sources: of each earlier layer that this one reads, ascending, the keys and values that it keeps, ``[b, N,
-                S, d]`` each.
+            sources: the keys, or values, that earlier layers keep and this one reads, ``[b, N, S, d]`` each, in the
+                order of ``self.sources``.
             rotary: cosine and sine, each ``[b or 1, s, 1, rotary_dim]``.
 
         Returns:
             the output ``[b, s, h]``; the weights ``[b, H, s, S]`` where the implementation gives them; the layer's own
             keys and values, ``[b, N, S, d]`` each, ``None`` where nothing reads them.
         """
-        query, own = self._project(hidden_states, rotary)
-        if own is not None and past_key_values is not None:
-            own = past_key_values.update(*own, self.layer_idx)
-        if len(sources) != len(self.source_layers):
+        query, *own = self._project(hidden_states, rotary)
+        if past_key_values is not None and (own[0] is not None or own[1] is not None):
+            own = cached(past_key_values, own, self.layer_idx)
+        if len(sources) != len(self.sources):
+            wanted = [f"{KINDS[kind]}s of layer {a}" for a, kind in self.sources]
             raise ValueError(
-                f"layer {self.layer_idx + 1} reads the keys and values of layers {self.source_layers}, of which it was "
-                f"given {len(sources)}: pipeline stages cannot be cut between them"
+                f"layer {self.layer_idx + 1} reads {', '.join(wanted)}, of which it was given {len(sources)}: pipeline "
+                "stages cannot be cut between them"
             )
-        stores = [tuple(t.to(query.device) for t in source) for source in sources]
-        stores += [own] if self.reads_own else []
+        stores: Stores = ([], [])
+        for (_, kind), source in zip(self.sources, sources, strict=True):
+            stores[kind].append(source.to(query.device))
+        for kind, reads in enumerate(self.reads):
+            if reads.reads_own:
+                stores[kind].append(own[kind])
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -189,17 +201,17 @@ class SlaGPTAttention(nn.Module):
             attend_to_part = partial(attend, self, dropout=0.0, scaling=self.scaling, **kwargs)
             output, weights = self._attend_to_parts(attend_to_part, query, stores, attention_mask)
         else:
-            key, value = self._joined(stores)
+            key, value = (reads.joined(tensors) for reads, tensors in zip(self.reads, stores, strict=True))
             # vLLM looks for this call in the text of this function: one, to a name that was looked up above.
             output, weights = attend(
                 self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
             )
-        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights, own
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights, tuple(own)
 
     def _is_in_parts(
-        self, query: Tensor, stores: Sequence[KV], past_key_values: Cache | None, kwargs: dict[str, Any]
+        self, query: Tensor, stores: Stores, past_key_values: Cache | None, kwargs: dict[str, Any]
     ) -> bool:
-        """Whether attention takes a call for each layer that is read, on views of its keys and values.
+        """Whether attention takes a call for each part of what is read, on views of its keys and values.
 
         For a single token behind a long cache of ours alone.  An engine has a cache for each layer, behind the
         attention interface, and there all groups' keys and values go in one call a layer: no cache comes with the
@@ -208,7 +220,7 @@ class SlaGPTAttention(nn.Module):
         """
         if past_key_values is None or kwargs.get("cache") is not None:
             return False
-        if query.shape[2] > 1 or self.kv_pieces.is_identity:
+        if query.shape[2] > 1 or all(reads.pieces.is_identity for reads in self.reads) or self.parts is None:
             return False
         if torch.is_grad_enabled() or self.config._attn_implementation == "flex_attention":
             return False
@@ -230,34 +242,12 @@ class SlaGPTAttention(nn.Module):
         """
         groups = query.shape[1] // self.num_key_value_groups
         copied = 2 * key.shape[0] * key.shape[2] * groups * self.head_dim * key.element_size()
-        return copied <= MOST_COPIED and not self.kv_pieces.is_torn
-
-    def _joined(self, stores: Sequence[KV]) -> KV:
-        """The keys and values of all groups in their order, ``[b, G, S, d]`` each.
-
-        Copies, where not all are of one layer: little beside what several tokens make of them.
-        """
-        if self.kv_pieces.is_identity and self.reads_own:
-            return stores[-1]
-        key, value = (self._joined_tensors(tensors) for tensors in zip(*stores, strict=True))
-        return key, value
-
-    def _joined_tensors(self, stores: Sequence[Tensor]) -> Tensor:
-        """What is read of each, ``[b, N, S, d]``, as ``[b, G, S, d]``."""
-        is_one_block = stores[0].shape[1] == self.places[0][2]
-        dim = 1 if is_one_block else 2
-        parts = []
-        for store, (first, count, total) in zip(stores, self.places, strict=True):
-            block = store if is_one_block else store.unflatten(1, (-1, total))
-            # A view that changes nothing would cost time too.
-            parts.append(block if count == total else block.narrow(dim, first, count))
-        joined = self.kv_pieces.put_back(parts, dim)
-        return joined if is_one_block else joined.flatten(1, 2)
+        return copied <= MOST_COPIED and not any(reads.pieces.is_torn for reads in self.reads)
 
     def _attend_to_parts(
-        self, attend: Callable, query: Tensor, stores: Sequence[KV], mask: Tensor | None
+        self, attend: Callable, query: Tensor, stores: Stores, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One call for each layer that is read, on views of its keys and values: blocks become part of the batch.
+        """One call for each part, on views of its keys and values: blocks become part of the batch.
 
         For a single token, whose time is mostly that of reading the cache: copying a long one would double that.
         """
@@ -267,26 +257,26 @@ class SlaGPTAttention(nn.Module):
         if mask is not None:
             mask = mask.repeat_interleave(query.shape[0] // batch, dim=0)
         results = []
-        for part, store, (first, count, total) in zip(queries, stores, self.places, strict=True):
-            key, value = (tensor.reshape(-1, total, *tensor.shape[2:]) for tensor in store)
-            # A view that changes nothing would cost time too.
-            if count < total:
-                key, value = key.narrow(1, first, count), value.narrow(1, first, count)
-            results.append(attend(part, key, value, mask))
+        for heads, part in zip(queries, self.parts, strict=True):
+            places = (part.key, part.value)
+            key, value = (kept_at(stores[kind][place.store], place) for kind, place in enumerate(places))
+            results.append(attend(heads, key, value, mask))
         output = self.query_pieces.put_back([result[0] for result in results], 2, by_index)
         if results[0][1] is None:
             return output, None
         weights = self.query_pieces.put_back([result[1] for result in results], 1, by_index)
         return output, weights.reshape(batch, -1, *weights.shape[2:])
 
-    def _project(self, hidden_states: Tensor, rotary: KV | None) -> tuple[Tensor, KV | None]:
+    def _project(
+        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The queries ``[b, H, s, d]``, and keys and values that some layer reads, ``[b, N, s, d]`` in stored order."""
         query = self.q_proj(hidden_states)
         if query.shape[-1] % (self.heads_in_block * self.head_dim):
             config = self.config
             raise ValueError(
                 f"{query.shape[-1] / self.head_dim:g} of {config.num_attention_heads} heads are on this rank, but only "
-                f"blocks of {self.heads_in_block}, after which their distances repeat, can be split: the "
+                f"blocks of {self.heads_in_block}, after which their sources repeat, can be split: the "
                 f"tensor-parallel size must divide {config.num_key_value_heads // config.period}"
             )
         query = self._heads(query)
@@ -295,28 +285,37 @@ class SlaGPTAttention(nn.Module):
         key = key if key is None or self.k_norm is None else self.k_norm(key)
         if rotary is not None:
             query, key = self._rotate(query, key, rotary)
-        return query.transpose(1, 2), None if key is None else (key.transpose(1, 2), value.transpose(1, 2))
+        key, value = (x if x is None else x.transpose(1, 2) for x in (key, value))
+        return query.transpose(1, 2), key, value
 
-    def _project_kv(self, hidden_states: Tensor) -> KV | tuple[None, None]:
-        """``[b, s, N, d]`` each."""
-        if self.stored_pieces is None:
-            return None, None
-        projections = (self.k_proj, self.v_proj)
+    def _project_kv(self, hidden_states: Tensor) -> list[Tensor | None]:
+        """``[b, s, N, d]`` each; ``None`` where nothing reads it."""
+        linears, found = (self.k_proj, self.v_proj), [None, None]
         if self.live_rows is not None:
-            if is_eager_inference() and all(map(_is_plain, projections)):
-                weight, bias = self.live_rows.of(projections, afresh=hidden_states.shape[1] > 1)
-                return self._heads(nn.functional.linear(hidden_states, weight, bias)).chunk(2, dim=2)
-            if not torch.compiler.is_compiling():
+            gathered = [linears[kind] for kind in self.gathered]
+            if is_eager_inference() and all(map(_is_plain, gathered)):
+                weight, bias = self.live_rows.of(gathered, afresh=hidden_states.shape[1] > 1)
+                together = self._heads(nn.functional.linear(hidden_states, weight, bias))
+                for kind, part in zip(self.gathered, together.chunk(len(gathered), dim=2), strict=True):
+                    found[kind] = part
+            elif not torch.compiler.is_compiling():
                 self.live_rows.drop()
-        key, value = (self._heads(projection(hidden_states)) for projection in projections)
-        if self.stored_pieces.is_identity:
-            return key, value
-        by_index = hidden_states.shape[1] == 1 and is_eager_inference()
-        blocks = (x.unflatten(2, (-1, self.projected_in_block)) for x in (key, value))
-        key, value = (self.stored_pieces.take(x, 3, by_index)[0].flatten(2, 3) for x in blocks)
-        return key, value
+        for kind, reads in enumerate(self.reads):
+            if found[kind] is None and reads.stored_pieces is not None:
+                found[kind] = self._live(self._heads(linears[kind](hidden_states)), reads)
+        return found
 
-    def _rotate(self, query: Tensor, key: Tensor | None, rotary: KV) -> tuple[Tensor, Tensor | None]:
+    def _live(self, x: Tensor, reads: Reads) -> Tensor:
+        """``[b, s, P, d]`` of all P groups that there are weights for, to ``[b, s, N, d]`` of those that are kept."""
+        if reads.stored_pieces.is_identity:
+            return x
+        by_index = x.shape[1] == 1 and is_eager_inference()
+        blocks = x.unflatten(2, (-1, reads.projected_in_block))
+        return reads.stored_pieces.take(blocks, 3, by_index)[0].flatten(2, 3)
+
+    def _rotate(
+        self, query: Tensor, key: Tensor | None, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         """Both turned, ``[b, s, heads, d]``."""
         interleaved = self.is_interleaved
         if key is None:

@@ -2,31 +2,33 @@
 
 Legend: ``L`` layers numbered ``1..L``; ``G`` key/value groups (``num_key_value_heads``) numbered ``0..G-1``; group
 ``g`` serves ``H/G`` neighbouring query heads.  In a consumer layer ``l``, a skip group with distance ``n`` attends to
-the keys and values that layer ``l - n`` projected, in place of the layer's own.
+the keys and values that layer ``l - n`` projected, in place of the layer's own; or it takes one of the two alone, or
+those of one layer in all later ones (``sla_share``, ``sla_source_layers``).
 
-This file goes into exported folders: it needs transformers and ``rope_fields_sla_gpt.py``.
+This file goes into exported folders: it needs transformers, ``rope_fields_sla_gpt.py`` and ``sharing_sla_gpt.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .rope_fields_sla_gpt import RopeFields
+from .sharing_sla_gpt import SHARES, Sharing
 
 #: Field -> the values it can have.
 CHOICES = {
     "normalization": ("LayerNorm", "RMSNorm"),
     "position_embedding_type": ("learned_absolute", "rope"),
     "sla_kv_projection": ("full", "pruned"),
+    "sla_share": tuple(SHARES),
 }
 
 
-class SlaGPTConfig(RopeFields, PreTrainedConfig):
+class SlaGPTConfig(RopeFields, Sharing, PreTrainedConfig):
     """Shape of an SLA-GPT.
 
     Args:
@@ -47,8 +49,11 @@ class SlaGPTConfig(RopeFields, PreTrainedConfig):
         attention_bias: bias of the q, k and v projections.
         attention_output_bias: bias of the output projection; default as ``attention_bias``.
         gated_mlp: ``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``.
-        sla_skip_distances: ``n_0 .. n_{D-1}``; the j-th skip group uses ``n_{j mod D}``.  Empty means the standard
-            Transformer.
+        sla_share: what skip groups take of an earlier layer: ``kv``, or ``values`` or ``keys`` alone.
+        sla_skip_distances: ``n_0 .. n_{D-1}``; the j-th skip group uses ``n_{j mod D}``.  Empty, where
+            ``sla_source_layers`` is empty too, means the standard Transformer.
+        sla_source_layers: in place of distances; the j-th skip group reads layer ``N_{j mod count}`` in every later
+            layer in which it skips.
         sla_skip_groups: the groups that skip, ascending.
         sla_layers: the layers in which they skip, 1-based and ascending; ``None`` means all that have a source.
         sla_kv_projection: ``full`` has K/V weights for every group of every layer, ``pruned`` only for those that some
@@ -108,6 +113,8 @@ class SlaGPTConfig(RopeFields, PreTrainedConfig):
     sla_skip_groups: list[int] | tuple[int, ...] = ()
     sla_layers: list[int] | tuple[int, ...] | None = None
     sla_kv_projection: str = "full"
+    sla_share: str = "kv"
+    sla_source_layers: list[int] | tuple[int, ...] = ()
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._take_rope(kwargs)
@@ -120,11 +127,11 @@ class SlaGPTConfig(RopeFields, PreTrainedConfig):
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
         self.sla_skip_distances = list(self.sla_skip_distances)
+        self.sla_source_layers = list(self.sla_source_layers)
         self.sla_skip_groups = list(self.sla_skip_groups)
         if self.sla_layers is None:
-            self.sla_layers = list(
-                range(min(self.sla_skip_distances, default=self.num_hidden_layers) + 1, self.num_hidden_layers + 1)
-            )
+            first = min(self.sla_source_layers or self.sla_skip_distances, default=self.num_hidden_layers) + 1
+            self.sla_layers = list(range(first, self.num_hidden_layers + 1))
         self.sla_layers = list(self.sla_layers)
         self._check()
         self._fit_plans()
@@ -136,7 +143,7 @@ class SlaGPTConfig(RopeFields, PreTrainedConfig):
         absent += [] if self.qk_layernorm else ["q_norm", "k_norm"]
         plan = type(self).base_model_tp_plan
         self.base_model_tp_plan = {name: plan[name] for name in plan if name.rpartition(".")[2] not in absent}
-        if self.sla_skip_distances and self.sla_skip_groups and self.sla_layers:
+        if (self.sla_source_layers or self.sla_skip_distances) and self.sla_skip_groups and self.sla_layers:
             # Engines hand hidden states alone from one stage to the next.
             self.base_model_pp_plan = None
 
@@ -148,91 +155,6 @@ class SlaGPTConfig(RopeFields, PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, those of rotary embedding by both of their names."""
         return self._rope_to_dict(super().to_dict())
-
-    # The mathematics of skip-layer attention.
-
-    def distance(self, group: int) -> int | None:
-        """The skip distance of ``group``; ``None`` where it never skips."""
-        if not self.sla_skip_distances or group not in self.sla_skip_groups:
-            return None
-        return self.sla_skip_distances[self.sla_skip_groups.index(group) % len(self.sla_skip_distances)]
-
-    def source(self, layer: int, group: int) -> int:
-        """The layer whose K/V ``group`` reads in ``layer``, both 1-based: an earlier one for a skip head."""
-        distance = self.distance(group)
-        if distance is None or layer not in self.sla_layers or layer <= distance:
-            return layer
-        return layer - distance
-
-    def reader(self, layer: int, group: int) -> int | None:
-        """The later layer that reads the K/V of ``(layer, group)``; at most one, as a group has one distance."""
-        later = layer + (self.distance(group) or self.num_hidden_layers)
-        return later if later <= self.num_hidden_layers and self.source(later, group) == layer else None
-
-    def live_groups(self, layer: int) -> list[int]:
-        """The groups of ``layer`` whose K/V some layer reads, ascending."""
-        groups = range(self.num_key_value_heads)
-        return [g for g in groups if self.source(layer, g) == layer or self.reader(layer, g) is not None]
-
-    def projected_groups(self, layer: int) -> list[int]:
-        """The groups whose K/V weights ``layer`` has, ascending."""
-        if self.sla_kv_projection == "pruned":
-            return self.live_groups(layer)
-        return list(range(self.num_key_value_heads))
-
-    @property
-    def period(self) -> int:
-        """After how many groups their distances repeat: 4 for ``NSSS NSSS NSSS``.
-
-        ``G / period`` blocks of groups then do the same in every layer, block by block.
-        """
-        total = self.num_key_value_heads
-        distances = [self.distance(g) for g in range(total)]
-        return next(p for p in range(1, total + 1) if total % p == 0 and distances == distances[:p] * (total // p))
-
-    def stored_in_block(self, layer: int) -> list[int]:
-        """The live groups of ``layer`` among the first ``period`` ones, in the order in which its K/V are kept.
-
-        What each layer reads of them is one slice, a view.  Their own order is such a one in most models.  Otherwise,
-        first come those that only a later layer reads, then those that the layer reads too, in both parts together by
-        later reader: a later reader's groups all have the same distance, so that either all of them or none are read by
-        the layer itself as well.
-        """
-        period = self.period
-        live = [g for g in self.live_groups(layer) if g < period]
-        later = {self.reader(layer, g) for g in live} - {None}
-        parts = [[g for g in live if self.source(layer, g) == layer]]
-        parts += [[g for g in live if self.reader(layer, g) == reader] for reader in later]
-        # Whether each of them stands in the live ones without a gap.
-        if all(live[live.index(part[0]) :][: len(part)] == part for part in parts if part):
-            return live
-        return sorted(live, key=lambda g: (self.source(layer, g) == layer, self.reader(layer, g) or layer, g))
-
-    def stored_groups(self, layer: int) -> list[int]:
-        """The live groups of ``layer`` in the order in which its K/V are kept: block by block."""
-        block = self.stored_in_block(layer)
-        return [start + g for start in range(0, self.num_key_value_heads, self.period) for g in block]
-
-    def reads_in_block(self, layer: int) -> dict[int, list[int]]:
-        """Source layer, ascending -> what ``layer`` reads of its first ``period`` groups, in its stored order."""
-        sources = sorted({self.source(layer, g) for g in range(self.period)})
-        return {a: [g for g in self.stored_in_block(a) if self.source(layer, g) == a] for a in sources}
-
-    @property
-    def kv_sharing_modes(self) -> list[str | None]:
-        """For transformers' caches: a layer marked ``reuse`` keeps no K/V of its own."""
-        return [None if self.live_groups(m) else "reuse" for m in range(1, self.num_hidden_layers + 1)]
-
-    @property
-    def per_layer_config(self) -> list[SlaGPTConfig]:
-        """For transformers' caches that are made before they are filled: ``num_key_value_heads`` is what a layer keeps.
-
-        One that keeps nothing has no cache (``kv_sharing_modes``), or one of length 0, and no size.
-        """
-        layers = [copy(self) for _ in range(self.num_hidden_layers)]
-        for number, layer in enumerate(layers, start=1):
-            layer.num_key_value_heads = len(self.live_groups(number))
-        return layers
 
     # Checks.
 
@@ -259,6 +181,13 @@ class SlaGPTConfig(RopeFields, PreTrainedConfig):
 
         distances = self.sla_skip_distances
         self._require(all(_is_int(n) and n > 0 for n in distances), "sla_skip_distances", "integers >= 1")
+        sources = self.sla_source_layers
+        self._require(
+            all(_is_int(n) and 1 <= n <= self.num_hidden_layers for n in sources),
+            "sla_source_layers",
+            f"layer numbers within 1..{self.num_hidden_layers}",
+        )
+        self._require(not (sources and distances), "sla_source_layers", "empty beside sla_skip_distances")
         self._require(
             _is_ascending(self.sla_skip_groups, 0, groups - 1),
             "sla_skip_groups",

@@ -1,7 +1,7 @@
 """SLA-GPT for transformers: a GPT whose skip heads attend to an earlier layer's keys and values.
 
-Shapes: b batch, s new tokens, S all tokens (past and new), h hidden, d head size, N groups whose keys and values a
-layer keeps (live ones, in the configuration's stored order).
+Shapes: b batch, s new tokens, S all tokens (past and new), h hidden, d head size, N groups of which a layer keeps keys,
+or values (live ones, in the configuration's stored order; keys and values have each their own N).
 
 Keys and values that later layers read leave a layer as outputs and enter the reader as inputs: they need no cache, they
 are exact under gradient checkpointing, and they are moved along with the hidden states between devices.  With a cache,
@@ -40,6 +40,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_sla_gpt import SlaGPTAttention, SlaGPTNorm
 from .configuration_sla_gpt import SlaGPTConfig
 from .rotary_sla_gpt import SlaGPTRotaryEmbedding
+from .sharing_sla_gpt import KINDS
 
 
 class SlaGPTMLP(nn.Module):
@@ -70,29 +71,33 @@ class SlaGPTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = SlaGPTNorm(config, config.hidden_size)
         self.mlp = SlaGPTMLP(config)
 
-        readers = {config.reader(layer_idx + 1, g) for g in config.stored_in_block(layer_idx + 1)} - {None}
-        #: Later layers that read what this one keeps.
-        self.readers = sorted(readers)
+        number = layer_idx + 1
+        readers = [
+            sorted({m for g in config.stored_in_block(number, kind) for m in config.readers(number, g, kind)})
+            for kind in KINDS
+        ]
+        #: Index of the kind -> the later layers that read what this one keeps of it; none without any.
+        self.readers = {kind: found for kind, found in enumerate(readers) if found}
 
     def forward(
         self, hidden_states: Tensor, *sources: Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """One layer.
 
         Args:
             hidden_states: ``[b, s, h]``.
-            sources: key, value, key, value, .. of the earlier layers that this one reads, ``[b, N, S, d]`` each.
-                Positional, so that gradient checkpointing sees them and accelerate moves them to this layer's device.
+            sources: the keys and values of earlier layers that this one reads, ``[b, N, S, d]`` each, layer by layer,
+                keys first.  Positional, so that gradient checkpointing sees them and accelerate moves them to this
+                layer's device.
             kwargs: as for ``SlaGPTAttention``.
 
         Returns:
-            the output ``[b, s, h]``, and where later layers read them its own keys and values, ``[b, N, S, d]`` each.
+            the output ``[b, s, h]``, and each of its own keys and values, ``[b, N, S, d]``, that later layers read.
         """
-        pairs = list(zip(sources[0::2], sources[1::2], strict=True))
-        attended, _, own = self.self_attn(self.input_layernorm(hidden_states), pairs, **kwargs)
+        attended, _, own = self.self_attn(self.input_layernorm(hidden_states), sources, **kwargs)
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return (hidden_states, *own) if self.readers else hidden_states
+        return (hidden_states, *(own[kind] for kind in self.readers)) if self.readers else hidden_states
 
 
 # The models.
@@ -189,8 +194,9 @@ class SlaGPTModel(SlaGPTPreTrainedModel):
             )
             x, *own = output if isinstance(output, tuple) else (output,)
             if own:
-                for reader in layer.readers:
-                    carried[reader] += own
+                for tensor, readers in zip(own, layer.readers.values(), strict=True):
+                    for reader in readers:
+                        carried[reader].append(tensor)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _position_ids(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:

@@ -29,6 +29,17 @@ MODELS = {
     },
     "no own K/V": NO_OWN_KV,
     "no own K/V, full": NO_OWN_KV | {"sla_kv_projection": "full"},
+    # Layers keep four keys and one value, two keys of layer 1, or no keys at all.
+    "values": {"sla_share": "values"},
+    "values of layer 1": {
+        **{"sla_share": "values", "sla_skip_distances": [], "sla_source_layers": [1], "sla_skip_groups": [1, 3]},
+        **{"sla_kv_projection": "pruned", "position_embedding_type": "learned_absolute"},
+    },
+    "keys, all groups": NO_OWN_KV | {"sla_share": "keys"},
+    "upper half": {
+        **{"sla_skip_distances": [], "sla_source_layers": [3], "sla_skip_groups": [0, 1, 2, 3]},
+        **{"sla_kv_projection": "pruned"},
+    },
 }
 WAYS = {
     "greedy": {"do_sample": False},

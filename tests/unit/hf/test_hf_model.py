@@ -77,13 +77,13 @@ def reference_weights(ref: ReferenceGPT, bias: bool, qk_norm: bool, tied: bool, 
         add("embedding.position_embeddings.weight", 32, HIDDEN)
     for layer in range(1, ref.num_layers + 1):
         p = f"decoder.layers.{layer - 1}."
-        projected = sum(ref.is_projected(layer, g) for g in range(ref.num_groups))
+        keys, values = (sum(ref.is_projected(layer, g, k) for g in range(ref.num_groups)) for k in ("key", "value"))
         add_norm(p + "input_layernorm", HIDDEN)
-        add_linear(p + "self_attention.linear_qkv", (ref.num_heads + 2 * projected) * ref.head_size, HIDDEN)
+        add_linear(p + "self_attention.linear_qkv", (ref.num_heads + keys + values) * ref.head_size, HIDDEN)
         add_linear(p + "self_attention.linear_proj", HIDDEN, ref.num_heads * ref.head_size)
         if qk_norm:
             add_norm(p + "self_attention.q_layernorm", ref.head_size)
-            if projected:
+            if keys:
                 add_norm(p + "self_attention.k_layernorm", ref.head_size)
         add_norm(p + "pre_mlp_layernorm", HIDDEN)
         add_linear(p + "mlp.linear_fc1", INNER * (2 if ref.swiglu else 1), HIDDEN)
@@ -126,9 +126,9 @@ def _to_hf(ref: ReferenceGPT, megatron: str, tensor: Tensor) -> Iterator[tuple[s
         parts = {"q_proj": [], "k_proj": [], "v_proj": []}
         for group in range(ref.num_groups):
             parts["q_proj"] += [next(rows) for _ in range(ref.num_heads // ref.num_groups)]
-            if ref.is_projected(layer, group):
-                parts["k_proj"].append(next(rows))
-                parts["v_proj"].append(next(rows))
+            for kind in ("key", "value"):
+                if ref.is_projected(layer, group, kind):
+                    parts[f"{kind[0]}_proj"].append(next(rows))
         for new, heads in parts.items():
             if heads:
                 yield name.replace("self_attention.linear_qkv", f"self_attn.{new}"), torch.cat(heads)
@@ -160,12 +160,18 @@ def config_of(ref: ReferenceGPT, bias: bool, qk_norm: bool, tied: bool) -> SlaGP
         sla_skip_groups=[g for g in range(total) if (g + 1) * k // total > g * k // total],
         sla_layers=None if ref.consumer_layers is None else list(ref.consumer_layers),
         sla_kv_projection="pruned" if ref.pruned else "full",
+        sla_share=ref.share,
+        sla_source_layers=list(ref.source_layers),
     )
 
 
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_logits_and_every_gradient_are_the_reference_s(index: int) -> None:
-    ref = reference_of(CASES[index], index)
+    require_reference(reference_of(CASES[index], index), index)
+
+
+def require_reference(ref: ReferenceGPT, index: int) -> None:
+    """Biases, norms of queries and keys and tied embeddings take turns by ``index``."""
     bias, qk_norm, tied = index % 4 != 3, index % 7 < 3, index % 3 != 2
     w = reference_weights(ref, bias, qk_norm, tied, seed=index)
     model = SlaGPTForCausalLM(config_of(ref, bias, qk_norm, tied)).double()
@@ -190,6 +196,39 @@ def test_logits_and_every_gradient_are_the_reference_s(index: int) -> None:
         zero = gradient.abs().max() < 1e-12
         errors[name] = found.abs().max().item() if zero else relative_error(found, gradient)
     assert max(errors.values()) <= 1e-10, sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+#: What is shared from where: share, distances, source layers, skip groups (None: all), consumer layers.
+VARIANTS = {
+    "values": ("values", (4,), (), 3, None),
+    "values, two distances": ("values", (2, 3), (), 3, None),
+    "values of layer 1 (SkipV1Former)": ("values", (), (1,), 2, None),
+    "values, two sources": ("values", (), (1, 3), 3, (3, 4, 6)),
+    "values, all groups": ("values", (1,), (), None, (2, 4, 6)),
+    "keys": ("keys", (4,), (), 3, None),
+    "keys of two layers": ("keys", (), (2, 1), 3, None),
+    "keys, all groups": ("keys", (3,), (), None, None),
+    "kv of one source": ("kv", (), (2,), 3, None),
+    "kv, two sources": ("kv", (), (3, 1), 3, (2, 4, 5)),
+    "kv, upper half": ("kv", (), (3,), None, None),
+    "kv of pairs (CLA)": ("kv", (1,), (), None, (2, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("mode", ["full", "pruned"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_the_reference_s(name: str, mode: str) -> None:
+    """Heads, positions and norms take turns, so that keys and values meet each value of all of these."""
+    share, distances, sources, skip, layers = VARIANTS[name]
+    index = list(VARIANTS).index(name) + (5 if mode == "full" else 0)
+    heads, groups = [(4, 4), (8, 4), (12, 4)][index % 3]
+    ref = ReferenceGPT(
+        **{"num_layers": 6, "num_heads": heads, "num_groups": groups, "head_size": 8, "distances": distances},
+        **{"num_skip_groups": groups if skip is None else skip, "consumer_layers": layers, "pruned": mode == "pruned"},
+        **{"rope": index % 2 == 0, "rotary_percent": 0.5 if index % 4 == 2 else 1.0, "rms_norm": index % 3 == 1},
+        **{"share": share, "source_layers": sources},
+    )
+    require_reference(ref, index)
 
 
 # transformers' own models, and formulas, for what the reference leaves out.

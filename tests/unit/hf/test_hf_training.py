@@ -160,7 +160,7 @@ def test_many_tokens_take_one_call_a_layer(name: str, mode: str, monkeypatch: py
         # Each group's keys and values are its source's, wherever that keeps them.
         for group in range(4):
             source = model.config.source(call["layer"], group)
-            place = model.config.stored_groups(source).index(group)
+            place = model.config.stored_groups(source, "key").index(group)
             cached = out.past_key_values.layers[source - 1]
             assert call["key"][:, group].equal(cached.keys[:, place])
             assert call["value"][:, group].equal(cached.values[:, place])
@@ -179,7 +179,7 @@ def test_a_token_takes_one_call_a_source_on_views_of_the_cache(
     made, _ = calls(model, monkeypatch, input_ids=tokens(2, 1, seed=3), past_key_values=cache)
     held = {t.data_ptr(): t for layer in cache.layers for t in (layer.keys, layer.values)}
     starts = {t.untyped_storage().data_ptr() for t in held.values()}
-    sources = [(layer, source) for layer in range(1, 7) for source in config.reads_in_block(layer)]
+    sources = [(layer, source) for layer in range(1, 7) for source in config.reads_in_block(layer, "key")]
     assert [call["layer"] for call in made] == [layer for layer, _ in sources]
     for call, (layer, source) in zip(made, sources, strict=True):
         groups = [g for g in range(4) if config.source(layer, g) == source]
@@ -205,8 +205,8 @@ def test_a_short_cache_is_copied_for_a_token_up_to_the_limit(
         asked = {"input_ids": tokens(2, 1, seed=3), "past_key_values": copy.deepcopy(cache)}
         made, out = calls(model, monkeypatch, **asked)
         found[limit] = (len(made), out.logits)
-    parts = sum(len(model.config.reads_in_block(layer)) for layer in range(1, 7))
-    torn = sum(layer.self_attn.kv_pieces.is_torn for layer in model.model.layers)
+    parts = sum(len(model.config.reads_in_block(layer, "key")) for layer in range(1, 7))
+    torn = sum(layer.self_attn.reads[0].pieces.is_torn for layer in model.model.layers)
     assert found[size - 1][0] == parts
     assert found[size][0] == 6 if not torn else found[size][0] > 6
     assert relative_error(found[size][1], found[size - 1][1]) <= 1e-12
