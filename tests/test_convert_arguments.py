@@ -150,6 +150,11 @@ DROPPED = {
         Row(SWIGLU | {"sla": True, "sla_skip_distance": [1]}),
         {"sla_skip_distances": [2], "sla_layers": [3, 4]},
     ),
+    "sla_share": (Row(SWIGLU | {"sla": True, "sla_share": "values"}), {"sla_share": "kv"}),
+    "sla_source_layers": (
+        Row(SWIGLU | {"sla": True, "sla_source_layer": [2]}),
+        {"sla_source_layers": [], "sla_skip_distances": [1], "sla_layers": [3, 4]},
+    ),
     "sla": (
         Row(SWIGLU | {"sla": True, "sla_skip_distance": [1]}),
         {"sla_skip_distances": [], "sla_skip_groups": [], "sla_layers": []},

@@ -36,11 +36,12 @@ FOREIGN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_dense_hugging_face_model(tmp_path: Path, name: str) -> None:
-    """Megatron's logits are the original's; as a skip-layer model whose distance is beyond the last layer, too.
+    """Megatron's logits are the original's; as a skip-layer model whose source is the last layer, too.
 
     Exported as what it was, it is the same files: every tensor, and what transformers reads of the configuration.
     """
-    from sla_megatron.commands.convert.commands import WithSLA, hf_to_megatron, megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.dense_to_sla import WithSLA
     from sla_megatron.commands.convert.hf_reader import HFSource
     from sla_megatron.commands.convert.verify import THRESHOLD, compare
 
@@ -50,13 +51,14 @@ def test_a_dense_hugging_face_model(tmp_path: Path, name: str) -> None:
     assert compare(dense, tmp_path / "hf").relative <= THRESHOLD
     _leaves_as_it_came(dense, tmp_path / "hf", tmp_path / "again")
 
-    hf_to_megatron(WithSLA(dense, distances=[LAYERS]), tmp_path / "beyond")
+    # Straight from the folder.
+    hf_to_megatron(WithSLA(HFSource(tmp_path / "hf"), sla_source_layer=[LAYERS]), tmp_path / "beyond")
     beyond = open_megatron(tmp_path / "beyond")
     assert beyond.args.sla
     assert compare(beyond, tmp_path / "hf").relative <= THRESHOLD
 
     # With a distance that skips it is another function; our export of it agrees with Megatron.
-    hf_to_megatron(WithSLA(dense, distances=[1]), tmp_path / "skipping")
+    hf_to_megatron(WithSLA(dense, sla_skip_distance=[1]), tmp_path / "skipping")
     skipping = open_megatron(tmp_path / "skipping")
     assert compare(skipping, tmp_path / "hf").relative > 100 * THRESHOLD
     megatron_to_hf(skipping, tmp_path / "exported")
@@ -94,6 +96,7 @@ def _leaves_as_it_came(dense: Any, hf: Path, again: Path) -> None:
 
 
 SLA = {"sla": True, "sla_skip_distance": [1]}
+VARIANT = {"sla": True, "sla_source_layer": [1], "sla_share": "values"}
 GQA = {"group_query_attention": True, "num_query_groups": 2}
 UNTIED = {"untie_embeddings_and_output_weights": True}
 ROPE = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True}
@@ -123,6 +126,7 @@ LEAVING: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "LayerNorm": (SWIGLU | {"normalization": "LayerNorm"}, "sla_gpt", ()),
     "squared ReLU": (RELU2, "sla_gpt", ()),
     "skipping": (SWIGLU | SLA, "sla_gpt", ()),
+    "skipping to a layer, values alone": (SWIGLU | VARIANT, "sla_gpt", ()),
     "a distance beyond the last layer": (SWIGLU | SLA | {"sla_skip_distance": [LAYERS]}, "llama", ("mistral",)),
 }
 
@@ -157,7 +161,8 @@ def test_what_a_model_leaves_as(tmp_path: Path) -> None:
         assert line.startswith(f"--as {kind}: ck has ") and ": expected " in line, line
         others = {*LEAVING[name][2], LEAVING[name][1], "sla_gpt"}
         assert set(line.rsplit(": expected ", 1)[1].split(" or ")) == others
-    assert lines["skipping", "llama"] == "--as llama: ck has skip-layer attention: expected sla_gpt"
+    for name in ("skipping", "skipping to a layer, values alone"):
+        assert lines[name, "llama"] == "--as llama: ck has skip-layer attention: expected sla_gpt"
     assert lines["half rotary", "qwen3"] == ("--as qwen3: ck has qk_layernorm False, qwen3 has True: expected sla_gpt")
 
 
@@ -254,16 +259,17 @@ def test_a_wrong_export_is_found(
 @pytest.mark.parametrize("projection", ["full", "pruned"])
 def test_dense_to_sla_keeps_the_weights(tmp_path: Path, projection: str) -> None:
     """The same weights, but for rows of keys and values that nobody reads; the settings are those asked for."""
-    from sla_megatron.commands.convert.commands import WithSLA, hf_to_megatron, open_megatron
+    from sla_megatron.commands.convert.commands import hf_to_megatron, open_megatron
+    from sla_megatron.commands.convert.dense_to_sla import WithSLA
     from sla_megatron.commands.convert.mapping import entries
 
     save_random_checkpoint(tmp_path / "dense", {"position_embedding_type": "rope"})
     dense = open_megatron(tmp_path / "dense")
-    source = WithSLA(dense, [2], 2, "3-4", projection)
+    settings = {"sla_skip_distance": [2], "sla_num_skip_groups": 2, "sla_layers": "3-4"}
+    source = WithSLA(dense, **settings, sla_kv_projection=projection)
     hf_to_megatron(source, tmp_path / "sla")
     found = open_megatron(tmp_path / "sla")
-    settings = (found.args.sla, found.args.sla_skip_distance, found.args.sla_num_skip_groups, found.args.sla_layers)
-    assert settings == (True, [2], 2, "3-4")
+    assert found.args.sla and {name: getattr(found.args, name) for name in settings} == settings
     assert found.args.sla_kv_projection == projection
     smaller = []
     for entry in entries(found.config):

@@ -17,15 +17,7 @@ def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
     """An ``extra_args_provider`` for Megatron: adds the ``--sla`` flags to ``parser`` and returns it."""
     group = parser.add_argument_group("skip-layer attention", "arXiv 2406.11274")
     group.add_argument("--sla", action="store_true", help="Turn skip-layer attention on.")
-    _add_skipping(group)
-    group.add_argument(
-        "--sla-kv-projection",
-        type=_choice("--sla-kv-projection", KV_PROJECTIONS),
-        **WITH_VALUE,
-        metavar="{full,pruned}",
-        help="Keep K/V projections that nobody reads (full: the dense model's shapes) or leave them out (pruned: "
-        "fewer parameters). Default: full.",
-    )
+    add_skipping(group)
     group.add_argument(
         "--core-attention",
         type=_choice("--core-attention", (MEGATRON, SDPA)),
@@ -38,8 +30,8 @@ def add_sla_args(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def _add_skipping(group: _ArgumentGroup) -> None:
-    """Which groups skip, what, from where, and in which layers."""
+def add_skipping(group: _ArgumentGroup) -> None:
+    """Which groups skip, what, from where, and in which layers; and what is kept of what nobody reads."""
     group.add_argument(
         "--sla-skip-distance",
         type=_count("--sla-skip-distance", "one or more integers >= 1"),
@@ -79,6 +71,14 @@ def _add_skipping(group: _ArgumentGroup) -> None:
         metavar="RANGES",
         help="Consumer layers, 1-based, such as 10-12, 4,6,8-12, or 2-/2 (every second one from 2 on). Default: every "
         "layer beyond the distance or the source layer.",
+    )
+    group.add_argument(
+        "--sla-kv-projection",
+        type=_choice("--sla-kv-projection", KV_PROJECTIONS),
+        **WITH_VALUE,
+        metavar="{full,pruned}",
+        help="Keep K/V projections that nobody reads (full: the dense model's shapes) or leave them out (pruned: "
+        "fewer parameters). Default: full.",
     )
 
 

@@ -69,6 +69,10 @@ MAPPED = {
     "longer-than-trained": Row({"seq_length": 8}),
     "positions-beyond-the-longest-text": Row({"max_position_embeddings": 1100}),
     "sla": Row(SWIGLU | {"sla": True, "sla_skip_distance": [1], "sla_kv_projection": "pruned"}),
+    "sla-share": Row(SWIGLU | {"sla": True, "sla_share": "keys", "sla_kv_projection": "pruned"}),
+    "sla-source-layer": Row(SWIGLU | {"sla": True, "sla_source_layer": [2, 1], "sla_num_skip_groups": 1.0}),
+    # Of a version that had neither.
+    "sla-of-before": Row(SWIGLU | {"sla": True}, {"sla_share": MISSING, "sla_source_layer": MISSING}),
 }
 
 #: What changes no function.

@@ -48,14 +48,17 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "short": {"sla": True, "sla_skip_distance": [1], "sla_layers": "2,4"},
         "two": {"sla": True, "sla_skip_distance": [1, 2], "sla_num_skip_groups": 2},
         "all-skip": {"sla": True, "sla_skip_distance": [2], "sla_num_skip_groups": "all"},
+        "source": {"sla": True, "sla_source_layer": [1]},
+        "sources": {"sla": True, "sla_source_layer": [2, 1], "sla_num_skip_groups": "all", "sla_layers": "2,4"},
     },
+    "share": {"kv": {}, "values": {"sla_share": "values"}, "keys": {"sla_share": "keys"}},
     "projection": {"full": {}, "pruned": {"sla_kv_projection": "pruned"}},
 }
 
 
 def _drawn(draw: random.Random) -> dict[str, str]:
     chosen = {axis: draw.choice(list(values)) for axis, values in AXES.items()}
-    return chosen | ({"projection": "full"} if chosen["sla"] == "dense" else {})
+    return chosen | ({"projection": "full", "share": "kv"} if chosen["sla"] == "dense" else {})
 
 
 def _pairs(chosen: dict[str, str]) -> set[tuple[str, str]]:

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from ...attention.sla_config import compact_ranges
+from ...attention.sla_config import SLAConfig, compact_ranges
 from ...common.errors import flag_of
 from ...common.patterns import kinds
 from ...flags.asked import hybrid_pattern
@@ -84,7 +84,19 @@ def config_from_args(args: Namespace, vocab_size: int) -> Config:
         "qk_layernorm": bool(args.qk_layernorm),
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
     }
-    return config | sla_fields(args)
+    sla = sla_config_from_args(args)
+    return config | (DENSE if sla is None or sla.is_dense else sla_fields(sla))
+
+
+def written(config: Mapping[str, Any]) -> Config:
+    """``config`` as ``config.json`` has it, for all who read one.
+
+    The paper's method is written as it was before there were others: without what is shared, and from which layers.
+    transformers warns of an empty ``rope_scaling``.
+    """
+    is_papers = all(config[name] == DENSE[name] for name in _OF_VARIANTS)
+    left_out = [*(_OF_VARIANTS if is_papers else ()), *(["rope_scaling"] if config["rope_scaling"] is None else [])]
+    return {name: value for name, value in config.items() if name not in left_out}
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Config:
@@ -98,15 +110,25 @@ def rope_parameters(config: Mapping[str, Any]) -> Config:
     return {"rope_parameters": {"rope_type": "default", **always, **(config.get("rope_scaling") or {})}}
 
 
-def sla_fields(args: Namespace) -> Config:
-    """The ``sla_*`` fields; empty lists without ``--sla``."""
-    sla = sla_config_from_args(args)
-    if sla is None or sla.is_dense:
-        return {"sla_skip_distances": [], "sla_skip_groups": [], "sla_layers": [], "sla_kv_projection": "full"}
+#: The fields of a dense model.
+DENSE: Config = {
+    **{"sla_skip_distances": [], "sla_source_layers": [], "sla_skip_groups": [], "sla_layers": []},
+    **{"sla_share": "kv", "sla_kv_projection": "full"},
+}
+
+
+# Fields that exports of before do not have; the paper's method has the values of a dense model.
+_OF_VARIANTS = ("sla_source_layers", "sla_share")
+
+
+def sla_fields(sla: SLAConfig) -> Config:
+    """The ``sla_*`` fields, as they are also where no head skips."""
     return {
         "sla_skip_distances": list(sla.skip_distances),
+        "sla_source_layers": list(sla.source_layers),
         "sla_skip_groups": list(sla.skip_groups),
         "sla_layers": list(sla.consumer_layers),
+        "sla_share": sla.share,
         "sla_kv_projection": sla.kv_projection,
     }
 
@@ -264,13 +286,15 @@ def _activation_flags(config: Mapping[str, Any]) -> Config:
 
 
 def _sla_flags(config: Mapping[str, Any]) -> Config:
-    if not config["sla_skip_distances"]:
+    if not config["sla_skip_distances"] and not config["sla_source_layers"]:
         return {}
     return {
         "sla": True,
-        "sla-skip-distance": config["sla_skip_distances"],
+        "sla-skip-distance": config["sla_skip_distances"] or None,
+        "sla-source-layer": config["sla_source_layers"] or None,
         "sla-num-skip-groups": len(config["sla_skip_groups"]),
-        # Where none is beyond the distance, that is Megatron's default.
+        "sla-share": config["sla_share"],
+        # Where none is beyond the distance or the source, that is the default.
         "sla-layers": compact_ranges(config["sla_layers"]) or None,
         "sla-kv-projection": config["sla_kv_projection"],
     }

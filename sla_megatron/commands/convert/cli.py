@@ -21,8 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import one_line_errors
+from ...common.errors import FlagError, one_line_errors
 from ...common.flag_types import OneLineParser
+from ...flags.sla_flags import add_skipping
 
 _SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -32,11 +33,11 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "sla_gpt")
 
 def main() -> None:
     """Run one command.  What cannot be done ends it: one line on stderr, exit status 2; logits that differ, 1."""
-    args = _parser().parse_args()
     # What imports make stays: to look through it for garbage, time and again, takes a tenth of a small conversion.
     gc.disable()
     try:
         with one_line_errors("sla-convert", all_ranks=True):
+            args = _parser().parse_args()
             status = args.command(args)
     finally:
         gc.enable()
@@ -77,14 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     slim.set_defaults(command=_prune)
 
     start = commands.add_parser(
-        "dense-to-sla", help="a dense checkpoint to one that pretraining goes on from with --sla"
+        "dense-to-sla",
+        help="a dense checkpoint, or Hugging Face folder, to a checkpoint that pretraining goes on from with --sla",
     )
-    start.add_argument("checkpoint", type=Path)
+    start.add_argument("model", type=Path)
     start.add_argument("out", type=Path)
-    start.add_argument("--sla-skip-distance", type=int, nargs="+", metavar="N")
-    start.add_argument("--sla-num-skip-groups", type=int, metavar="K")
-    start.add_argument("--sla-layers", metavar="RANGES")
-    start.add_argument("--sla-kv-projection", choices=("full", "pruned"))
+    add_skipping(start.add_argument_group("skip-layer attention", "as in pretraining"))
     _add_checkpoint_options(start)
     _add_output_options(start, verify=False)
     start.set_defaults(command=_dense_to_sla)
@@ -214,6 +213,14 @@ def _checkpoint(args: argparse.Namespace, path: Path) -> Any:
     return open_megatron(path, args.tokenizer_model, dict(args.override), args.drop_mtp)
 
 
+def _refuse_checkpoint_options(args: argparse.Namespace) -> None:
+    overrides = [name for name, _ in args.override]
+    given = {"--tokenizer-model": args.tokenizer_model, "--drop-mtp": args.drop_mtp, "--override": overrides}
+    for flag, value in given.items():
+        if value:
+            raise FlagError(flag, value, f"a checkpoint beside it, not a Hugging Face folder: {args.model}")
+
+
 def _dtype(args: argparse.Namespace) -> Any:
     from .commands import DTYPES
 
@@ -262,15 +269,20 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _dense_to_sla(args: argparse.Namespace) -> int:
-    _begin(args, args.checkpoint)
+    _begin(args, args.model)
     from ...common.patterns import kinds
     from ...flags.asked import hybrid_pattern
-    from .commands import WithSLA, hf_to_megatron
+    from ...flags.skipping import SLA_SETTINGS
+    from .commands import hf_to_megatron
+    from .dense_to_sla import WithSLA
+    from .hf_reader import HFSource
 
-    dense = _checkpoint(args, args.checkpoint)
-    source = WithSLA(dense, args.sla_skip_distance, args.sla_num_skip_groups, args.sla_layers, args.sla_kv_projection)
+    if is_folder := _is_hf(args.model):
+        _refuse_checkpoint_options(args)
+    dense = HFSource(args.model) if is_folder else _checkpoint(args, args.model)
+    source = WithSLA(dense, **{name: getattr(args, name) for name in SLA_SETTINGS})
     # A hybrid model stays one.
-    pattern = hybrid_pattern(dense.args)
+    pattern = hybrid_pattern(dense.args or argparse.Namespace())
     flags = ("--hybrid-layer-pattern", kinds(pattern)) if pattern else ()
     hf_to_megatron(source, args.out, _dtype(args), args.overwrite, flags)
     print(f"{args.out}: written; --load with the same --sla flags starts from it at iteration 0")
@@ -299,9 +311,12 @@ def _describe(args: argparse.Namespace) -> int:
     from .commands import describe
     from .hf_reader import HFSource
 
-    is_export = (args.model / "config.json").exists()
-    print(describe(HFSource(args.model) if is_export else _checkpoint(args, args.model)))
+    print(describe(HFSource(args.model) if _is_hf(args.model) else _checkpoint(args, args.model)))
     return 0
+
+
+def _is_hf(path: Path) -> bool:
+    return (path / "config.json").exists()
 
 
 def _compare(args: argparse.Namespace, source: Any, folder: Path) -> int:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...attention.sla_config import compact_ranges, default_num_skip_groups, default_skip_distance, evenly_spread
+from ...attention.sla_config import compact_ranges
 from ...common.tokenizers import (
     DEFAULTS,
     MODEL_PATHS,
@@ -24,7 +23,6 @@ from ...common.tokenizers import (
     token_count,
     tokenizer_settings,
 )
-from ...flags.skipping import parse_layers
 from .architecture import MODEL_TYPE, argv_from_config
 from .checkpoint_arguments import export_args, whole
 from .checkpoint_arguments import stored_args as stored_args
@@ -32,12 +30,11 @@ from .errors import ConvertError
 from .foreign import FOREIGN
 from .hf_folder import TensorInfo, write_model_files, write_padding, write_weights
 from .hf_reader import HFSource
-from .mapping import KEY, VALUE, VOCABULARY, entries, sla_of
+from .mapping import VOCABULARY, entries, sla_of
 from .megatron_reader import MegatronSource, checkpoint_folder
 from .megatron_writer import RELEASE, write_megatron
 from .output import finished_folder
 from .progress import progress
-from .prune import live_rows
 from .source import Source
 from .stored_keys import StoredKeys
 from .to_foreign import AsForeign, carry, chosen, exported_as
@@ -201,63 +198,8 @@ def _tokenizer_of(source: Source) -> tuple[Namespace, Any]:
     return settings, tokenizer
 
 
-class WithSLA:
-    """A dense source, seen as a skip-layer model of the same weights: a start for continued pretraining.
-
-    Args:
-        dense: the source.
-        distances, num_skip_groups, layers, kv_projection: as the ``--sla`` flags; ``None`` takes their defaults.
-
-    Raises:
-        ConvertError: if ``dense`` is not dense.
-    """
-
-    def __init__(
-        self,
-        dense: Source,
-        distances: Sequence[int] | None = None,
-        num_skip_groups: int | None = None,
-        layers: str | None = None,
-        kv_projection: str | None = None,
-    ) -> None:
-        if dense.config["sla_skip_distances"]:
-            raise ConvertError(f"{dense.path}: it is a skip-layer model already")
-        groups, count = dense.config["num_key_value_heads"], dense.config["num_hidden_layers"]
-        skipping = default_num_skip_groups(groups) if num_skip_groups is None else num_skip_groups
-        if not 0 <= skipping <= groups:
-            raise ConvertError(f"--sla-num-skip-groups {skipping}: expected an integer from 0 to {groups}")
-        chosen = dense.config | {
-            "sla_skip_distances": list(distances or [default_skip_distance(count)]),
-            "sla_skip_groups": list(evenly_spread(skipping, groups)),
-            "sla_layers": list(parse_layers(layers, count) if layers else range(1, count + 1)),
-            "sla_kv_projection": kv_projection or "full",
-        }
-        try:
-            sla = sla_of(chosen)
-        except ValueError as error:
-            raise ConvertError(str(error)) from error
-        self.dense, self.path, self.args = dense, dense.path, dense.args
-        self.config = chosen | {"sla_layers": list(sla.consumer_layers)}
-        self._entries = {entry.hf: entry for entry in entries(self.config)}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dense tensor's."""
-        return self.dense.dtype(name)
-
-    def get(self, name: str) -> Tensor:
-        """The dense tensor; of a pruned model's keys and values, the rows of live groups."""
-        tensor, entry = self.dense.get(name), self._entries[name]
-        if entry.part not in (KEY, VALUE):
-            return tensor
-        return live_rows(tensor, self.config, entry)
-
-    def parts(self, name: str) -> Sequence[Tensor]:
-        """Likewise."""
-        return [self.get(name)] if self._entries[name].part in (KEY, VALUE) else self.dense.parts(name)
-
-    def padding(self, name: str) -> Tensor | None:
-        """The dense model's."""
-        return self.dense.padding(name)
+# What is said of a model that shares less than keys and values.
+_ALONE = {"kv": "", "values": "values alone, ", "keys": "keys alone, "}
 
 
 def describe(source: Source) -> str:
@@ -270,7 +212,7 @@ def describe(source: Source) -> str:
         lines.append(f"  exported as: {exported_as(source, kind)}")
     config = config | {"model_type": kind}
     lines += [f"  {name}: {value}" for name, value in config.items() if not name.startswith("sla_")]
-    skipping = "dense" if sla.is_dense else f"{sla.origin()}, {sla.pattern()}"
+    skipping = "dense" if sla.is_dense else f"{_ALONE[sla.share]}{sla.origin()}, {sla.pattern()}"
     lines.append(f"  skip-layer attention: {skipping}, layers {compact_ranges(sla.consumer_layers) or 'none'}")
     rows = list(entries(config))
     names = {entry.hf: FOREIGN[kind].names(entry.hf)[0] if kind in FOREIGN else entry.hf for entry in rows}

@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .architecture import MODEL_TYPE, Config
+from .architecture import DENSE, MODEL_TYPE, Config
 from .errors import ConvertError
-
-_DENSE: Config = {"sla_skip_distances": [], "sla_skip_groups": [], "sla_layers": [], "sla_kv_projection": "full"}
 
 # Other names in transformers' ACT2FN of the same functions.
 _ACTIVATIONS = {
@@ -55,7 +53,7 @@ class Foreign:
         filled = self._filled(theirs)
         found = {"model_type": MODEL_TYPE} | {ours: filled[name] for ours, name in self.fields.items()}
         found["hidden_act"] = _ACTIVATIONS.get(found["hidden_act"], found["hidden_act"])
-        return _DENSE | found | self.fixed | self.derived(found) | self._positions(theirs)
+        return DENSE | found | self.fixed | self.derived(found) | self._positions(theirs)
 
     def misfit(self, ours: Mapping[str, Any]) -> str | None:
         """Why a dense model of our fields is none of this architecture; None where transformers' class computes it."""

@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from .architecture import rope_parameters
+from .architecture import rope_parameters, written
 from .errors import ConvertError
 
 _HF_CODE = Path(__file__).parents[2] / "hf"
@@ -148,9 +148,7 @@ def model_kind(dtype: torch.dtype) -> dict[str, Any]:
 
 def write_model_files(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, special: Mapping[str, Any]) -> None:
     """``config.json``, ``generation_config.json`` and the model's code.  ``special``: token ids."""
-    # transformers warns of a field of this name, even of an empty one.
-    fields = {field: value for field, value in config.items() if field != "rope_scaling" or value is not None}
-    write_json(folder / "config.json", model_kind(dtype) | fields | rope_parameters(config) | dict(special))
+    write_json(folder / "config.json", model_kind(dtype) | written(config) | rope_parameters(config) | dict(special))
     write_json(folder / "generation_config.json", {"do_sample": False} | dict(special))
     write_code(folder)
 

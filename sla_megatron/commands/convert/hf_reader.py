@@ -26,7 +26,8 @@ _FIELDS = (
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "normalization", "norm_eps"),
     *("norm_zero_centered", "position_embedding_type", "rope_theta", "rotary_percent", "rotary_interleaved"),
     *("rope_scaling", "attention_bias", "attention_output_bias", "mlp_bias", "gated_mlp", "qk_layernorm"),
-    *("tie_word_embeddings", "sla_skip_distances", "sla_skip_groups", "sla_layers", "sla_kv_projection"),
+    *("tie_word_embeddings", "sla_skip_distances", "sla_source_layers", "sla_skip_groups", "sla_layers", "sla_share"),
+    "sla_kv_projection",
 )
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

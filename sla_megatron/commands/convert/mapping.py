@@ -79,17 +79,16 @@ def _norm(hf: str, megatron: str, bias: bool) -> list[Row]:
 
 
 def sla_of(config: Mapping[str, Any]) -> SLAConfig:
-    """Skip-layer attention of a model; dense ones have no skip group."""
-    sources = tuple(config.get("sla_source_layers", ()))
+    """Skip-layer attention of a model.  Dense ones have no skip group, or neither distances nor source layers."""
+    distances, sources = tuple(config["sla_skip_distances"]), tuple(config["sla_source_layers"])
     return SLAConfig(
         num_layers=config["num_hidden_layers"],
         num_query_groups=config["num_key_value_heads"],
-        skip_distances=() if sources else tuple(config["sla_skip_distances"]) or (1,),
-        num_skip_groups=len(config["sla_skip_groups"]),
+        skip_distances=distances if distances or sources else (1,),
+        num_skip_groups=len(config["sla_skip_groups"]) if distances or sources else 0,
         layers=tuple(config["sla_layers"]),
         kv_projection=config["sla_kv_projection"],
-        # Exports of before have neither.
-        share=config.get("sla_share", "kv"),
+        share=config["sla_share"],
         source_layers=sources,
     )
 

@@ -17,7 +17,7 @@ MAPPED: str = """
     normalization layernorm_epsilon layernorm_zero_centered_gamma qk_layernorm
     add_bias_linear add_qkv_bias swiglu squared_relu untie_embeddings_and_output_weights
     bias_gelu_fusion use_te_activation_func use_transformer_engine_op_fuser
-    sla sla_skip_distance sla_num_skip_groups sla_layers sla_kv_projection
+    sla sla_skip_distance sla_source_layer sla_num_skip_groups sla_layers sla_share sla_kv_projection
 """
 
 #: Name -> what it would change.  The format has no field for it; off and Megatron's default are fine.
