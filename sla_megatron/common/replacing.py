@@ -18,7 +18,7 @@ from typing import Any
 #: In a folder that a command made: what it put there.
 MANIFEST = "sla_convert.json"
 _ENDS = 1 << 16
-_OUTPUTS = ("--plot", "--json", "--bad-nodes", "--save", "--tensorboard-dir")
+_OUTPUTS = ("--plot", "--draw", "--json", "--bad-nodes", "--save", "--tensorboard-dir")
 
 
 def replaced_input(path: Path, inputs: Iterable[Path]) -> Path | None:

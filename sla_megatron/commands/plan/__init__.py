@@ -2,6 +2,6 @@
 
 ``cli`` (the command), ``flags`` (its own flags beside Megatron's), ``settle`` (the run that all flags describe, a
 ``job``), ``traffic`` (bytes), ``compute`` (operations), ``program`` and ``timeline`` (a step, simulated), ``predict``
-(SLA against dense), ``suggest`` (other layouts), ``figures`` (all of it), ``report``, ``as_json`` and ``plot`` (how it
-is shown).  Only ``settle`` needs Megatron.
+(SLA against dense), ``costs`` (the model beside the dense one), ``suggest`` (other layouts), ``figures`` (all of it),
+``report``, ``as_json``, ``plot`` and ``draw`` (how it is shown; ``svg`` writes).  Only ``settle`` needs Megatron.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ...attention.numbering import LayerNumbers
+from ...attention.sla_config import KINDS, SLAConfig
 from .figures import Figures
 from .job import Job
 from .predict import Prediction
@@ -18,7 +18,9 @@ def as_json(figures: Figures) -> str:
     """The same figures as ``report.report``, exact."""
     found = {
         "run": _run(figures.job),
-        "hops": [_hop(hop, figures.job.work.numbers) for hop in figures.hops],
+        "sla": _sla(figures.job.sla),
+        "costs": {name: vars(cost) for name, cost in vars(figures.costs).items()},
+        "hops": [_hop(hop, figures.job) for hop in figures.hops],
         "ranks": [vars(rank) for rank in figures.ranks],
         "totals": _totals(figures.job, figures.totals),
         "virtual_stages": [vars(one) | {"local_to_rank": one.kv_bytes == 0} for one in figures.stages],
@@ -49,8 +51,22 @@ def _run(job: Job) -> dict[str, Any]:
     }
 
 
-def _hop(hop: HopTraffic, numbers: LayerNumbers) -> dict[str, Any]:
+def _sla(sla: SLAConfig) -> dict[str, Any]:
+    """What skips; layers are counted as ``--sla-layers`` counts them."""
+    return {
+        "share": sla.share,
+        "skip_distances": list(sla.skip_distances),
+        "source_layers": list(sla.source_layers),
+        "skip_groups": list(sla.skip_groups),
+        "layers": list(sla.consumer_layers),
+        "kv_projection": sla.kv_projection,
+        "dead": {kind: sla.num_dead(kind) for kind in KINDS},
+    }
+
+
+def _hop(hop: HopTraffic, job: Job) -> dict[str, Any]:
     """Layers are counted as ``--sla-layers`` counts them, and once more in the stack of all layers."""
+    numbers = job.work.numbers
     return {
         "hop": hop.hop,
         "source_rank": hop.source_rank,
@@ -63,6 +79,7 @@ def _hop(hop: HopTraffic, numbers: LayerNumbers) -> dict[str, Any]:
                 "layer": shared.source,
                 "reader": reader,
                 "groups": list(groups),
+                "tensors": list(job.sla.shared_kinds),
                 "stack_layer": numbers.in_stack(shared.source),
                 "stack_reader": numbers.in_stack(reader),
             }

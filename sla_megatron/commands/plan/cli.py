@@ -5,7 +5,7 @@ It takes the flags of ``sla_megatron.pretrain_gpt`` and some of its own (``flags
     sla-plan --sla --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --seq-length 4096 \\
         --max-position-embeddings 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 \\
         --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 \\
-        --link-gb-per-s 50 --compute-tflops 400 --suggest --plot step.svg
+        --link-gb-per-s 50 --compute-tflops 400 --suggest --plot step.svg --draw pattern.svg
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ...common.files import write_whole
 from ...common.flag_types import OneLineParser
 from ...common.waiting import waiting_for
 from ...flags.sla_flags import add_sla_args, refuse_unknown_sla_flags
+from . import draw
 from .as_json import as_json
 from .figures import Figures
 from .flags import STDOUT, add_plan_args, check_plan_args, rates
@@ -58,12 +59,11 @@ def _plan(asked: argparse.Namespace) -> None:
     figures = Figures.of(job, rates(asked), asked.suggest, _progress())
     if asked.plot is not None:
         plot(figures.prediction, Path(asked.plot))
-    if asked.json == STDOUT:
-        print(as_json(figures))
-        return
-    if asked.json is not None:
+    if asked.draw not in (None, STDOUT):
+        write_whole(Path(asked.draw), draw.picture(job))
+    if asked.json not in (None, STDOUT):
         write_whole(Path(asked.json), as_json(figures) + "\n")
-    print(report(figures))
+    print(as_json(figures) if asked.json == STDOUT else draw.text(job) if asked.draw == STDOUT else report(figures))
 
 
 def _progress() -> Callable[[str], None]:

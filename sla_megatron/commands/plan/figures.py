@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .costs import Costs, costs
 from .job import Job
 from .predict import Prediction, Rates, predict
 from .suggest import Layout, VirtualStages, suggest, virtual_stages
@@ -20,6 +21,7 @@ class Figures:
         hops: bytes of each hop.
         ranks: bytes on each pipeline rank.
         totals: bytes over all hops.
+        costs: what the model costs beside the dense one.
         stages: the numbers of virtual stages that split the layers evenly.
         rates: what the step was simulated with; ``None``: it was not.
         prediction: the simulated step; ``None`` without rates.
@@ -30,6 +32,7 @@ class Figures:
     hops: tuple[HopTraffic, ...]
     ranks: tuple[RankMemory, ...]
     totals: Totals
+    costs: Costs
     stages: tuple[VirtualStages, ...]
     rates: Rates | None
     prediction: Prediction | None
@@ -50,6 +53,7 @@ class Figures:
             hops=hop_traffic(job),
             ranks=rank_memory(job),
             totals=totals(job),
+            costs=costs(job),
             stages=tuple(virtual_stages(job)),
             rates=rates,
             prediction=None if rates is None else predict(job, rates),

@@ -14,8 +14,9 @@ from ...common.replacing import named_by_flags
 from .predict import Rates
 
 PLOT_SUFFIXES = (".png", ".svg")
+DRAW_SUFFIX = ".svg"
 
-#: ``--json``'s value for the standard output.
+#: The value of ``--json``, and of ``--draw``, for the standard output.
 STDOUT = "-"
 
 
@@ -67,12 +68,19 @@ def add_plan_args(parser: ArgumentParser) -> ArgumentParser:
         help="Draw the simulated timeline to this .png or .svg file.",
     )
     group.add_argument(
+        "--draw",
+        type=file_name("--draw"),
+        **_WITH_VALUE,
+        help="Draw who reads whose keys and values, layer by layer and group by group, to this .svg file; - writes it "
+        "as a table to the standard output, in place of the others.",
+    )
+    group.add_argument(
         "--json",
         type=file_name("--json"),
         **_WITH_VALUE,
         help="Write every figure, exact, to this file; - writes it to the standard output in place of the tables.",
     )
-    group.add_argument("--overwrite", action="store_true", help="Let --plot and --json replace a file.")
+    group.add_argument("--overwrite", action="store_true", help="Let --plot, --draw and --json replace a file.")
     return parser
 
 
@@ -90,12 +98,16 @@ def check_plan_args(args: Namespace) -> None:
         raise FlagError("--link-half-duplex", True, "--link-gb-per-s and --compute-tflops beside it")
     if args.plot is not None:
         _check_plot(args)
+    if args.draw not in (None, STDOUT):
+        _check_draw(args)
     if args.json not in (None, STDOUT):
         expected = fault_of_file(Path(args.json), args.overwrite, named_by_flags(sys.argv[1:]))
-        if args.plot is not None and Path(args.plot).absolute() == Path(args.json).absolute():
-            expected = "another file than --plot"
+        if expected is None:
+            expected = _fault_of_same(args.json, {"--plot": args.plot, "--draw": args.draw})
         if expected is not None:
             raise FlagError("--json", args.json, expected)
+    if args.draw == args.json == STDOUT:
+        raise FlagError("--draw", STDOUT, "a file: --json has the standard output")
 
 
 def rates(args: Namespace) -> Rates | None:
@@ -104,6 +116,24 @@ def rates(args: Namespace) -> Rates | None:
         return None
     latency = (args.link_latency_us or 0) / 1e6
     return Rates(args.link_gb_per_s * 1e9, args.compute_tflops * 1e12, latency, args.link_half_duplex)
+
+
+def _check_draw(args: Namespace) -> None:
+    path = Path(args.draw)
+    if path.suffix.lower() != DRAW_SUFFIX:
+        expected = f"a file name that ends in {DRAW_SUFFIX}, or {STDOUT}"
+    else:
+        expected = fault_of_file(path, args.overwrite, named_by_flags(sys.argv[1:]))
+    if (expected := expected or _fault_of_same(args.draw, {"--plot": args.plot})) is not None:
+        raise FlagError("--draw", args.draw, expected)
+
+
+def _fault_of_same(name: str, others: dict[str, str | None]) -> str | None:
+    """What to expect where another flag, of ``others``, names the same file."""
+    for flag, other in others.items():
+        if other not in (None, STDOUT) and Path(other).absolute() == Path(name).absolute():
+            return f"another file than {flag}"
+    return None
 
 
 def _check_plot(args: Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from ...attention.declared import declare
 from ...attention.sla_config import SLAConfig
@@ -19,6 +20,13 @@ from .program import Communication
 
 class PlanError(StartError):
     """What keeps a plan from being made, as one line."""
+
+
+class Parameters(NamedTuple):
+    """Of the whole model: as the dense one has them, and without the K/V projections that nobody reads."""
+
+    dense: int
+    pruned: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Job:
         expert_gpus: GPUs over which the experts of a stage are spread; the world size is a multiple of it times ``P``.
         communication: how interleaved transfers meet compute; 1F1B never overlaps.
         description: skip-layer attention in one line.
+        parameters: how many the model has; ``None`` where they are not counted.
     """
 
     sla: SLAConfig
@@ -50,6 +59,7 @@ class Job:
     expert_gpus: int = 1
     communication: Communication = Communication(overlap=True)
     description: str = ""
+    parameters: Parameters | None = None
 
     @cached_property
     def declared(self) -> Declarations:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 from ...attention.roles import SharedTensor
-from ...attention.sla_config import compact_ranges
+from ...attention.sla_config import SLAConfig, compact_ranges
 from ...common.tables import table
+from .costs import Cost, Costs
 from .figures import Figures
 from .job import Job
 from .predict import Prediction, Rates
@@ -17,16 +18,20 @@ from .traffic import HopTraffic, RankMemory, Totals
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
+#: What travels with each ``--sla-share``.
+_SHARED = {"kv": "K/V", "values": "values", "keys": "keys"}
+
 
 def report(figures: Figures) -> str:
     """Everything that ``sla-plan`` prints, as lines."""
-    job = figures.job
+    job, what = figures.job, shared_name(figures.job.sla)
     parts = [summary(job)]
     if job.layout.num_stages == 1:
         parts.append("One pipeline stage: nothing crosses.")
     else:
-        parts += [hop_table(job, figures.hops), rank_table(figures.ranks), totals_table(job, figures.totals)]
+        parts += [hop_table(job, figures.hops), rank_table(figures.ranks, what), totals_table(job, figures.totals)]
         parts.append(virtual_stage_table(job, figures.stages))
+    parts.append(cost_table(job, figures.costs))
     if figures.prediction is not None:
         parts.append(step_lines(figures.prediction, figures.rates))
     if figures.layouts:
@@ -60,8 +65,14 @@ def _kinds(job: Job) -> str:
     return f" {job.pattern}, {job.sla.num_layers} of attention" if job.pattern else ""
 
 
+def shared_name(sla: SLAConfig) -> str:
+    """What crosses layers, as tables call it: K/V, values, or keys."""
+    return _SHARED[sla.share]
+
+
 def hop_table(job: Job, hops: Sequence[HopTraffic]) -> str:
     """One row a hop."""
+    what = shared_name(job.sla)
     rows = [
         (
             str(hop.hop),
@@ -70,43 +81,42 @@ def hop_table(job: Job, hops: Sequence[HopTraffic]) -> str:
             in_units(hop.kv_bytes),
             in_units(hop.payload_bytes),
             f"{hop.ratio:.3f}",
-            crossing(hop.shared) or "no K/V",
+            crossing(hop.shared) or f"no {what}",
         )
         for hop in hops
     ]
     title = "Each hop, one microbatch, forward; the gradients that come back are as large"
     if len(job.tensor_ranks) > 1:
-        title += " (K/V: of the tensor-parallel rank that holds most; they differ)"
-    return f"{title}\n" + table(
-        ("hop", "ranks", "hidden", "K/V", "payload", "/ dense", f"{'attention ' * bool(job.pattern)}layers: groups"),
-        rows,
-        left=(6,),
-    )
+        title += f" ({what}: of the tensor-parallel rank that holds most; they differ)"
+    whose = f"{'attention ' * bool(job.pattern)}layers: groups"
+    if job.sla.share != "kv":
+        whose = f"{what} of {whose}"
+    return f"{title}\n" + table(("hop", "ranks", "hidden", what, "payload", "/ dense", whose), rows, left=(6,))
 
 
-def rank_table(ranks: Sequence[RankMemory]) -> str:
-    """One row for neighbouring ranks that hold the same."""
+def rank_table(ranks: Sequence[RankMemory], what: str) -> str:
+    """One row for neighbouring ranks that hold the same; ``what``: as :func:`shared_name`."""
 
     def row(one: RankMemory) -> tuple[str, ...]:
         return in_units(one.resident_bytes), str(one.arrival_buffers), in_units(one.arriving_kv_bytes)
 
     rows = [(compact_ranges([one.rank for one in same]), *cells) for cells, same in groupby(ranks, key=row)]
     title = "Each rank at its schedule's peak, beside what the dense model holds"
-    return f"{title}\n" + table(("rank", "resident K/V", "payloads waiting", "K/V in them"), rows)
+    return f"{title}\n" + table(("rank", f"resident {what}", "payloads waiting", f"{what} in them"), rows)
 
 
 def totals_table(job: Job, totals: Totals) -> str:
     """Bytes of a pipeline over all hops, in both directions."""
-    microbatches = job.schedule.num_microbatches
+    microbatches, what = job.schedule.num_microbatches, shared_name(job.sla)
 
     def row(name: str, size: int) -> tuple[str, ...]:
         return name, in_units(size), in_units(size * microbatches), f"{size / totals.dense:.3f}"
 
     rows = [
         row("hidden states (dense)", totals.dense),
-        row("with skip-layer K/V", totals.payload),
-        row("  of which K/V", totals.kv),
-        row("K/V relayed over every hop", totals.relayed),
+        row(f"with skip-layer {what}", totals.payload),
+        row(f"  of which {what}", totals.kv),
+        row(f"{what} relayed over every hop", totals.relayed),
         row("every hop as wide as the widest", totals.padded),
     ]
     title = "All hops, forward and backward, of one GPU's pipeline; the last two rows are ways not taken"
@@ -114,8 +124,8 @@ def totals_table(job: Job, totals: Totals) -> str:
 
 
 def virtual_stage_table(job: Job, stages: Sequence[VirtualStages]) -> str:
-    """Which numbers of virtual stages make K/V local to their rank."""
-    size = job.layout.pipeline_size
+    """Which numbers of virtual stages make what is shared local to its rank."""
+    size, what = job.layout.pipeline_size, shared_name(job.sla)
     if not stages:
         return f"Virtual stages: {job.layout.num_layers} layers do not split evenly over {size} ranks."
     rows = [
@@ -131,7 +141,28 @@ def virtual_stage_table(job: Job, stages: Sequence[VirtualStages]) -> str:
         f"Virtual stages a rank that split {job.layout.num_layers} layers evenly over PP {size} (* this run's number)"
         + (", with a | in the pattern after each" if job.pattern else "")
     )
-    return f"{title}\n" + table(("stages", "layers each", "K/V on the wire a microbatch", "runs"), rows, left=(2, 3))
+    header = ("stages", "layers each", f"{what} on the wire a microbatch", "runs")
+    return f"{title}\n" + table(header, rows, left=(2, 3))
+
+
+def cost_table(job: Job, costs: Costs) -> str:
+    """The model beside the dense one, with the projections that nobody reads and without."""
+
+    def row(name: str, of: Callable[[Cost], int | None], shown: Callable[[int], str]) -> tuple[str, ...]:
+        dense, *others = map(of, (costs.dense, costs.full, costs.pruned))
+        return name, shown(dense), *(cell for one in others for cell in (shown(one), f"{one / dense:.3f}"))
+
+    rows = [
+        row("operations a token, forward", lambda cost: cost.operations, in_counts),
+        row("K/V kept for a token in generation", lambda cost: cost.cache_bytes, in_units),
+    ]
+    if costs.dense.parameters is not None:
+        rows.insert(0, row("parameters", lambda cost: cost.parameters, in_counts))
+    if costs.dense.wire_bytes:
+        rows.append(row("on the wire a microbatch", lambda cost: cost.wire_bytes, in_units))
+    names = [f"{name}{'*' * (name == job.sla.kv_projection)}" for name in ("full", "pruned")]
+    title = "Beside the dense model, with K/V projections that nobody reads and without (* this run's)"
+    return f"{title}\n" + table(("", "dense", names[0], "/ dense", names[1], "/ dense"), rows, left=(0,))
 
 
 def step_lines(prediction: Prediction, rates: Rates) -> str:
@@ -163,7 +194,7 @@ def step_lines(prediction: Prediction, rates: Rates) -> str:
 
 def layout_table(layouts: Sequence[Layout]) -> str:
     """The ranking of layouts."""
-    has_rates = layouts[0].prediction is not None
+    has_rates, what = layouts[0].prediction is not None, shared_name(layouts[0].job.sla)
     rows = []
     for place, one in enumerate(layouts, 1):
         layout = one.job.layout
@@ -179,8 +210,9 @@ def layout_table(layouts: Sequence[Layout]) -> str:
         if has_rates:
             row += [in_seconds(one.prediction.sla.step_time), f"{100 * one.prediction.overhead:+.2f} %"]
         rows.append(tuple(row))
-    header = ("place", "PP", "stages a rank", "DP", "microbatches", "K/V on the wire a microbatch", "most resident K/V")
-    by = "step time" if has_rates else "K/V on the wire, then resident K/V"
+    header = ("place", "PP", "stages a rank", "DP", "microbatches")
+    header += (f"{what} on the wire a microbatch", f"most resident {what}")
+    by = "step time" if has_rates else f"{what} on the wire, then resident {what}"
     title = f"Layouts of two pipeline ranks or more, by {by} (* this run's); memory for weights is not weighed"
     pattern = layouts[0].job.pattern
     first = f"\nThe first: --hybrid-layer-pattern={shlex.quote(pattern)}" if pattern else ""
@@ -189,16 +221,18 @@ def layout_table(layouts: Sequence[Layout]) -> str:
 
 def assumptions(job: Job, simulated: bool) -> str:
     """What the figures hold and what they do not."""
+    what = shared_name(job.sla)
     lines = [
         "Bytes are exact, and those of one GPU: the transport allocates by the same code.",
-        "Resident K/V include the gradients that wait to be collected for them.",
+        f"Resident {what} include the gradients that wait to be collected for them.",
     ]
     if simulated:
         lines += [
             "The step follows from the two rates: GPUs and links are alike, and no transfer slows another rank's.",
             "Tensor- and context-parallel communication is in the compute rate.",
             "A backward pass is twice its forward pass and what it recomputes.",
-            "Not modelled: gradient reduction, optimizer, data loading, embeddings, copies that pack and unpack K/V.",
+            "Not modelled: gradient reduction, optimizer, data loading, embeddings, copies that pack and unpack "
+            f"{what}.",
             "Interleaved transfers meet compute as upstream's do: what arrives overlaps, what leaves is waited for.",
         ]
         if job.pattern and set(job.pattern) & set(job.work.mixers):
@@ -211,11 +245,15 @@ def assumptions(job: Job, simulated: bool) -> str:
 
 
 def crossing(shared: Iterable[tuple[SharedTensor, tuple[int, ...]]]) -> str:
-    """``1-3: 1-3,5-7``: source layers and groups, one part for each set of groups."""
-    layers_of: dict[tuple[int, ...], list[int]] = {}
+    """``1-3: 1-3,5-7``: source layers and groups, one part for each set of groups.
+
+    What several layers read names them: ``1: 1,3 for 2-12``.
+    """
+    layers_of: dict[str, list[int]] = {}
     for each, groups in shared:
-        layers_of.setdefault(groups, []).append(each.source)
-    return "; ".join(f"{compact_ranges(layers)}: {compact_ranges(groups)}" for groups, layers in layers_of.items())
+        readers = f" for {compact_ranges(each.readers)}" if len(each.readers) > 1 else ""
+        layers_of.setdefault(f"{compact_ranges(groups)}{readers}", []).append(each.source)
+    return "; ".join(f"{compact_ranges(layers)}: {groups}" for groups, layers in layers_of.items())
 
 
 def in_units(size: int) -> str:
@@ -224,6 +262,14 @@ def in_units(size: int) -> str:
     while scaled >= 1024 and unit < len(_UNITS) - 1:
         scaled, unit = scaled / 1024, unit + 1
     return f"{size} B" if unit == 0 else f"{scaled:.2f} {_UNITS[unit]}"
+
+
+def in_counts(count: int) -> str:
+    """``1536`` as ``1.54k``; M are millions, B billions, T trillions."""
+    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{count / factor:.2f}{unit}"
+    return str(count)
 
 
 def in_seconds(seconds: float) -> str:

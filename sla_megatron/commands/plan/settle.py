@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 from warnings import catch_warnings
 
+from ...common.errors import StartError
 from ...common.patterns import EXPERTS, MLP, kinds
 from ...common.silence import silence
 from ...cpu.device import add_device_arg, megatron_device
 from ...pipeline.payload import MicrobatchShape
 from .compute import ModelWork
 from .flags import add_plan_args
-from .job import Job, PlanError
+from .job import Job, Parameters, PlanError
 from .mixers import mixers
 from .program import Communication
 
@@ -58,7 +61,8 @@ def settled_job() -> Job:
         )
         with silence(), megatron_refusals():
             config = core_transformer_config_from_args(args)
-        return job_of(args, config, args.sla_plan_overlap)
+            parameters = _parameters(args)
+        return replace(job_of(args, config, args.sla_plan_overlap), parameters=parameters)
 
 
 def job_of(args: Namespace, config: Any, overlap: bool) -> Job:
@@ -131,6 +135,26 @@ def model_work(args: Namespace, config: Any) -> ModelWork:
         kinds=layers,
         mixers=mixers(config),
     )
+
+
+def _parameters(args: Namespace) -> Parameters | None:
+    """``None`` for a vocabulary that no flag tells, and a model that is not counted or not built here."""
+    from ...model.builder import model_config_from_args
+    from ...model.parameters import Uncounted, model_parameters
+
+    args = copy.copy(args)
+    args.padded_vocab_size = _vocabulary(args)
+    if not args.padded_vocab_size:
+        return None
+
+    def counted(projection: str) -> int:
+        args.sla_kv_projection = projection
+        return model_parameters(model_config_from_args(args))
+
+    try:
+        return Parameters(counted("full"), counted("pruned"))
+    except (Uncounted, StartError):
+        return None
 
 
 def _vocabulary(args: Namespace) -> int:

@@ -20,7 +20,7 @@ from sla_megatron.commands.plan.job import Job, PlanError
 from sla_megatron.commands.plan.plot import plot
 from sla_megatron.commands.plan.predict import Rates, predict
 from sla_megatron.commands.plan.program import Communication
-from sla_megatron.commands.plan.report import crossing, in_seconds, in_units, report
+from sla_megatron.commands.plan.report import crossing, in_counts, in_seconds, in_units, report
 from sla_megatron.commands.plan.suggest import suggest, virtual_stages
 from sla_megatron.commands.plan.traffic import hop_traffic, rank_memory, totals
 from sla_megatron.common.errors import FlagError
@@ -266,7 +266,9 @@ def test_json_holds_the_exact_figures() -> None:
     assert found["run"]["tensor_parallel_ranks_differ"] is True
     assert [hop["kv_bytes"] for hop in found["hops"]] == [hop.kv_bytes for hop in hop_traffic(of)]
     assert found["hops"][0]["kv"] == [
-        {"layer": m, "reader": m + 9, "groups": [1, 2, 3], "stack_layer": m, "stack_reader": m + 9} for m in (1, 2, 3)
+        {"layer": m, "reader": m + 9, "groups": [1, 2, 3], "tensors": ["key", "value"]}
+        | {"stack_layer": m, "stack_reader": m + 9}
+        for m in (1, 2, 3)
     ]
     assert found["ranks"] == [vars(one) for one in rank_memory(of)]
     microbatch, step = found["totals"]["microbatch"], found["totals"]["step"]
@@ -296,6 +298,17 @@ def test_crossing_names_each_set_of_groups_once() -> None:
     assert crossing(hops[0].shared) == "1-3: 2; 1-3: 1,3"
     assert crossing(hops[2].shared) == "1-3: 1,3; 5-7: 2"
     assert crossing(()) == ""
+    # Read by several layers each.
+    several = replace(job(), sla=SLAConfig(12, 4, (), 4, (4, 5, 12), "full", "keys", (1, 3)))
+    assert crossing(hop_traffic(several)[0].shared) == "1: 0,2 for 4-5,12; 3: 1,3 for 4-5,12"
+    assert crossing(hop_traffic(several)[1].shared) == "1: 0,2 for 4-5,12; 3: 1,3 for 4-5,12"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999"), (1536, "1.54k"), (124_475_904, "124.48M"), (7.24e9, "7.24B"), (2e12, "2.00T")]
+)
+def test_units_of_counts(count: int, text: str) -> None:
+    assert in_counts(count) == text
 
 
 # Flags
