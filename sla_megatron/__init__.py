@@ -25,7 +25,7 @@ _HOME = {
     "model_config_from_args": "model.builder",
     "parse_and_validate_args": "flags.arguments",
     "report_model": "model.report",
-    "sla_config_from_args": "flags.validation",
+    "sla_config_from_args": "flags.skipping",
     "sla_hybrid_stack_spec": "model.hybrid_stack",
     "sla_layer_spec": "model.layer_specs",
     "sla_transformer_blocks": "model.transformer_block",

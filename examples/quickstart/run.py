@@ -22,7 +22,8 @@ from examples.quickstart.training_log import Result, summarise, table
 from sla_megatron.attention.sla_config import KV_PROJECTIONS
 from sla_megatron.common.errors import FlagError, flag_of
 from sla_megatron.common.flag_types import OneLineParser
-from sla_megatron.flags.validation import SLA_SETTINGS, resolve_sla_args
+from sla_megatron.flags.skipping import SLA_SETTINGS
+from sla_megatron.flags.validation import resolve_sla_args
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from examples.quickstart.training_log import Result
 from sla_megatron.common import files
 from sla_megatron.common.errors import flag_of
 from sla_megatron.common.replacing import foreign_content
-from sla_megatron.flags.validation import SLA_SETTINGS
+from sla_megatron.flags.skipping import SLA_SETTINGS
 
 MODELS = ("dense", "sla")
 SETTINGS = "settings.json"

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from ..pipeline.declarations import CrossLayerTensor, Declarations
 from .numbering import LayerNumbers
-from .roles import Shared, shared_by
+from .roles import SharedTensor, shared_by
 from .sla_config import SLAConfig
 
 
-def shared_groups(sla: SLAConfig) -> dict[Shared, tuple[int, ...]]:
-    """All K/V that cross layers, in order: each with its groups, of the whole model, ascending."""
-    found: dict[Shared, list[int]] = {}
+def shared_groups(sla: SLAConfig) -> dict[SharedTensor, tuple[int, ...]]:
+    """All that crosses layers, in payload order: each with its groups, of the whole model, ascending."""
+    found: dict[SharedTensor, list[int]] = {}
     for layer in range(1, sla.num_layers + 1):
         for group in sla.skip_groups:
-            shared = shared_by(sla, layer, group)
-            if shared is not None:
-                found.setdefault(shared, []).append(group)
-    return {shared: tuple(found[shared]) for shared in sorted(found)}
+            for kind in sla.shared_kinds:
+                shared = shared_by(sla, layer, group, kind)
+                if shared is not None:
+                    found.setdefault(shared, []).append(group)
+    in_order = sorted(found, key=lambda shared: (shared.source, shared.readers, shared.kind))
+    return {shared: tuple(found[shared]) for shared in in_order}
 
 
 def declare(sla: SLAConfig, numbers: LayerNumbers, tensor_parallel_size: int, head_size: int) -> Declarations:
-    """What skip-layer attention hands from layer to layer: keys and values of the groups that have the same readers.
+    """What skip-layer attention hands from layer to layer: keys, and values, of the groups that have the same readers.
 
     Args:
         sla: the model's skip-layer attention, which counts attention layers.
@@ -33,9 +35,6 @@ def declare(sla: SLAConfig, numbers: LayerNumbers, tensor_parallel_size: int, he
     for shared, groups in shared_groups(sla).items():
         widths = tuple(sum(group in held for group in groups) for held in ranks)
         source, *readers = map(numbers.in_stack, (shared.source, *shared.readers))
-        tensors += [
-            # Mixing copies what it reads, so that attention keeps no view of what arrived.
-            CrossLayerTensor(name, source, tuple(readers), widths, head_size, readers_copy=True)
-            for name in shared.names
-        ]
+        # Mixing copies what it reads, so that attention keeps no view of what arrived.
+        tensors.append(CrossLayerTensor(shared, source, tuple(readers), widths, head_size, readers_copy=True))
     return Declarations(numbers.num_layers, tuple(tensors), origin=f"{sla}")

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from ..pipeline.runs import Run
-from .roles import LayerRole, Shared
+from .roles import LayerRole, SharedTensor
 
 Head = tuple[int, int]
 
@@ -145,29 +145,33 @@ class OwnHeads:
 
     @classmethod
     def in_projection(cls, role: LayerRole, queries: int) -> OwnHeads:
-        """In the one tensor of a projection: a group's are ``q.. k v``, or ``q..`` where its K/V are left out.
+        """In the one tensor of a projection: a group's are ``q.. k v``, without the key or the value that is left out.
 
         Args:
             role: of the layer.
             queries: how many query heads a group has.
         """
         at = 0
-        query, key, value = [], [], []
-        for group in range(len(role.read)):
+        query: list[Head] = []
+        key: list[Head] = []
+        value: list[Head] = []
+        for group in range(len(role.key.read)):
             query += [(0, at + i) for i in range(queries)]
             at += queries
-            if group in role.projected:
-                key.append((0, at))
-                value.append((0, at + 1))
-                at += 2
+            for heads, of_kind in zip((key, value), role.both, strict=True):
+                if group in of_kind.projected:
+                    heads.append((0, at))
+                    at += 1
         return cls((at,), tuple(query), tuple(key), tuple(value))
 
     @classmethod
     def apart(cls, role: LayerRole) -> OwnHeads:
-        """Keys and values in a tensor each, which is missing where nothing is projected; no queries."""
-        heads = range(len(role.projected))
-        inputs = (len(heads), len(heads)) if heads else ()
-        return cls(inputs, (), tuple((0, i) for i in heads), tuple((1, i) for i in heads))
+        """Keys and values in a tensor each, which is missing where none is projected; no queries."""
+        sizes = [len(of_kind.projected) for of_kind in role.both]
+        inputs = tuple(size for size in sizes if size)
+        # The values are the last tensor.
+        key, value = tuple((0, i) for i in range(sizes[0])), tuple((len(inputs) - 1, i) for i in range(sizes[1]))
+        return cls(inputs, (), key, value)
 
 
 @dataclass(frozen=True)
@@ -175,23 +179,16 @@ class LayerPlan:
     """How a layer makes what its attention reads, and what it hands on.
 
     Attributes:
-        mixing: inputs are the layer's own tensors, then for each of ``role.takes`` the pieces of its keys and of its
-            values.  Outputs are the queries (where own ones are given), keys and values that attention reads, then for
-            each of ``role.puts`` the pieces of its keys and of its values.
-        handed_on: in how many pieces the keys, and the values, of each of ``role.puts`` are.
+        mixing: inputs are the layer's own tensors, then the pieces of each of ``role.takes``.  Outputs are the queries
+            (where own ones are given), keys and values that attention reads, then the pieces of all that is handed on.
+        handed_on: each of ``role.puts``, in the order of the outputs -> in how many pieces it is.
     """
 
     mixing: MixingPlan
-    handed_on: dict[Shared, int]
+    handed_on: dict[SharedTensor, int]
 
     @classmethod
-    def of(
-        cls,
-        role: LayerRole,
-        own: OwnHeads,
-        taken: Sequence[tuple[Sequence[int], Sequence[int]]],
-        may_be_views: bool = True,
-    ) -> LayerPlan:
+    def of(cls, role: LayerRole, own: OwnHeads, taken: Sequence[Sequence[int]], may_be_views: bool = True) -> LayerPlan:
         """The plan of ``role``.
 
         A layer that reads all of its own K/V hands on views of the projection, which autograd keeps anyway for this
@@ -201,28 +198,33 @@ class LayerPlan:
         Args:
             role: of the layer.
             own: where its own heads are.
-            taken: for each of ``role.takes``, how many heads each piece of its keys and of its values has.
+            taken: for each of ``role.takes``, how many heads each of its pieces has.
             may_be_views: whether a layer may hand on views at all; what it reads may be emptied after its attention.
         """
         inputs = list(own.inputs)
-        found: dict[object, tuple[list[Head], list[Head]]] = {None: (list(own.key), list(own.value))}
-        for shared, its in zip(role.takes, taken, strict=True):
-            found[shared] = ([], [])
-            for heads, sizes in zip(found[shared], its, strict=True):
-                for size in sizes:
-                    heads += [(len(inputs), i) for i in range(size)]
-                    inputs.append(size)
+        found: dict[SharedTensor, list[Head]] = {}
+        for shared, sizes in zip(role.takes, taken, strict=True):
+            found[shared] = []
+            for size in sizes:
+                found[shared] += [(len(inputs), i) for i in range(size)]
+                inputs.append(size)
         outputs = [own.query] if own.query else []
-        outputs += [tuple(found[origin][part][i] for origin, i in role.read) for part in (0, 1)]
-        handed_on = {}
-        for shared, indices in role.puts.items():
-            for heads in (own.key, own.value):
-                pieces = _pieces([(heads[i], role.projected[i]) for i in indices])
-                # Keys and values lie alike.
-                handed_on[shared] = len(pieces)
-                outputs += pieces
-        together = tuple(2 * count for count in handed_on.values())
-        return cls(MixingPlan(tuple(inputs), tuple(outputs), may_be_views and not role.takes, together), handed_on)
+        for heads, of_kind in zip((own.key, own.value), role.both, strict=True):
+            outputs.append(tuple((heads if origin is None else found[origin])[i] for origin, i in of_kind.read))
+        handed_on, together = {}, []
+        # Keys and values that the same layers read are let go of together.
+        for readers in dict.fromkeys(shared.readers for shared in role.puts):
+            pieces = []
+            for heads, of_kind in zip((own.key, own.value), role.both, strict=True):
+                for shared, indices in of_kind.puts.items():
+                    if shared.readers == readers:
+                        its = _pieces([(heads[i], of_kind.projected[i]) for i in indices])
+                        handed_on[shared] = len(its)
+                        pieces += its
+            outputs += pieces
+            together.append(len(pieces))
+        may_be_views = may_be_views and not role.takes
+        return cls(MixingPlan(tuple(inputs), tuple(outputs), may_be_views, tuple(together)), handed_on)
 
 
 def _pieces(heads: Sequence[tuple[Head, int]]) -> list[tuple[Head, ...]]:

@@ -3,8 +3,9 @@
 Shapes: s sequence, b microbatch, h hidden, d head size; ``groups`` counts this tensor-parallel rank's groups only.
 
 The one upstream method that changes is ``SelfAttention.get_query_key_value_tensors``: skip groups get the source
-layer's K/V there, before anything downstream runs.  Rotary embedding, every core attention (local, Transformer Engine,
-flash), its recomputation and the output projection are upstream's, called once a layer, and see ordinary K/V.
+layer's keys, values or both there, before anything downstream runs.  Rotary embedding, every core attention (local,
+Transformer Engine, flash), its recomputation and the output projection are upstream's, called once a layer, and see
+ordinary K/V.
 
 K is shared before rotary embedding and rotated by the reader.  That is the K that the source's own attention sees:
 rotation depends on the position alone, and ``flags/validation.py`` sees to it that both layers rotate, or neither.
@@ -12,9 +13,8 @@ rotation depends on the position alone, and ``flags/validation.py`` sees to it t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from .mixing import mix
 from .mixing_plan import LayerPlan, OwnHeads, projection_plan
 from .numbering import LayerNumbers
 from .roles import LayerRole
-from .sla_config import SLAConfig
+from .sla_config import KINDS, SLAConfig
 
 _QUERY_KEY_VALUE = (
     "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors",
@@ -79,7 +79,8 @@ class SLASelfAttention(SelfAttention):
         number = layer_number if numbers is None else numbers.among_attention(layer_number)
         pruned_away = 0
         if sla.kv_projection == "pruned":
-            pruned_away = 2 * config.kv_channels * (sla.num_query_groups - len(sla.live_groups(number)))
+            dead = sum(sla.num_query_groups - len(sla.live_groups(number, kind)) for kind in KINDS)
+            pruned_away = config.kv_channels * dead
             submodules = replace(submodules, linear_qkv=_with_fewer_rows(submodules.linear_qkv, pruned_away))
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.linear_qkv_out_dim -= pruned_away
@@ -90,7 +91,7 @@ class SLASelfAttention(SelfAttention):
         self._projection, self._apart = OwnHeads.in_projection(self.role, queries), OwnHeads.apart(self.role)
         #: By whether the layer's own heads are in one projection, and by the pieces of what it reads of others.
         self._plans: dict[tuple[bool, Any], LayerPlan] = {}
-        if not self.role.projected:
+        if not self.role.key.projected:
             # No key to normalise: the parameters would never get a gradient.
             self.k_layernorm = None
 
@@ -141,11 +142,11 @@ class SLASelfAttention(SelfAttention):
         return projected.reshape(*projected.shape[:2], -1, self.hidden_size_per_attention_head)
 
     def _normalised(self, hidden_states: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Query, and the keys and values of live groups if there are any, after upstream's norms."""
+        """Query, and the keys and the values of live groups where there are any, after upstream's norms."""
         query, *own = mix(projection_plan(self._projection), [self._heads_of_projection(hidden_states)])
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
-        if self.k_layernorm is not None and own:
+        if self.k_layernorm is not None and self.role.key.projected:
             own[0] = self.k_layernorm(own[0])
         return query, own
 
@@ -161,24 +162,18 @@ class SLASelfAttention(SelfAttention):
             own: its own tensors, whose heads those are.
         """
         held = current()
-        taken_pieces = [tuple(map(held.take, shared.names)) for shared in self.role.takes]
-        taken = tuple((_sizes(keys), _sizes(values)) for keys, values in taken_pieces)
-        pieces = [piece for keys, values in taken_pieces for piece in (*keys, *values)]
+        taken_pieces = [held.take(shared) for shared in self.role.takes]
+        taken = tuple(tuple(piece.shape[2] for piece in pieces) for pieces in taken_pieces)
         plan = self._plans.get((heads is self._projection, taken))
         if plan is None:
             # Offloading empties the memory of what core attention read, whatever else lies in it.
             plan = LayerPlan.of(self.role, heads, taken, may_be_views=not self.offload_core_attention)
             self._plans[heads is self._projection, taken] = plan
-        outputs = iter(mix(plan.mixing, [*own, *pieces]))
+        outputs = iter(mix(plan.mixing, [*own, *chain(*taken_pieces)]))
         read = tuple(islice(outputs, 3 if heads.query else 2))
         for shared, count in plan.handed_on.items():
-            for name in shared.names:
-                held.put(name, tuple(islice(outputs, count)))
+            held.put(shared, tuple(islice(outputs, count)))
         return read
-
-
-def _sizes(pieces: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(piece.shape[2] for piece in pieces)
 
 
 def _with_fewer_rows(linear_qkv: Any, rows: int) -> Any:

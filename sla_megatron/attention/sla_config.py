@@ -1,10 +1,11 @@
-"""What skip-layer attention means for one model: which groups skip, from where, and which projections are live.
+"""What skip-layer attention means for one model: which tensor of which group is read from where, and which are live.
 
 Pure Python, no torch: the same object answers the flags' validation, the attention modules, checkpoints and reports.
 
 Legend: ``L`` layers numbered ``1..L``; ``G`` key/value groups (query groups) numbered ``0..G-1``, ``G = H`` without
-grouped-query attention; ``n`` a skip distance in layers.  Source: "Skip-Layer Attention: Bridging Abstract and Detailed
-Dependencies in Transformers", arXiv 2406.11274.
+grouped-query attention; ``n`` a skip distance in layers.  Each layer has two tensors of a group, key and value, which
+are shared, read and live each by itself.  Source: "Skip-Layer Attention: Bridging Abstract and Detailed Dependencies in
+Transformers", arXiv 2406.11274; it shares both, at a distance.
 """
 
 from __future__ import annotations
@@ -12,8 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 KV_PROJECTIONS = ("full", "pruned")
+
+Kind = Literal["key", "value"]
+KINDS: tuple[Kind, ...] = ("key", "value")
+
+#: What skip groups take from their source -> the tensors.
+SHARES: dict[str, tuple[Kind, ...]] = {"kv": KINDS, "values": ("value",), "keys": ("key",)}
 
 #: The paper's best setting, as a share of the layers and of the groups.
 DEFAULT_SHARE = 0.75
@@ -46,11 +54,14 @@ class SLAConfig:
         num_query_groups: ``G``.
         skip_distances: ``n_0 .. n_{D-1}``, each >= 1; the j-th skip group uses ``n_{j mod D}``.  The paper has one.
         num_skip_groups: ``k``, how many groups skip, ``0..G``.
-        layers: consumer layers, 1-based and ascending; ``None`` means every layer beyond the distance.
+        layers: consumer layers, 1-based and ascending; ``None`` means every layer behind the source.
         kv_projection: ``"full"`` keeps dead projections, ``"pruned"`` leaves them out.
+        share: what skip groups take from their source, one of ``SHARES``; the rest is their own.
+        source_layers: in place of distances, ``N_0 .. N_{D-1}``: the j-th skip group reads ``N_{j mod D}`` in every
+            consumer layer behind it.
 
     Raises:
-        ValueError: for values outside these ranges.  Flags are checked, with their names, in ``validation.py``.
+        ValueError: for values outside these ranges.  Flags are checked, with their names, in ``flags/skipping.py``.
     """
 
     num_layers: int
@@ -59,18 +70,29 @@ class SLAConfig:
     num_skip_groups: int
     layers: tuple[int, ...] | None = None
     kv_projection: str = "full"
+    share: str = "kv"
+    source_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_layers < 1 or self.num_query_groups < 1:
             raise ValueError(f"need at least one layer and one group: {self}")
-        if not self.skip_distances or min(self.skip_distances) < 1:
+        if bool(self.skip_distances) == bool(self.source_layers):
+            raise ValueError(f"need either skip_distances or source_layers: {self}")
+        if any(distance < 1 for distance in self.skip_distances):
             raise ValueError(f"skip_distances must be one or more integers >= 1: {self.skip_distances}")
+        for name, some in (("layers", self.layers or ()), ("source_layers", self.source_layers)):
+            if not set(some) <= set(range(1, self.num_layers + 1)):
+                raise ValueError(f"{name} must be within 1..{self.num_layers}: {some}")
         if not 0 <= self.num_skip_groups <= self.num_query_groups:
             raise ValueError(f"num_skip_groups must be 0..{self.num_query_groups}: {self.num_skip_groups}")
-        if self.layers is not None and not set(self.layers) <= set(range(1, self.num_layers + 1)):
-            raise ValueError(f"layers must be within 1..{self.num_layers}: {self.layers}")
-        if self.kv_projection not in KV_PROJECTIONS:
-            raise ValueError(f"kv_projection must be one of {KV_PROJECTIONS}: {self.kv_projection}")
+        for name, choices in (("kv_projection", KV_PROJECTIONS), ("share", tuple(SHARES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}: {getattr(self, name)}")
+
+    @property
+    def shared_kinds(self) -> tuple[Kind, ...]:
+        """The tensors that skip groups take from their source."""
+        return SHARES[self.share]
 
     @cached_property
     def skip_groups(self) -> tuple[int, ...]:
@@ -78,52 +100,64 @@ class SLAConfig:
         return evenly_spread(self.num_skip_groups, self.num_query_groups)
 
     @cached_property
-    def distance_of_group(self) -> dict[int, int]:
-        """Skip group -> its distance: the j-th skip group takes ``n_{j mod D}``."""
-        return {g: self.skip_distances[j % len(self.skip_distances)] for j, g in enumerate(self.skip_groups)}
+    def _sources(self) -> dict[tuple[int, int], int]:
+        """(layer, group) -> the earlier layer that it reads, for all that skip."""
+        found = {}
+        for layer in range(1, self.num_layers + 1) if self.layers is None else self.layers:
+            for j, group in enumerate(self.skip_groups):
+                if self.source_layers:
+                    source = self.source_layers[j % len(self.source_layers)]
+                else:
+                    source = layer - self.skip_distances[j % len(self.skip_distances)]
+                if 1 <= source < layer:
+                    found[layer, group] = source
+        return found
+
+    @cached_property
+    def _readers(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        """(layer, group) -> the later layers that read it, ascending; those that none reads are left out."""
+        found: dict[tuple[int, int], tuple[int, ...]] = {}
+        for (layer, group), source in sorted(self._sources.items()):
+            found[source, group] = (*found.get((source, group), ()), layer)
+        return found
 
     def source(self, layer: int, group: int) -> int:
-        """The layer whose K/V ``group`` reads in ``layer``: ``layer - n`` for a skip head, else ``layer``."""
-        distance = self.distance_of_group.get(group)
-        if distance is None or layer <= distance or (self.layers is not None and layer not in self.layers):
-            return layer
-        return layer - distance
+        """The layer from which ``group`` takes what it shares in ``layer``: an earlier one, else ``layer`` itself."""
+        return self._sources.get((layer, group), layer)
 
-    def consumer(self, layer: int, group: int) -> int | None:
-        """The later layer that reads ``(layer, group)``, or ``None``.
+    def source_of(self, layer: int, group: int, kind: Kind) -> int:
+        """The layer whose tensor of that kind ``group`` reads in ``layer``."""
+        return self.source(layer, group) if kind in self.shared_kinds else layer
 
-        There is at most one: a group has one distance, in every layer.
-        """
-        later = layer + self.distance_of_group.get(group, self.num_layers)
-        return later if later <= self.num_layers and self.source(later, group) == layer else None
+    def readers(self, layer: int, group: int, kind: Kind) -> tuple[int, ...]:
+        """The later layers that read the tensor of ``(layer, group)``, ascending."""
+        return self._readers.get((layer, group), ()) if kind in self.shared_kinds else ()
 
-    def is_live(self, layer: int, group: int) -> bool:
-        """Whether anything reads the K/V that ``layer`` projects for ``group``: the layer itself or a later one."""
-        return self.source(layer, group) == layer or self.consumer(layer, group) is not None
+    def is_live(self, layer: int, group: int, kind: Kind) -> bool:
+        """Whether anything reads that tensor, which ``layer`` projects for ``group``: itself or a later layer."""
+        return self.source_of(layer, group, kind) == layer or bool(self.readers(layer, group, kind))
 
-    def live_groups(self, layer: int) -> tuple[int, ...]:
-        """The groups of ``layer`` whose K/V are live, ascending."""
-        return tuple(g for g in range(self.num_query_groups) if self.is_live(layer, g))
+    def live_groups(self, layer: int, kind: Kind) -> tuple[int, ...]:
+        """The groups of ``layer`` whose tensor of that kind is live, ascending."""
+        return tuple(g for g in range(self.num_query_groups) if self.is_live(layer, g, kind))
 
-    def projected_groups(self, layer: int) -> tuple[int, ...]:
-        """The groups whose K/V ``layer`` projects: all of them, or with ``pruned`` the live ones."""
-        return self.live_groups(layer) if self.kv_projection == "pruned" else tuple(range(self.num_query_groups))
+    def projected_groups(self, layer: int, kind: Kind) -> tuple[int, ...]:
+        """The groups whose tensor ``layer`` projects: all of them, or with ``pruned`` the live ones."""
+        return self.live_groups(layer, kind) if self.kv_projection == "pruned" else tuple(range(self.num_query_groups))
 
     @cached_property
     def consumer_layers(self) -> tuple[int, ...]:
         """The layers in which at least one group skips, ascending."""
-        every_layer = range(1, self.num_layers + 1)
-        return tuple(m for m in every_layer if any(self.source(m, g) != m for g in self.skip_groups))
+        return tuple(sorted({layer for layer, _ in self._sources}))
 
     @property
     def is_dense(self) -> bool:
         """Whether no head skips at all, so that the model is the standard Transformer."""
         return not self.consumer_layers
 
-    @cached_property
-    def num_dead(self) -> int:
-        """Dead (layer, group) pairs of the whole model."""
-        return sum(self.num_query_groups - len(self.live_groups(m)) for m in range(1, self.num_layers + 1))
+    def num_dead(self, kind: Kind) -> int:
+        """Dead tensors of that kind, one for each (layer, group), of the whole model."""
+        return sum(self.num_query_groups - len(self.live_groups(m, kind)) for m in range(1, self.num_layers + 1))
 
     def rank_groups(self, tensor_parallel_size: int, rank: int) -> range:
         """The groups that tensor-parallel ``rank`` holds: Megatron gives each rank ``G/T`` neighbouring ones."""
@@ -132,7 +166,13 @@ class SLAConfig:
 
     def pattern(self) -> str:
         """One letter a group, ``S`` skips and ``N`` does not."""
-        return "".join("S" if g in self.distance_of_group else "N" for g in range(self.num_query_groups))
+        return "".join("S" if g in self.skip_groups else "N" for g in range(self.num_query_groups))
+
+    def origin(self) -> str:
+        """Where skip groups read: ``distance 9``, or ``source layer 1``; all numbers where there are several."""
+        if self.source_layers:
+            return f"source layer {' '.join(map(str, self.source_layers))}"
+        return f"distance {' '.join(map(str, self.skip_distances))}"
 
 
 def compact_ranges(layers: Sequence[int]) -> str:

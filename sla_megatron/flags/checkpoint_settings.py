@@ -22,7 +22,7 @@ from ..common.errors import FlagError, flag_of, one_line_errors
 from ..upstream.seams import OneOf, Wrapping, wrap_once
 from .gpt_hybrid_load import adopt_layers, load_across_kinds
 from .rope_scaling import adopt_rope_scaling, require_same_rope_scaling
-from .validation import SLA_SETTINGS, sla_config_from_args
+from .skipping import SLA_SETTINGS, sla_config_from_args
 
 
 def adopt_checkpoint_args(args: Namespace) -> None:
@@ -45,9 +45,13 @@ def adopt_checkpoint_args(args: Namespace) -> None:
     if not getattr(found[-1], "sla", False):
         return
     args.sla = True
+    # Two ways to say one thing: what the command line says goes before either of them.
+    sources = {"sla_skip_distance", "sla_source_layer"}
+    has_source = any(getattr(args, name) is not None for name in sources)
     for name in SLA_SETTINGS:
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(found[-1], name))
+        if getattr(args, name) is None and not (has_source and name in sources):
+            # Checkpoints of before lack some.
+            setattr(args, name, getattr(found[-1], name, None))
 
 
 def require_same_settings(args: Namespace) -> None:
@@ -92,9 +96,11 @@ def _settings(args: Namespace) -> dict[str, Any]:
         return {"--sla": "off", **{flag_of(name): "off" for name in SLA_SETTINGS}}
     return {
         "--sla": "on",
-        "--sla-skip-distance": " ".join(map(str, sla.skip_distances)),
+        "--sla-skip-distance": " ".join(map(str, sla.skip_distances)) or "none",
+        "--sla-source-layer": " ".join(map(str, sla.source_layers)) or "none",
         "--sla-num-skip-groups": str(sla.num_skip_groups),
         "--sla-layers": compact_ranges(sla.consumer_layers) or "none",
+        "--sla-share": sla.share,
         "--sla-kv-projection": sla.kv_projection,
     }
 

@@ -1,23 +1,22 @@
-"""Every check of the ``--sla`` flags, in one place, before any process group exists.
+"""What goes with ``--sla``: every check of the other flags beside it, before any process group exists.
+
+What the ``--sla`` flags themselves say is in ``skipping.py``.
 
 Each refusal is a :class:`~sla_megatron.FlagError`: one line with the flag, its value and what is accepted.
 """
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 
-from ..attention.sla_config import SLAConfig, compact_ranges, default_num_skip_groups, default_skip_distance
 from ..common.errors import OFF, FlagError, Refusal, flag_of, refuse
 from ..pipeline.schedule import Schedule
 from . import dev
-from .asked import hybrid_pattern, layer_numbers
+from .asked import layer_numbers
 from .hybrid import WITH_SLA
+from .pruned_rows import check_projection
 from .rows import refuse_rows
-
-#: The flags beside ``--sla``, as attributes of the parsed arguments.  They are stored with every checkpoint.
-SLA_SETTINGS = ("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection")
+from .skipping import SLA_SETTINGS, num_query_groups, resolve_settings, sla_config_from_args
 
 _GRAPHED_LAYERS = "graphs of single layers neither take nor return other layers' K/V"
 
@@ -52,32 +51,6 @@ _REFUSED_FROM_0_20: tuple[Refusal, ...] = (
     ("enable_mhc_connections", OFF, "no hyper-connections with --sla: a pipeline's hidden states have another width"),
 )
 
-_PRUNED_OPTIMIZERS = ("adam", "sgd")
-
-
-def sla_config_from_args(args: Namespace) -> SLAConfig | None:
-    """What parsed and resolved arguments say about skip-layer attention; ``None`` without ``--sla``."""
-    if not getattr(args, "sla", False):
-        return None
-    return SLAConfig(
-        num_layers=num_attention_layers(args),
-        num_query_groups=num_query_groups(args),
-        skip_distances=tuple(args.sla_skip_distance),
-        num_skip_groups=args.sla_num_skip_groups,
-        layers=None if args.sla_layers is None else _consumer_layers(args),
-        kv_projection=args.sla_kv_projection,
-    )
-
-
-def num_attention_layers(args: Namespace) -> int:
-    """``L``: of a hybrid model the attention layers alone, which the ``--sla`` flags count."""
-    return len(layer_numbers(args).attention)
-
-
-def num_query_groups(args: Namespace) -> int:
-    """``G``: Megatron's ``--num-query-groups`` counts only with ``--group-query-attention``."""
-    return args.num_query_groups if args.group_query_attention else args.num_attention_heads
-
 
 def refuse_unsupported(args: Namespace) -> None:
     """Raise :class:`FlagError` for a Megatron option that does not go with ``--sla``; needs no validated arguments."""
@@ -101,12 +74,11 @@ def resolve_sla_args(args: Namespace) -> None:
         return
     # Again, since Megatron's validation derives some options from others.
     refuse_unsupported(args)
-    _resolve_shape(args)
-    _check_layers(args)
+    resolve_settings(args)
     _check_positions(args)
     _check_parallelism(args)
     _check_pipeline(args)
-    _check_projection(args)
+    check_projection(args)
     _check_recomputation(args)
     _check_cuda_graph(args)
 
@@ -136,38 +108,6 @@ def _check_cuda_graph(args: Namespace) -> None:
         )
 
 
-def _resolve_shape(args: Namespace) -> None:
-    groups = num_query_groups(args)
-    if args.sla_skip_distance is None:
-        args.sla_skip_distance = [default_skip_distance(num_attention_layers(args))]
-    if not args.sla_skip_distance or min(args.sla_skip_distance) < 1:
-        raise FlagError("--sla-skip-distance", args.sla_skip_distance, "one or more integers >= 1")
-    if args.sla_num_skip_groups is None:
-        args.sla_num_skip_groups = default_num_skip_groups(groups)
-    if not 0 <= args.sla_num_skip_groups <= groups:
-        raise FlagError("--sla-num-skip-groups", args.sla_num_skip_groups, f"an integer from 0 to {groups}")
-    if len(args.sla_skip_distance) > max(1, args.sla_num_skip_groups):
-        raise FlagError(
-            "--sla-skip-distance",
-            args.sla_skip_distance,
-            f"at most as many distances as skip groups, {args.sla_num_skip_groups}",
-        )
-    if args.sla_kv_projection is None:
-        args.sla_kv_projection = "full"
-
-
-def _check_layers(args: Namespace) -> None:
-    if args.sla_layers is None:
-        return
-    layers, last = _consumer_layers(args), num_attention_layers(args)
-    nearest = min(args.sla_skip_distance)
-    too_early = [layer for layer in layers if layer <= nearest]
-    if too_early:
-        eligible = f"{nearest + 1}-{last}" if nearest < last else "no --sla-layers"
-        raise FlagError("--sla-layers", args.sla_layers, f"layers beyond the distance {nearest}: {eligible}")
-    args.sla_layers = compact_ranges(layers)
-
-
 def _check_positions(args: Namespace) -> None:
     """K is rotated by its reader: what a layer without rotary embedding reads must come from one without."""
     pattern = args.no_rope_freq
@@ -179,38 +119,14 @@ def _check_positions(args: Namespace) -> None:
     # Upstream counts layers of every kind.  Of another length: it says so.
     rotated = {layer: pattern[numbers.in_stack(layer) - 1 :][:1] for layer in range(1, sla.num_layers + 1)}
     for layer in sla.consumer_layers:
-        for source in sorted({sla.source(layer, group) for group in range(sla.num_query_groups)}):
+        for source in sorted({sla.source_of(layer, group, "key") for group in sla.skip_groups}):
             if rotated[layer] != rotated[source]:
                 raise FlagError(
                     "--no-rope-freq",
                     args.no_rope_freq,
-                    "rotary embedding in both or in neither of two layers that share K/V with --sla, as where "
+                    "rotary embedding in both or in neither of two layers that share keys with --sla, as where "
                     f"--sla-skip-distance is a multiple of it: layer {layer} reads layer {source}'s",
                 )
-
-
-def _consumer_layers(args: Namespace) -> tuple[int, ...]:
-    pattern = hybrid_pattern(args)
-    of = "" if pattern is None else f" (attention layers of {pattern})"
-    return parse_layers(args.sla_layers, num_attention_layers(args), of)
-
-
-def parse_layers(text: str, num_layers: int, of: str = "") -> tuple[int, ...]:
-    """``"4,6,8-12"`` as ascending layers; ``of`` goes behind what is accepted.
-
-    Raises :class:`FlagError` unless all are within ``1..num_layers``.
-    """
-    accepted = f"layers within 1-{num_layers}{of}, such as {max(1, num_layers - 2)}-{num_layers} or 1,{num_layers}"
-    layers: set[int] = set()
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if match is None:
-            raise FlagError("--sla-layers", text, accepted)
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not 1 <= first <= last <= num_layers:
-            raise FlagError("--sla-layers", text, accepted)
-        layers.update(range(first, last + 1))
-    return tuple(sorted(layers))
 
 
 def _check_parallelism(args: Namespace) -> None:
@@ -277,48 +193,3 @@ def training_batch_sizes(args: Namespace) -> list[int]:
     if args.decrease_batch_size_if_needed:
         return [args.global_batch_size // samples * samples]
     return [args.global_batch_size]
-
-
-def _check_projection(args: Namespace) -> None:
-    if args.sla_kv_projection != "pruned":
-        return
-    if getattr(args, "attention_output_gate", False):
-        raise FlagError("--sla-kv-projection", "pruned", "full with --attention-output-gate")
-    if args.optimizer not in _PRUNED_OPTIMIZERS:
-        raise FlagError(
-            "--optimizer", args.optimizer, f"{' or '.join(_PRUNED_OPTIMIZERS)} with --sla-kv-projection pruned"
-        )
-    sla, size = sla_config_from_args(args), args.tensor_model_parallel_size
-    for layer in range(1, sla.num_layers + 1):
-        live = sla.live_groups(layer)
-        shares = [sum(g in sla.rank_groups(size, rank) for g in live) for rank in range(size)]
-        if len(set(shares)) > 1:
-            raise FlagError(
-                "--sla-kv-projection",
-                "pruned",
-                f"full, or live K/V groups that are divisible by TP: layer {layer} has {len(live)}, "
-                f"{'+'.join(map(str, shares))} on the {size} tensor-parallel ranks",
-            )
-    _check_quantized_rows(args, sla)
-
-
-def _check_quantized_rows(args: Namespace, sla: SLAConfig) -> None:
-    """Products in fp8 and fp4 need matrices of some multiple of rows: what is left out must leave one."""
-    if not (args.fp8 or args.fp4):
-        return
-    from megatron.core.fp8_utils import get_fp8_align_size, is_first_last_bf16_layer
-
-    # What fp4's kernels load are 16 bytes at a time; upstream's get_fp4_align_size is larger, and of tokens.
-    multiple = get_fp8_align_size(args.fp8_recipe) if args.fp8 else 32
-    numbers = layer_numbers(args)
-    for layer in range(1, sla.num_layers + 1):
-        heads = args.num_attention_heads + 2 * len(sla.live_groups(layer))
-        rows = heads // args.tensor_model_parallel_size * args.kv_channels
-        if rows % multiple and not is_first_last_bf16_layer(args, numbers.in_stack(layer) - 1):
-            recipe = f"--fp8-recipe {args.fp8_recipe}" if args.fp8 else f"--fp4-recipe {args.fp4_recipe}"
-            raise FlagError(
-                "--sla-kv-projection",
-                "pruned",
-                f"full, or with {recipe} rows of linear_qkv in multiples of {multiple}: layer {layer} has {rows} on a "
-                "tensor-parallel rank",
-            )

@@ -25,8 +25,8 @@ from ..common.patterns import kinds
 from ..cpu.backend import cpu_backend_is_active
 from ..flags import rope_scaling
 from ..flags.asked import has_torch_attention, hybrid_pattern, is_local
+from ..flags.skipping import sla_config_from_args
 from ..flags.sla_flags import MEGATRON, SDPA
-from ..flags.validation import sla_config_from_args
 from ..upstream.adapters.model_configs import config_of_class
 from ..upstream.seams import Reliance
 from .hybrid_specs import LOCAL_KINDS, local_hybrid_stack_spec

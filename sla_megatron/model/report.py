@@ -13,7 +13,7 @@ from megatron.training import print_rank_0
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
-from ..attention.sla_config import SLAConfig, compact_ranges
+from ..attention.sla_config import KINDS, SLAConfig, compact_ranges
 
 _to_repeat: list[str] = []
 
@@ -24,13 +24,15 @@ def describe(sla: SLAConfig | None, is_hybrid: bool = False) -> str:
         return "off"
     if sla.is_dense:
         return "no head skips with these settings: this is the standard Transformer"
-    distances = " ".join(map(str, sla.skip_distances))
+    shares = {"kv": "", "values": " and share values", "keys": " and share keys"}[sla.share]
     layers = "attention layers" if is_hybrid else "layers"
     kept = "kept" if sla.kv_projection == "full" else "left out"
+    what = {"kv": "K/V", "values": "V", "keys": "K"}[sla.share]
+    dead = max(map(sla.num_dead, sla.shared_kinds))
     return (
-        f"distance {distances}; {sla.num_skip_groups} of {sla.num_query_groups} K/V groups skip ({sla.pattern()}); "
+        f"{sla.origin()}; {sla.num_skip_groups} of {sla.num_query_groups} K/V groups skip ({sla.pattern()}){shares}; "
         f"in {layers} {compact_ranges(sla.consumer_layers)} of {sla.num_layers}; "
-        f"{sla.num_dead} of {sla.num_layers * sla.num_query_groups} K/V projections are dead and {kept}"
+        f"{dead} of {sla.num_layers * sla.num_query_groups} {what} projections are dead and {kept}"
     )
 
 
@@ -67,8 +69,8 @@ def pruned_parameters(config: GPTModelConfig | HybridModelConfig) -> int:
     norm = 0
     if transformer.qk_layernorm and not transformer.qk_l2_norm:
         norm = transformer.kv_channels * (2 if transformer.normalization == "LayerNorm" else 1)
-    without_keys = sum(not sla.live_groups(layer) for layer in range(1, sla.num_layers + 1))
-    return 2 * transformer.kv_channels * sla.num_dead * per_row + without_keys * norm
+    without_keys = sum(not sla.live_groups(layer, "key") for layer in range(1, sla.num_layers + 1))
+    return transformer.kv_channels * sum(map(sla.num_dead, KINDS)) * per_row + without_keys * norm
 
 
 def count_parameters(chunks: list[MegatronModule]) -> int:

@@ -14,7 +14,7 @@ from ...attention.sla_config import compact_ranges
 from ...common.errors import flag_of
 from ...common.patterns import kinds
 from ...flags.asked import hybrid_pattern
-from ...flags.validation import num_query_groups, sla_config_from_args
+from ...flags.skipping import num_query_groups, sla_config_from_args
 from .errors import ConvertError
 
 Config = dict[str, Any]

@@ -24,7 +24,7 @@ from ...common.tokenizers import (
     token_count,
     tokenizer_settings,
 )
-from ...flags.validation import parse_layers
+from ...flags.skipping import parse_layers
 from .architecture import MODEL_TYPE, argv_from_config
 from .checkpoint_arguments import export_args, whole
 from .checkpoint_arguments import stored_args as stored_args
@@ -249,7 +249,7 @@ class WithSLA:
         tensor, entry = self.dense.get(name), self._entries[name]
         if entry.part not in (KEY, VALUE):
             return tensor
-        return live_rows(tensor, self.config, entry.layer)
+        return live_rows(tensor, self.config, entry)
 
     def parts(self, name: str) -> Sequence[Tensor]:
         """Likewise."""
@@ -270,7 +270,7 @@ def describe(source: Source) -> str:
         lines.append(f"  exported as: {exported_as(source, kind)}")
     config = config | {"model_type": kind}
     lines += [f"  {name}: {value}" for name, value in config.items() if not name.startswith("sla_")]
-    skipping = "dense" if sla.is_dense else f"distance {' '.join(map(str, sla.skip_distances))}, {sla.pattern()}"
+    skipping = "dense" if sla.is_dense else f"{sla.origin()}, {sla.pattern()}"
     lines.append(f"  skip-layer attention: {skipping}, layers {compact_ranges(sla.consumer_layers) or 'none'}")
     rows = list(entries(config))
     names = {entry.hf: FOREIGN[kind].names(entry.hf)[0] if kind in FOREIGN else entry.hf for entry in rows}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...attention.sla_config import SLAConfig
+from ...attention.sla_config import KINDS, SLAConfig
 
 #: A part of a Megatron tensor: all of it, one kind of row of the mixed projection, half of a gated MLP's first matrix,
 #: the rows of the vocabulary that are not padding.
@@ -80,13 +80,17 @@ def _norm(hf: str, megatron: str, bias: bool) -> list[Row]:
 
 def sla_of(config: Mapping[str, Any]) -> SLAConfig:
     """Skip-layer attention of a model; dense ones have no skip group."""
+    sources = tuple(config.get("sla_source_layers", ()))
     return SLAConfig(
         num_layers=config["num_hidden_layers"],
         num_query_groups=config["num_key_value_heads"],
-        skip_distances=tuple(config["sla_skip_distances"]) or (1,),
+        skip_distances=() if sources else tuple(config["sla_skip_distances"]) or (1,),
         num_skip_groups=len(config["sla_skip_groups"]),
         layers=tuple(config["sla_layers"]),
         kv_projection=config["sla_kv_projection"],
+        # Exports of before have neither.
+        share=config.get("sla_share", "kv"),
+        source_layers=sources,
     )
 
 
@@ -98,9 +102,9 @@ def entries(config: Mapping[str, Any]) -> Iterator[Entry]:
     yield from (_entry(config, sla, row, None) for row in rows[:first])
     for layer in range(config["num_hidden_layers"]):
         for row in per_layer:
-            # Without a live group there is no key to project or to norm, in pruned mode.
-            is_of_keys = row.part in (KEY, VALUE) or ".k_norm." in row.hf
-            if sla.projected_groups(layer + 1) or not is_of_keys:
+            # Without a live one there is no key to project or to norm, or no value to project, in pruned mode.
+            kind = KEY if ".k_norm." in row.hf else row.part
+            if kind not in KINDS or sla.projected_groups(layer + 1, kind):
                 yield _entry(config, sla, row, layer)
     yield from (_entry(config, sla, row, None) for row in rows[first + len(per_layer) :])
 
@@ -122,11 +126,11 @@ def _shape(config: Mapping[str, Any], sla: SLAConfig, row: Row, layer: int | Non
         return (head,)
     if "norm" in module:
         return (hidden,)
-    groups = 0 if layer is None else len(sla.projected_groups(layer + 1))
+    projected = {kind: 0 if layer is None else len(sla.projected_groups(layer + 1, kind)) for kind in KINDS}
     sizes = {
         "q_proj": (queries, hidden),
-        "k_proj": (groups * head, hidden),
-        "v_proj": (groups * head, hidden),
+        "k_proj": (projected[KEY] * head, hidden),
+        "v_proj": (projected[VALUE] * head, hidden),
         "o_proj": (hidden, queries),
         "gate_proj": (ffn, hidden),
         "up_proj": (ffn, hidden),
@@ -138,17 +142,17 @@ def _shape(config: Mapping[str, Any], sla: SLAConfig, row: Row, layer: int | Non
 def qkv_rows(config: Mapping[str, Any], layer: int) -> dict[str, list[tuple[int, int]]]:
     """Where the rows of query, key and value lie in the mixed projection of ``layer`` (from 0): (start, length).
 
-    Megatron's rows go group by group: the group's queries, its key, its value; a dead group of a pruned model has
-    queries alone.  In order of the group, each kind's rows are those of the Hugging Face tensor.
+    Megatron's rows go group by group: the group's queries, its key, its value; a pruned model has no row of a
+    key, or of a value, that nobody reads.  In order of the group, each kind's rows are the Hugging Face tensor's.
     """
     sla, head = sla_of(config), config["head_dim"]
-    projected = set(sla.projected_groups(layer + 1))
+    projected = {kind: set(sla.projected_groups(layer + 1, kind)) for kind in KINDS}
     queries = head * config["num_attention_heads"] // config["num_key_value_heads"]
     found: dict[str, list[tuple[int, int]]] = {QUERY: [], KEY: [], VALUE: []}
     start = 0
     for group in range(config["num_key_value_heads"]):
         for part, length in ((QUERY, queries), (KEY, head), (VALUE, head)):
-            if part == QUERY or group in projected:
+            if part == QUERY or group in projected[part]:
                 found[part].append((start, length))
                 start += length
     return found

@@ -26,7 +26,7 @@ from .hf_folder import (
     write_weights,
 )
 from .hf_reader import HFSource
-from .mapping import KEY, VALUE, entries, sla_of
+from .mapping import KEY, VALUE, Entry, entries, sla_of
 from .output import finished_folder
 from .progress import progress
 from .source import Source
@@ -55,7 +55,7 @@ class Pruned:
             raise ConvertError(f"{full.path}: pruned already: expected sla_kv_projection full")
         self.full, self.path, self.args = full, full.path, full.args
         self.config: Mapping[str, Any] = dict(full.config) | {"sla_kv_projection": "pruned"}
-        self._layers = {entry.hf: entry.layer for entry in entries(self.config) if entry.part in (KEY, VALUE)}
+        self._of = {entry.hf: entry for entry in entries(self.config) if entry.part in (KEY, VALUE)}
 
     def dtype(self, name: str) -> torch.dtype:
         """The full tensor's."""
@@ -64,27 +64,27 @@ class Pruned:
     def get(self, name: str) -> Tensor:
         """The full tensor; of keys and values, the rows of live groups."""
         tensor = self.full.get(name)
-        return live_rows(tensor, self.config, self._layers[name]) if name in self._layers else tensor
+        return live_rows(tensor, self.config, self._of[name]) if name in self._of else tensor
 
     def parts(self, name: str) -> Sequence[Tensor]:
         """Likewise."""
-        return [self.get(name)] if name in self._layers else self.full.parts(name)
+        return [self.get(name)] if name in self._of else self.full.parts(name)
 
     def padding(self, name: str) -> Tensor | None:
         """The full model's."""
         return self.full.padding(name)
 
 
-def live_rows(tensor: Tensor, config: Mapping[str, Any], layer: int) -> Tensor:
-    """Of a K/V weight or bias with the rows of all groups, those of the groups that ``config`` projects in ``layer``.
+def live_rows(tensor: Tensor, config: Mapping[str, Any], entry: Entry) -> Tensor:
+    """Of a K or V weight or bias with the rows of all groups, those of the groups that ``config`` projects there.
 
     Args:
         tensor: ``[groups * head_dim, ..]``.
         config: the fields of ``config.json``.
-        layer: from 0.
+        entry: the tensor in a model of ``config``.
     """
     groups = tensor.unflatten(0, (config["num_key_value_heads"], config["head_dim"]))
-    return groups[list(sla_of(config).projected_groups(layer + 1))].flatten(0, 1)
+    return groups[list(sla_of(config).projected_groups(entry.layer + 1, entry.part))].flatten(0, 1)
 
 
 def prune(folder: Path, out: Path, dtype: torch.dtype | None, max_shard_bytes: int, overwrite: bool) -> str:

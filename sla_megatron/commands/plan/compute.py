@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...attention.numbering import LayerNumbers
-from ...attention.sla_config import SLAConfig
+from ...attention.sla_config import KINDS, SLAConfig
 from ...pipeline.layout import PipelineLayout
 from ...pipeline.payload import MicrobatchShape
 
@@ -66,7 +66,7 @@ def stage_operations(
     further_stage = last_stage if layout.further_stage is None else layout.further_stage
     further, further_again = _further_layers(work, shape, layout, sla)
     projected = {
-        layer: sla.num_query_groups if dense else len(sla.projected_groups(number))
+        layer: 2 * sla.num_query_groups if dense else sum(len(sla.projected_groups(number, kind)) for kind in KINDS)
         for number, layer in enumerate(work.numbers.attention, start=1)
     }
     stages = []
@@ -89,21 +89,21 @@ def _further_layers(work: ModelWork, shape: MicrobatchShape, layout: PipelineLay
     """Operations of the layers that predict further tokens, forward and again: each is as the last layer without skip
     heads, behind a matrix that joins the hidden state and the embedding of the next token."""
     joining = 2 * shape.sequence_length * shape.microbatch_size * 2 * shape.hidden_size**2
-    one = _layer(work, shape, layout.num_layers, sla.num_query_groups) + joining if layout.further_tokens else 0
+    one = _layer(work, shape, layout.num_layers, 2 * sla.num_query_groups) + joining if layout.further_tokens else 0
     again = {"none": 0, "attention": _attention(work, shape), "full": one}[work.recompute]
     return layout.further_tokens * one, layout.further_tokens * again
 
 
-def _layer(work: ModelWork, shape: MicrobatchShape, layer: int, projected_groups: int | None) -> float:
-    """Forward operations of one layer for one microbatch, over all of its GPUs; no attention where ``None`` groups are
-    projected."""
+def _layer(work: ModelWork, shape: MicrobatchShape, layer: int, projected: int | None) -> float:
+    """Forward operations of one layer for one microbatch, over all of its GPUs; no attention where ``projected``,
+    its heads of keys and of values together, is ``None``."""
     tokens = shape.sequence_length * shape.microbatch_size
     mixing = work.mixers.get(work.kinds[layer - 1], 0) if work.kinds else 0
     others = tokens * (2 * work.mlp_weights[layer - 1] + mixing)
-    if projected_groups is None:
+    if projected is None:
         return others
     # Query (its gate beside it) and output projections, key and value projections.
-    heads = work.num_heads * (2 + work.output_gate) + 2 * projected_groups
+    heads = work.num_heads * (2 + work.output_gate) + projected
     return others + 2 * tokens * shape.hidden_size * work.head_size * heads + _attention(work, shape)
 
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from ...attention.roles import Shared
+from ...attention.roles import SharedTensor
 from ...attention.sla_config import compact_ranges
 from ...common.tables import table
 from .figures import Figures
@@ -210,7 +210,7 @@ def assumptions(job: Job, simulated: bool) -> str:
     return "\n".join(lines)
 
 
-def crossing(shared: Iterable[tuple[Shared, tuple[int, ...]]]) -> str:
+def crossing(shared: Iterable[tuple[SharedTensor, tuple[int, ...]]]) -> str:
     """``1-3: 1-3,5-7``: source layers and groups, one part for each set of groups."""
     layers_of: dict[tuple[int, ...], list[int]] = {}
     for each, groups in shared:

@@ -68,7 +68,8 @@ def job_of(args: Namespace, config: Any, overlap: bool) -> Job:
     before validation, which switches it off without virtual stages.
     """
     from ...attention.sla_config import SLAConfig
-    from ...flags.validation import num_attention_layers, num_query_groups, sla_config_from_args, training_batch_sizes
+    from ...flags.skipping import num_attention_layers, num_query_groups, sla_config_from_args
+    from ...flags.validation import training_batch_sizes
     from ...model.report import describe
     from ...pipeline.megatron_layout import hybrid_layout, pipeline_layout
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...attention.declared import shared_groups
-from ...attention.roles import Shared
+from ...attention.roles import SharedTensor
 from ...pipeline.payload import Columns
 from ...pipeline.residency import residency
 from .job import Job
@@ -26,7 +26,8 @@ class HopTraffic:
         target_rank: the pipeline rank that receives.
         hidden_bytes: hidden states, all that crosses without skip-layer attention.
         kv_bytes: keys and values.
-        shared: whose keys and values: who shares them with whom, among the attention layers, and which groups.
+        shared: whose: who shares them with whom, among the attention layers, and which groups.  Where keys and values
+            cross together, the keys stand for both.
     """
 
     hop: int
@@ -34,7 +35,7 @@ class HopTraffic:
     target_rank: int
     hidden_bytes: int
     kv_bytes: int
-    shared: tuple[tuple[Shared, tuple[int, ...]], ...]
+    shared: tuple[tuple[SharedTensor, tuple[int, ...]], ...]
 
     @property
     def payload_bytes(self) -> int:
@@ -91,7 +92,7 @@ class Totals:
 def hop_traffic(job: Job) -> tuple[HopTraffic, ...]:
     """Every hop's traffic, in order."""
     plan, layout, shape = job.plan, job.layout, job.shape
-    groups = shared_groups(job.sla)
+    groups, stands_for_both = shared_groups(job.sla), job.sla.shared_kinds[0]
     one_state = shape.hidden_elements * job.element_bytes
     hops = []
     for hop in range(layout.num_stages - 1):
@@ -104,7 +105,7 @@ def hop_traffic(job: Job) -> tuple[HopTraffic, ...]:
                 layout.rank(hop + 1),
                 one_state * layout.hidden_states(hop),
                 most * job.element_bytes,
-                tuple(each for each in groups.items() if crossing.intersection(each[0].names)),
+                tuple(each for each in groups.items() if each[0] in crossing and each[0].kind == stands_for_both),
             )
         )
     return tuple(hops)

@@ -58,7 +58,7 @@ def _settled(run: Run, processes: int | None) -> Namespace:
 
 def _require_the_grids(run: Run, args: Namespace) -> None:
     """That Megatron reads off the flags what the sweep read, and that there is a loss to compare."""
-    from ...flags.validation import num_attention_layers
+    from ...flags.skipping import num_attention_layers
 
     shape = run.shape
     pairs = {

@@ -18,7 +18,7 @@ from sla_megatron.attention.sla_config import (
     evenly_spread,
 )
 from sla_megatron.common.errors import FlagError
-from sla_megatron.flags.validation import parse_layers
+from sla_megatron.flags.skipping import parse_layers
 
 from ..strategies import sla_configs
 
