@@ -10,6 +10,7 @@ from typing import Any
 
 from ...attention.sla_config import DEFAULT_SHARE, KV_PROJECTIONS, SHARES, SLAConfig
 from ...common.errors import FlagError
+from ...flags.skipping import parse_layers
 from .equal_parameters import Widths
 from .errors import GridError
 from .flag_words import Shape
@@ -24,7 +25,7 @@ _READ = {
     "sources": ("sources", True),
 }
 _KEYS = (*_READ, "share", "skip-groups", "kv-projection", "layers", "parameters", "name")
-_RANGE = r"\d+(-\d*)?(/\d+)?"
+_RANGE = r"\d+(-\d*(/\d+)?)?"
 _RANGES = re.compile(rf"{_RANGE}(,{_RANGE})*")
 #: The value of ``parameters``.
 _AS_DENSE = "dense"
@@ -132,10 +133,7 @@ def _widened(key: str, setting: Setting, model: Model) -> Setting:
 
 
 def _sla_config(key: str, setting: Setting, shape: Shape) -> SLAConfig:
-    """What the run's flags will say, as ``flags.validation`` makes it of Megatron's arguments."""
-    # Imports torch: for grids that need it.
-    from ...flags.validation import parse_layers
-
+    """What the run's flags will say, as ``flags.skipping`` makes it of Megatron's arguments."""
     try:
         layers = None if setting.layers is None else parse_layers(setting.layers, shape.num_layers)
     except FlagError as error:
