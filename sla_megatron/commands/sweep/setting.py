@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from ...attention.sla_config import SHARES
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -66,7 +68,8 @@ class Setting:
     @property
     def order(self) -> tuple[Any, ...]:
         """Settings in reports: dense first, then by distance, then by source."""
-        coordinates = (self.sources, self.distances, self.skip_groups, self.share, self.kv_projection)
+        share = tuple(SHARES).index(self.share)
+        coordinates = (self.sources, self.distances, self.skip_groups, share, self.kv_projection)
         return (not self.is_dense, *coordinates, self.layers or "", self.ffn_hidden_size or 0)
 
     def as_row(self) -> dict[str, Any]:

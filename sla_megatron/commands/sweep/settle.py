@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 
 from ...common.errors import StartError
 from ...cpu.device import add_device_arg, megatron_device, requested_device
@@ -71,8 +71,8 @@ def _require_the_grids(run: Run, args: Namespace) -> None:
     if run.setting.ffn_hidden_size is not None:
         # The dense run's is its default, or among its flags.
         of_dense = Widths.of_flags(run.name, run.dense_flags, shape.num_heads)
-        of_run = replace(of_dense, ffn_hidden_size=run.setting.ffn_hidden_size)
-        pairs["the widths of"] = (of_run, Widths.of_args(args))
+        ours, megatrons = asdict(of_dense) | {"ffn_hidden_size": run.setting.ffn_hidden_size}, Widths.of_args(args)
+        pairs |= {name: (value, getattr(megatrons, name)) for name, value in ours.items()}
     for flag, (ours, megatrons) in pairs.items():
         if ours != megatrons:
             raise SweepError(f"{run.name}: {flag} {ours} is {megatrons} to Megatron: expected the same")

@@ -75,8 +75,8 @@ class Group:
     @property
     def distance(self) -> str:
         """What skip groups read: ``6`` layers back, ``2+4`` for several distances, or ``layer 1``, ``layer 1+4``."""
-        setting = self.setting
-        return "+".join(map(str, setting.distances)) or "layer " + "+".join(map(str, setting.sources))
+        several = "+".join(map(str, self.setting.distances or self.setting.sources))
+        return f"layer {several}" if self.setting.sources else several
 
     @property
     def skip_heads(self) -> int:
