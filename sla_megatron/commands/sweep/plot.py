@@ -42,7 +42,8 @@ def plot(groups: Sequence[Group], folder: Path) -> list[Path]:
         across = "query heads that skip"
         _picture([*dense, *plain], paths[1], _against(across, lambda g: float(g.skip_heads), _distance))
     if named:
-        _picture(named, paths[2], _differences, height=1 + 0.3 * max(map(len, _panels(named).values())))
+        size = (9.0, 1 + 0.3 * max(map(len, _panels(named).values())))
+        _picture(named, paths[2], _differences, size)
     return [path for path, points in zip(paths, (near, plain, named), strict=True) if points]
 
 
@@ -63,16 +64,16 @@ def _panels(groups: Sequence[Group]) -> dict[tuple[str, int], list[Group]]:
     return found
 
 
-def _picture(groups: Sequence[Group], path: Path, draw: Draw, height: float = 4) -> None:
+def _picture(groups: Sequence[Group], path: Path, draw: Draw, inches: tuple[float, float] = (5.5, 4)) -> None:
     from matplotlib.figure import Figure
 
     panels = _panels(groups)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.5 * columns, height * rows), layout="constrained")
+    figure = Figure(figsize=(inches[0] * columns, inches[1] * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    for one, ((size, context), of_panel) in zip(axes.flat, panels.items(), strict=False):
-        draw(one, of_panel)
+    for one, ((size, context), own) in zip(axes.flat, panels.items(), strict=False):
+        draw(one, own)
         one.set_title(f"{size}, {context} tokens", loc="left")
     for one in axes.flat[len(panels) :]:
         one.set_axis_off()
