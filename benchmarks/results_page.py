@@ -134,7 +134,10 @@ SECTIONS = (
         "Loss",
         "benchmarks.sweep",
         "Equal tokens in equal order; a difference to dense is between runs of the same seed. Runs of a sweep may "
-        "share their machine with other work: their tokens/s compare nothing. On a CPU: `examples/sweep/cpu.yaml`.",
+        "share their machine with other work: their tokens/s compare nothing. On a CPU: `examples/sweep/cpu.yaml`, and "
+        "`examples/sweep/methods.yaml`: a family of methods at equal tokens, which begin with dense's weights, and, "
+        "pruned and with a wider MLP, at equal parameters, which do not. Two or three seeds of short runs put no "
+        "methods in order.",
         "sla-sweep run examples/sweep/paper.yaml --out runs/paper",
     ),
     Section(

@@ -46,11 +46,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Loss against distance in ``path``, loss against heads beside it."""
+    """The first of the sweep's pictures in ``path``, the others beside it, such as ``sweep-cpu-heads.svg``."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        against_distance, against_heads = sweep_plot.plot(groups(result["rows"]), Path(folder))
-        against_distance.replace(path)
-        against_heads.replace(path.with_name(f"{path.stem}-heads.svg"))
+        first, *others = sweep_plot.plot(groups(result["rows"]), Path(folder))
+        first.replace(path)
+        for other in others:
+            other.replace(path.with_name(f"{path.stem}-{other.stem.rpartition('-')[2]}.svg"))
 
 
 if __name__ == "__main__":

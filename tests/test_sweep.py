@@ -126,6 +126,23 @@ def test_dense_and_sla_see_the_same_batches(finished: tuple[Path, str]) -> None:
     assert found[DENSE]["training_loss"] == pytest.approx(found[SLA]["training_loss"], abs=2e-6)
 
 
+def test_equal_parameters(finished: tuple[Path, str], grid: Path, tmp_path: Path) -> None:
+    """A short run of what SkipV1Former shares, counted by Megatron: as near to dense as the MLP's width allows."""
+    text, entry = grid.read_text(), "source: 1, share: values, skip-groups: 0.5, kv-projection: pruned"
+    text = text.replace("distance: 4, skip-groups: 0.5", f"name: ours, {entry}, parameters: dense")
+    short = tmp_path / "short.yaml"
+    short.write_text(text.replace(str(ITERATIONS * 8 * 32), str(8 * 8 * 32)) + "dense: false\n")
+    command = sweep("run", short, "--out", tmp_path / "out", "--device", "cpu")
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = rows(tmp_path / "out").values()
+    assert (row["sources"], row["share"], row["distances"], row["label"]) == ([1], "values", [], "ours")
+    assert "share values" in (tmp_path / "out" / "runs" / row["name"] / "train.log").read_text()
+    # Two values of 16 rows are left out of three layers: 3 * 2 * 16 * 65.  A unit of four MLPs has 4 * 129.
+    dense = rows(finished[0])[DENSE]["parameters"]
+    assert abs(row["parameters"] - dense) <= 4 * 129 / 2 < 3 * 2 * 16 * 65
+
+
 def test_a_sweep_becomes_a_result(
     finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

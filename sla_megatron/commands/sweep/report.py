@@ -27,7 +27,7 @@ _LEFT = (0, 4)
 NOTE = (
     "Mean over seeds, ± the sample's standard deviation, (least-most); losses in nats a token. less dense: the\n"
     "difference to the dense run of the same seed; below 0, skip-layer attention is better. heads: query heads that\n"
-    "skip, of all."
+    "skip, of all. distance: in layers, or the layer that all read. parameters: beside them, how far from dense."
 )
 
 
@@ -46,8 +46,16 @@ def cells(group: Group) -> tuple[str, ...]:
         f"{group.perplexity.mean:.3f}",
         f"{group.training_loss.mean:.4f}",
         f"{group.tokens_per_second:,.0f}",
-        f"{group.parameters:,}",
+        _parameters(group),
     )
+
+
+def _parameters(group: Group) -> str:
+    """``1,234,567``, and where the dense run has others, ``1,234,567 (-0.02 %)``."""
+    dense = group.dense_parameters
+    if dense is None or dense == group.parameters:
+        return f"{group.parameters:,}"
+    return f"{group.parameters:,} ({100 * (group.parameters / dense - 1):+.2f} %)"
 
 
 def _mean(spread: Spread, style: str) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 from ...common.files import read_json, write_json, write_whole
 from .errors import RunBusy, SweepError
 from .grid import Run
+from .setting import Setting
 
 _MARK = "sweep.json"
 _MARKED = {"sla-sweep": 1}
@@ -110,7 +111,7 @@ class SweepFolder:
         """Raise :class:`SweepError` where ``runs`` cannot go into the folder; writes nothing.
 
         A folder is a sweep's own, new or empty.  All of its runs of one size, context and seed have the same flags, but
-        for ``--sla``: those that were begun, and these.
+        for their setting's: those that were begun, and these.
         """
         if self.path.exists() and not self._is_marked():
             if not self.path.is_dir() or any(self.path.iterdir()):
@@ -180,8 +181,7 @@ class SweepFolder:
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
-    setting = (row["distances"], row["skip_groups"], row["kv_projection"], row["layers"] or "")
-    return (row["size"], row["context"], *setting, row["seed"])
+    return (row["size"], row["context"], *Setting.of_row(row).order, row["seed"])
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from ...common.errors import StartError
 from ...cpu.device import add_device_arg, megatron_device, requested_device
+from .equal_parameters import Widths
 from .errors import SweepError
 from .grid import Run
 
@@ -66,6 +68,11 @@ def _require_the_grids(run: Run, args: Namespace) -> None:
         "--train-iters": (run.iterations, args.train_iters),
         "--seed": (run.seed, args.seed),
     }
+    if run.setting.ffn_hidden_size is not None:
+        # The dense run's is its default, or among its flags.
+        of_dense = Widths.of_flags(run.name, run.dense_flags, shape.num_heads)
+        ours, megatrons = asdict(of_dense) | {"ffn_hidden_size": run.setting.ffn_hidden_size}, Widths.of_args(args)
+        pairs |= {name: (value, getattr(megatrons, name)) for name, value in ours.items()}
     for flag, (ours, megatrons) in pairs.items():
         if ours != megatrons:
             raise SweepError(f"{run.name}: {flag} {ours} is {megatrons} to Megatron: expected the same")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from .setting import Setting
 
 Row = dict[str, Any]
 #: What runs that differ in their seed alone have in common.
@@ -37,11 +39,12 @@ class Group:
 
     Attributes:
         size, context: of model and batch; ``context`` in tokens.
-        distances, skip_groups, kv_projection, layers: the setting; no distances: dense.
+        setting: skip-layer attention; its label is that of the rows that were given one.
         num_layers, num_heads, num_groups: of the model.
         seeds: ascending.
         tokens: of each run.
         parameters: of each run.
+        dense_parameters: of the dense run that it is compared with; ``None`` without one, and of dense runs.
         validation_loss, training_loss: in nats a token.
         perplexity: of the validation set.
         difference: validation loss less that of the dense run of the same size, context and seed, over the seeds that
@@ -51,16 +54,14 @@ class Group:
 
     size: str
     context: int
-    distances: tuple[int, ...]
-    skip_groups: int
-    kv_projection: str
-    layers: str | None
+    setting: Setting
     num_layers: int
     num_heads: int
     num_groups: int
     seeds: tuple[int, ...]
     tokens: int
     parameters: int
+    dense_parameters: int | None
     validation_loss: Spread
     training_loss: Spread
     perplexity: Spread
@@ -69,27 +70,35 @@ class Group:
 
     @property
     def is_dense(self) -> bool:
-        return not self.distances
+        return self.setting.is_dense
 
     @property
     def distance(self) -> str:
-        """``6``, or ``2+4`` for several."""
-        return "+".join(map(str, self.distances))
+        """What skip groups read: ``6`` layers back, ``2+4`` for several distances, or ``layer 1``, ``layer 1+4``."""
+        several = "+".join(map(str, self.setting.distances or self.setting.sources))
+        return f"layer {several}" if self.setting.sources else several
 
     @property
     def skip_heads(self) -> int:
         """Query heads that skip."""
-        return self.skip_groups * self.num_heads // self.num_groups
+        return self.setting.skip_groups * self.num_heads // self.num_groups
 
     @property
     def variant(self) -> str:
-        """What sets it apart beside distance and groups: layers, projections."""
-        parts = [f"layers {self.layers}"] if self.layers else []
-        return ", ".join([*parts, *([self.kv_projection] if self.kv_projection != "full" else [])])
+        """What sets it apart beside distance and groups: its name, tensors, layers, projections, the MLP's width."""
+        setting = self.setting
+        parts = [setting.label] if setting.label else []
+        parts += [f"{setting.share} alone"] if setting.share != "kv" else []
+        parts += [f"layers {setting.layers}"] if setting.layers else []
+        parts += [setting.kv_projection] if setting.kv_projection != "full" else []
+        parts += [f"MLP {setting.ffn_hidden_size}"] if setting.ffn_hidden_size else []
+        return ", ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for a program."""
-        return asdict(self)
+        """All of it, for a program; the setting as rows have it."""
+        found = asdict(self)
+        del found["setting"]
+        return found | self.setting.as_row()
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
@@ -97,37 +106,37 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     by_key: dict[Key, list[Row]] = {}
     for row in rows:
         by_key.setdefault(_key(row), []).append(row)
-    dense = {(row["size"], row["context"], row["seed"]): row for row in rows if not row["distances"]}
+    dense = {(row["size"], row["context"], row["seed"]): row for row in rows if Setting.of_row(row).is_dense}
     found = [_group(sorted(same, key=lambda row: row["seed"]), dense) for same in by_key.values()]
-    return sorted(found, key=lambda g: (g.size, g.context, g.distances, g.skip_groups, g.kv_projection, g.layers or ""))
+    return sorted(found, key=lambda g: (g.size, g.context, *g.setting.order))
 
 
 def _key(row: Row) -> Key:
-    setting = (tuple(row["distances"]), row["skip_groups"], row["kv_projection"], row["layers"])
-    return (row["size"], row["context"], *setting)
+    return (row["size"], row["context"], Setting.of_row(row))
 
 
 def _group(rows: Sequence[Row], dense: dict[tuple[str, int, int], Row]) -> Group:
-    first = rows[0]
+    first, labels = rows[0], [row["label"] for row in rows if row.get("label")]
+    setting = replace(Setting.of_row(first), label=labels[0] if labels else None)
 
     def spread(what: str) -> Spread:
         return Spread.of([row[what] for row in rows])
 
-    pairs = [(row, dense.get((row["size"], row["context"], row["seed"]))) for row in rows if row["distances"]]
-    differences = [row["validation_loss"] - other["validation_loss"] for row, other in pairs if other is not None]
+    compared = [] if setting.is_dense else rows
+    found = [(row, dense.get((row["size"], row["context"], row["seed"]))) for row in compared]
+    pairs = [(row, other) for row, other in found if other is not None]
+    differences = [row["validation_loss"] - other["validation_loss"] for row, other in pairs]
     return Group(
         size=first["size"],
         context=first["context"],
-        distances=tuple(first["distances"]),
-        skip_groups=first["skip_groups"],
-        kv_projection=first["kv_projection"],
-        layers=first["layers"],
+        setting=setting,
         num_layers=first["num_layers"],
         num_heads=first["num_heads"],
         num_groups=first["num_groups"],
         seeds=tuple(row["seed"] for row in rows),
         tokens=first["tokens"],
         parameters=first["parameters"],
+        dense_parameters=pairs[0][1]["parameters"] if pairs else None,
         validation_loss=spread("validation_loss"),
         training_loss=spread("training_loss"),
         perplexity=spread("perplexity"),

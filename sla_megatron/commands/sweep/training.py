@@ -204,7 +204,7 @@ def _reason(log: Path) -> str:
 
 def _row(run: Run, log: TrainingLog) -> dict[str, Any]:
     """What the finished run measured, with everything that it depends on."""
-    shape, setting = run.shape, run.setting
+    shape = run.shape
     device = "cpu"
     if not log.on_cpu:
         # From a process of its own: asking takes memory of the GPU until the process ends.
@@ -217,10 +217,7 @@ def _row(run: Run, log: TrainingLog) -> dict[str, Any]:
         "name": run.name,
         "size": run.size,
         "context": shape.context,
-        "distances": list(setting.distances),
-        "skip_groups": setting.skip_groups,
-        "kv_projection": setting.kv_projection,
-        "layers": setting.layers,
+        **run.setting.as_row(),
         "seed": run.seed,
         "num_layers": shape.num_layers,
         "num_heads": shape.num_heads,

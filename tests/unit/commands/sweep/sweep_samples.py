@@ -48,6 +48,7 @@ def launch(first: int, last: int) -> list[str]:
 
 
 def row(distances: Sequence[int], groups: int, seed: int, loss: float, **changes: Any) -> dict[str, Any]:
+    """As versions wrote it that knew distances alone: no share, no sources."""
     setting = Setting(tuple(distances), groups)
     return {
         "name": f"small-c16-{setting.name}-s{seed}",
@@ -83,4 +84,19 @@ ROWS = [
     row([2], 2, 1, 2.8),
     row([2, 6], 4, 1, 2.7),
     row([6], 2, 1, 2.95, kv_projection="pruned", layers="7-8"),
+]
+
+_OF_FIRST = {"sources": [1], "share": "values", "ffn_hidden_size": None}
+
+#: Beside the dense rows of :data:`ROWS`; a name was given to the grid when a run had its row already.
+VARIANTS = [
+    row([6], 2, 1, 2.9),
+    row([6], 2, 1, 2.8, share="values"),
+    row([6], 2, 1, 3.2, share="keys", sources=[], label=None),
+    row([], 2, 2, 2.9, **_OF_FIRST),
+    row([], 2, 1, 2.8, **_OF_FIRST, label="First's"),
+    row(
+        [], 2, 1, 2.6, **_OF_FIRST | {"ffn_hidden_size": 270}, label="First's", kv_projection="pruned", parameters=1230
+    ),
+    row([], 2, 1, 3.0, sources=[1, 4]),
 ]

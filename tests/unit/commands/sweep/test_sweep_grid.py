@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.commands.sweep.equal_parameters import Widths
 from sla_megatron.commands.sweep.errors import SweepError
 from sla_megatron.commands.sweep.grid import Run, Setting, read_grid
 from sla_megatron.commands.sweep.settle import check_runs
@@ -118,7 +121,71 @@ sla: [{}]
 
 
 def test_dense_false(tmp_path: Path) -> None:
-    assert all(run.setting.distances for run in runs_of(tmp_path, GRID + "dense: false\n"))
+    assert all(not run.setting.is_dense for run in runs_of(tmp_path, GRID + "dense: false\n"))
+
+
+FAMILY = (
+    changed(GRID[GRID.index("sla:") :], "")
+    + """
+sla:
+  - {name: kept, share: [kv, values, keys], skip-groups: 0.5}
+  - {source: [1, 0.5], share: values, skip-groups: 0.5, kv-projection: [full, pruned], parameters: dense}
+  - {sources: [[1, 0.5]], skip-groups: 1.0}
+  - {distance: 1, skip-groups: 1.0, layers: 2-/2, kv-projection: pruned}
+"""
+)
+
+
+def test_a_family(tmp_path: Path) -> None:
+    runs = [run for run in runs_of(tmp_path, FAMILY) if run.size == "h64-l8" and run.shape.context == 16]
+    assert [run.setting.name for run in runs if run.seed == 1] == [
+        *("dense", "n6-k2", "n6-k2-values", "n6-k2-keys"),
+        *("from1-k2-values", "from1-k2-values-pruned-ffn270", "from4-k2-values", "from4-k2-values-pruned-ffn264"),
+        *("from1+4-k4", "n1-k4-in2-by2-pruned"),
+    ]
+    assert [run.setting.label for run in runs[:5]] == [None, "kept", "kept", "kept", None]
+    flags = {run.setting.name: " ".join(run.setting.flags) for run in runs}
+    assert flags["n6-k2"] == "--sla --sla-skip-distance 6 --sla-num-skip-groups 2 --sla-kv-projection full"
+    assert flags["n6-k2-keys"] == f"{flags['n6-k2']} --sla-share keys"
+    assert flags["from1-k2-values-pruned-ffn270"] == (
+        "--sla --sla-source-layer 1 --sla-num-skip-groups 2 --sla-kv-projection pruned --sla-share values "
+        "--ffn-hidden-size 270"
+    )
+    assert "--sla-source-layer 1 4 " in flags["from1+4-k4"] and flags["n1-k4-in2-by2-pruned"].endswith("-layers 2-/2")
+
+
+def test_a_name_makes_no_run_another(tmp_path: Path) -> None:
+    """A grid may be given names while its runs are under way."""
+    assert runs_of(tmp_path, FAMILY) == runs_of(tmp_path, FAMILY.replace("name: kept", "name: given later"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "width"),
+    [
+        # In layers 2-8 two values of 16 rows are dead, of 64 weights and a bias: 14 * 16 * 65 = 14,560 parameters.  One
+        # unit of all eight MLPs has two times 64 weights and a bias: 1,032.
+        ("", 256 + 14),
+        ("--ffn-hidden-size 100", 100 + 14),
+        ("--kv-channels 32", 256 + 28),
+        # 14 * 16 * 64 = 14,336 parameters; a unit has 8 * 128 = 1,024, and gated 8 * 192 = 1,536: 9.3 of these.
+        ("--disable-bias-linear", 256 + 14),
+        ("--disable-bias-linear --swiglu --ffn-hidden-size 176", 176 + 9),
+        # Ranks share it out evenly: 185.3 is nearer to 186 than to 184.
+        ("--disable-bias-linear --swiglu --ffn-hidden-size 176 --tensor-model-parallel-size 2", 186),
+    ],
+)
+def test_the_width_at_equal_parameters(flags: str, width: int, tmp_path: Path) -> None:
+    text = FAMILY.replace("--lr 1e-3", f"--lr 1e-3 {flags}")
+    runs = [run for run in runs_of(tmp_path, text) if run.size == "h64-l8" and run.setting.sources == (1,)]
+    assert {run.setting.ffn_hidden_size for run in runs} == {None, width}
+    check_runs(runs)
+
+
+def test_a_norm_of_keys_that_no_layer_has(tmp_path: Path) -> None:
+    """All four keys and values of layers 5-8 are dead, and with them a norm of 16 weights and 16 biases."""
+    widths = Widths.of_flags("here", ["--hidden-size", "64", "--qk-layernorm"], num_heads=4)
+    half = SLAConfig(8, 4, (), 4, kv_projection="pruned", source_layers=(4,))
+    assert widths.left_out(half) == 4 * (2 * 4 * 16 * 65 + 32)
 
 
 REFUSED = {
@@ -139,7 +206,20 @@ CHANGED = {
     ("[[1, 0.5]]", "[1, 2]"): "sla[1].distances: [1, 2]: expected a list of lists",
     ("distances: [[1, 0.5]]", "distance: 1, distances: [[1]]"): "sla[1].distances: [[1]]: expected no distance",
     ("skip-groups: 0.5", "skip-groups: 3"): "sla[0].skip-groups: 3: expected at most 2, the K/V groups of size gqa",
-    ("skip-groups: 0.5", "heads: 3"): "sla[0].heads: 3: expected one of the keys distance, distances",
+    ("skip-groups: 0.5", "heads: 3"): "sla[0].heads: 3: expected one of the keys distance, distances, source, sources",
+    ("skip-groups: 0.5", "source: 1"): "sla[0].source: 1: expected no distance beside it",
+    ("distances: [[1, 0.5]]", "sources: [[1]], source: 1"): "sla[1].sources: [[1]]: expected no source beside it",
+    ("distance: [2, 0.75]", "source: [0.5, 5]"): "sla[0].source: 5: expected at most 4, the layers",
+    (
+        "distance: [2, 0.75]",
+        "source: 1.5",
+    ): "sla[0].source: 1.5: expected a count of 1 or more, or a share such as 0.75",
+    ("distance: [2, 0.75]", "source: 0"): "sla[0].source: 0: expected a count",
+    ("distances: [[1, 0.5]]", "sources: 1"): "sla[1].sources: [1]: expected a list of lists",
+    ("skip-groups: 0.5", "share: [kv, both]"): "sla[0].share: both: expected kv or values or keys",
+    ("skip-groups: 0.5", "parameters: 4"): "sla[0].parameters: 4: expected dense, or no sla[0].parameters",
+    ("skip-groups: 0.5", "name: [a]"): "sla[0].name: ['a']: expected a name for reports",
+    ("skip-groups: 0.5", "name: ''"): "sla[0].name: : expected a name for reports",
     ("pruned", "none"): "sla[1].kv-projection: none: expected full or pruned",
     ('"3-4"', "last"): "sla[1].layers: last: expected layers such as 5-8",
     ("h64-l8:", "a/b:"): "sizes: a/b: expected a name of letters",
@@ -152,6 +232,19 @@ CHANGED = {
     ("flags: --global", "presets: gpt3\nflags: --global"): "presets: no preset gpt3; there are 13b ",
     ("flags: --global", "flags: x --global"): "flags.flags: x: expected Megatron's flags",
 }
+
+
+NOT_WIDENED = {
+    "--num-experts 2": "sla[1].parameters: dense: expected a GPT without --num-experts",
+    "--hybrid-layer-pattern=*-": "sla[1].parameters: dense: expected a GPT without --hybrid-layer-pattern",
+    "--swiglu": "sla[1].parameters: dense: expected --ffn-hidden-size beside --swiglu, whose default is rounded",
+    "--kv-channels x": "sla[1].parameters: --kv-channels x: expected the flag with a count",
+}
+
+
+@pytest.mark.parametrize("flags", NOT_WIDENED)
+def test_models_whose_width_is_not_counted(flags: str, tmp_path: Path) -> None:
+    refused(tmp_path, FAMILY.replace("--lr 1e-3", f"--lr 1e-3 {flags}"), NOT_WIDENED[flags])
 
 
 @pytest.mark.parametrize("line", REFUSED)
@@ -183,6 +276,13 @@ def test_a_grid_that_is_not_there(tmp_path: Path) -> None:
 
 def test_megatron_accepts_the_grid(tmp_path: Path) -> None:
     check_runs(runs_of(tmp_path, GRID))
+    check_runs(runs_of(tmp_path, FAMILY))
+
+
+def test_megatron_has_a_word_on_the_width(tmp_path: Path) -> None:
+    run = next(run for run in runs_of(tmp_path, FAMILY) if run.setting.ffn_hidden_size)
+    with pytest.raises(SweepError, match=rf"{run.name}: ffn_hidden_size \d+ is 256 to Megatron: expected the same"):
+        check_runs([replace(run, flags=run.flags[:-2])])
 
 
 def test_of_a_hybrid_model_attention_layers_count(tmp_path: Path) -> None:
@@ -216,7 +316,7 @@ def test_megatron_refuses_in_one_line(old: str, new: str, message: str, tmp_path
     assert message in said and "\n" not in said and said.split(":")[0].startswith(("h64-l8-c16", "x-c16"))
 
 
-@pytest.mark.parametrize("name", ["paper", "paper-growth", "cpu", "tiny"])
+@pytest.mark.parametrize("name", ["paper", "paper-growth", "cpu", "tiny", "methods"])
 def test_the_examples_are_accepted(name: str) -> None:
     runs = read_grid(ROOT / "examples" / "sweep" / f"{name}.yaml")
     check_runs(runs)

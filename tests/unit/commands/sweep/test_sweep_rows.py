@@ -13,7 +13,7 @@ from sla_megatron.commands.sweep.report import as_markdown, as_text
 from sla_megatron.commands.sweep.summary import Spread, groups
 from sla_megatron.commands.sweep.training_log import read_log
 
-from .sweep_samples import END, HEAD, ROWS, TRUE, launch, progress_line, row
+from .sweep_samples import END, HEAD, ROWS, TRUE, VARIANTS, launch, progress_line, row
 
 
 def test_a_log() -> None:
@@ -66,7 +66,7 @@ def test_a_log_that_is_not_a_finished_runs(lines: list[str], missing: str) -> No
 
 def test_statistics_by_hand() -> None:
     found = groups(ROWS)
-    assert [(g.distance, g.skip_groups, g.variant, g.seeds) for g in found] == [
+    assert [(g.distance, g.setting.skip_groups, g.variant, g.seeds) for g in found] == [
         ("", 0, "", (1, 2, 3)),
         ("2", 2, "", (1,)),
         ("2+6", 4, "", (1,)),
@@ -86,7 +86,24 @@ def test_statistics_by_hand() -> None:
 
 def test_pairs_are_of_the_same_size_and_context() -> None:
     others = [row([], 0, 1, 3.0, size="large"), row([], 0, 1, 3.0, context=32)]
-    assert next(g for g in groups([*others, row([6], 2, 1, 2.0)]) if g.distances).difference is None
+    assert next(g for g in groups([*others, row([6], 2, 1, 2.0)]) if not g.is_dense).difference is None
+
+
+def test_variants_are_settings_of_their_own() -> None:
+    """The same distance and groups, or the same source, and each has its own difference; names come from any row."""
+    found = [group for group in groups([*ROWS[:3], *VARIANTS]) if not group.is_dense]
+    assert [(g.distance, g.variant, g.seeds, g.difference.mean) for g in found] == [
+        ("6", "", (1,), pytest.approx(-0.1)),
+        ("6", "values alone", (1,), pytest.approx(-0.2)),
+        ("6", "keys alone", (1,), pytest.approx(0.2)),
+        ("layer 1", "First's, values alone", (1, 2), pytest.approx(-0.25)),
+        ("layer 1", "First's, values alone, pruned, MLP 270", (1,), pytest.approx(-0.4)),
+        ("layer 1+4", "", (1,), pytest.approx(0.0)),
+    ]
+    assert [(g.parameters, g.dense_parameters) for g in found[3:5]] == [(1234, 1234), (1230, 1234)]
+    printed = found[4].as_json()
+    assert printed["sources"] == [1] and printed["distances"] == [] and printed["ffn_hidden_size"] == 270
+    assert (printed["share"], printed["label"], printed["difference"]["n"]) == ("values", "First's", 1)
 
 
 def test_tables() -> None:
@@ -94,6 +111,11 @@ def test_tables() -> None:
     assert re.split(r" {2,}", text[4].strip()) == [
         *("small", "16", "6", "4/8", "3", "5.1000 ± 3.3867 (2.9000-9.0000)", "+0.0500 ± 0.2121"),
         *("51.000", "6.1000", "200", "1,234"),
+    ]
+    # 4 of 1234 are missing.
+    assert re.split(r" {2,}", as_text(groups([*ROWS[:1], VARIANTS[-2]])).splitlines()[2].strip()) == [
+        *("small", "16", "layer 1", "4/8", "First's, values alone, pruned, MLP 270", "1", "2.6000", "-0.4000"),
+        *("26.000", "3.6000", "100", "1,230 (-0.32 %)"),
     ]
     markdown = as_markdown(groups(ROWS)).splitlines()
     assert markdown[1] == "| :-- | --: | --: | --: | :-- | --: | --: | --: | --: | --: | --: | --: |"
@@ -106,12 +128,12 @@ def test_plots(tmp_path: Path) -> None:
     first, again, other = tmp_path / "1", tmp_path / "2", tmp_path / "3"
     for folder, rows in ((first, more), (again, more[::-1]), (other, [*more, row([4], 2, 1, 2.85)])):
         folder.mkdir()
-        assert plot(groups(rows), folder) == [folder / name for name in NAMES]
-    for name in NAMES:
+        assert plot(groups(rows), folder) == [folder / name for name in NAMES[:2]]
+    for name in NAMES[:2]:
         drawn = (first / name).read_bytes()
         assert drawn == (again / name).read_bytes() != (other / name).read_bytes()
         ElementTree.fromstring(drawn)
-    assert sorted(path.name for path in first.iterdir()) == sorted(NAMES)
+    assert sorted(path.name for path in first.iterdir()) == sorted(NAMES[:2])
     assert plot(groups(ROWS[:3]), tmp_path / "none") == []
 
 
@@ -136,3 +158,25 @@ def test_what_a_picture_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         *("dense", "distance 2", "distance 2+6", "distance 6", "distance 6, layers 7-8, pruned")
     ]
     assert by_heads.lines[1].get_xdata().tolist() == [4]
+
+
+def test_settings_with_a_name_have_a_picture_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    assert plot(groups([*ROWS[:3], *VARIANTS]), tmp_path) == [tmp_path / name for name in NAMES]
+    by_distance, by_heads, by_setting = (figure.axes[0] for figure in drawn)
+    # What all read from one layer is at no distance.
+    assert by_distance.get_legend_handles_labels()[1] == [
+        *("dense", "4 of 8 heads", "4 of 8 heads, values alone", "4 of 8 heads, keys alone")
+    ]
+    assert by_heads.get_legend_handles_labels()[1][-1] == "layer 1+4"
+    assert [text.get_text() for text in by_setting.get_yticklabels()] == [
+        *("First's, values alone", "First's, values alone, pruned, MLP 270")
+    ]
+    points = [line for line in by_setting.lines if line.get_marker() == "o"]
+    assert [line.get_xdata().tolist() for line in points] == [[pytest.approx(-0.25)], [pytest.approx(-0.4)]]
+    # Without a dense run there is no difference to draw.
+    assert plot(groups(VARIANTS), tmp_path) == [tmp_path / name for name in NAMES[:2]]
