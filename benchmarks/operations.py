@@ -72,6 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", default=["small", "small-rope-gqa"], metavar="NAME")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--context", type=count("--context", 2), default=512, help="tokens (default: 512)")
+    parser.add_argument(
+        "--methods", nargs="*", default=[], choices=LAYOUTS, help="layouts that also count other shares and sources"
+    )
     parser.add_argument("--no-decoding", action="store_true", help="leave the rows of decoding out")
     parser.add_argument("--rank-answer", type=Path, help=argparse.SUPPRESS)
     return add_output_args(add_device_arg(parser), NAME)
@@ -80,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 def on_ranks(args: argparse.Namespace, ranks: int, layouts: list[str]) -> tuple[str, list[dict[str, Any]]]:
     """Start ranks; the device and the rows that the first answers."""
     flags = ["--models", *args.models, "--layouts", *layouts, "--context", str(args.context), "--device", args.device]
+    flags += ["--methods", *args.methods]
     label = f"{NAME}: {ranks} ranks"
     found = answer_of_ranks("benchmarks.operations", ranks, flags, {"OMP_NUM_THREADS": "1"}, label)
     return found["device"], found["rows"]
@@ -121,6 +125,23 @@ def variants(layers: int) -> dict[str, list[str]]:
     }
 
 
+def methods(layers: int) -> dict[str, list[str]]:
+    """Name -> flags of what else may be shared, and of other sources: one layer's, and every other one's."""
+    far = f"--sla-skip-distance {round(0.75 * layers)}"
+    settings = {
+        "values": f"--sla-share values {far}",
+        "keys": f"--sla-share keys {far}",
+        "SkipV1Former": "--sla-share values --sla-source-layer 1 --sla-num-skip-groups 0.5",
+        "CLA": "--sla-skip-distance 1 --sla-num-skip-groups 1.0 --sla-layers 2-/2",
+        "half-shared": "--sla-source-layer 0.5 --sla-num-skip-groups 1.0",
+    }
+    return {
+        f"{projection}, {name}": ["--sla", "--sla-kv-projection", projection, *flags.split()]
+        for name, flags in settings.items()
+        for projection in ("full", "pruned")
+    }
+
+
 def counted(args: argparse.Namespace, device: str, layout: str, model: str) -> list[dict[str, Any]]:
     """One row for each variant of a model."""
     tensor, stages, chunks = LAYOUTS[layout]
@@ -138,7 +159,8 @@ def counted(args: argparse.Namespace, device: str, layout: str, model: str) -> l
         grouped = "--num-query-groups" in common
         groups = int(common[common.index("--num-query-groups") + 1]) if grouped else heads
     rows: list[dict[str, Any]] = []
-    for name, flags in variants(layers).items():
+    asked = variants(layers) | (methods(layers) if layout in args.methods else {})
+    for name, flags in asked.items():
         if flags and tensor > 1:
             flags = [*flags, "--sla-num-skip-groups", str(groups // 2)]
         try:

@@ -24,7 +24,7 @@ def describe(sla: SLAConfig | None, is_hybrid: bool = False) -> str:
         return "off"
     if sla.is_dense:
         return "no head skips with these settings: this is the standard Transformer"
-    shares = {"kv": "", "values": " and share values", "keys": " and share keys"}[sla.share]
+    shares = {"kv": "", "values": " and share values alone", "keys": " and share keys alone"}[sla.share]
     layers = "attention layers" if is_hybrid else "layers"
     kept = "kept" if sla.kv_projection == "full" else "left out"
     what = {"kv": "K/V", "values": "V", "keys": "K"}[sla.share]

@@ -13,6 +13,8 @@ MODEL = (
 )
 GQA4 = "--group-query-attention --num-query-groups 4"
 INTEGERS, RANGES = "one or more integers >= 1", "layers within 1-12"
+SHARE = "or a share such as 0.5"
+PRUNED2 = "--sla --sla-kv-projection pruned --tensor-model-parallel-size 2"
 DIVISIBLE = "full, or live K/V groups that are divisible by TP"
 
 
@@ -52,6 +54,58 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         ("--sla-layers 2-4:", "beyond the distance 2: 3-12"),
     ),
     ("--sla --sla-layers 12 --sla-skip-distance 12", 1, ("--sla-layers 12:", "no --sla-layers")),
+    # Shares of the layers and of the groups have a decimal point.
+    ("--sla --sla-skip-distance 0.0", 1, ("--sla-skip-distance 0.0:", INTEGERS, SHARE)),
+    ("--sla --sla-skip-distance 3 1.01", 1, ("--sla-skip-distance 1.01:", INTEGERS, SHARE)),
+    ("--sla --sla-skip-distance 1e-1", 1, ("--sla-skip-distance 1e-1:", INTEGERS)),
+    ("--sla --sla-num-skip-groups 12.0", 1, ("--sla-num-skip-groups 12.0:", "an integer", SHARE)),
+    ("--sla --sla-num-skip-groups -0.5", 1, ("--sla-num-skip-groups -0.5:", "an integer", SHARE)),
+    ("--sla --sla-num-skip-groups half.", 1, ("--sla-num-skip-groups half.:", "an integer")),
+    ("--sla --sla-skip-distance 1.0 --sla-layers 12", 1, ("--sla-layers 12:", "no --sla-layers")),
+    ("--sla --sla-layers 2-/0", 1, ("--sla-layers 2-/0:", RANGES)),
+    ("--sla --sla-layers 2/2", 1, ("--sla-layers 2/2:", RANGES)),
+    ("--sla --sla-layers 13-", 1, ("--sla-layers 13-:", RANGES)),
+    ("--sla --sla-layers 9-/2", 1, ("--sla-layers 9-/2:", "beyond the distance 9: 10-12")),
+    # Source layers.
+    ("--sla --sla-source-layer 0", 1, ("--sla-source-layer 0:", "one or more layers within 1-12")),
+    ("--sla --sla-source-layer 1 13", 1, ("--sla-source-layer 1 13:", "one or more layers within 1-12")),
+    ("--sla --sla-source-layer", 1, ("--sla-source-layer", "one or more layers within 1-12")),
+    ("--sla --sla-source-layer first", 1, ("--sla-source-layer first:", "one or more layers, counted from 1")),
+    ("--sla --sla-source-layer 1.5", 1, ("--sla-source-layer 1.5:", "counted from 1", SHARE)),
+    (
+        "--sla --sla-source-layer 1 --sla-skip-distance 9",
+        1,
+        ("--sla-source-layer 1:", "no --sla-skip-distance beside it"),
+    ),
+    (
+        "--sla --sla-source-layer 1 2 3 --sla-num-skip-groups 2",
+        1,
+        ("--sla-source-layer 1 2 3:", "at most as many source layers as skip groups, 2"),
+    ),
+    (
+        "--sla --sla-source-layer 6 3 --sla-layers 3-12",
+        1,
+        ("--sla-layers 3-12:", "beyond the source layer 3: 4-12"),
+    ),
+    ("--sla --sla-source-layer 12 --sla-layers 12", 1, ("--sla-layers 12:", "no --sla-layers")),
+    (
+        "--sla --hybrid-layer-pattern *-*-*-*- --sla-source-layer 5",
+        1,
+        ("--sla-source-layer 5:", "one or more layers within 1-4"),
+    ),
+    # What is shared.
+    ("--sla --sla-share k", 1, ("--sla-share k:", "kv or values or keys")),
+    ("--sla --sla-share", 1, ("--sla-share", "kv or values or keys")),
+    (
+        f"{PRUNED2} --sla-share values",
+        2,
+        ("--sla-kv-projection pruned:", "live values that are divisible by TP", "layer 10 has 3, 2+1 on the 2"),
+    ),
+    (
+        f"{PRUNED2} --sla-share keys --sla-source-layer 1 2 --sla-num-skip-groups 6",
+        2,
+        ("--sla-kv-projection pruned:", "live keys that are divisible by TP", "layer 2 has 9, 4+5 on the 2"),
+    ),
     ("--sla --sla-kv-projection none", 1, ("--sla-kv-projection none:", "full or pruned")),
     ("--sla --sla-kv-projection", 1, ("--sla-kv-projection", "full or pruned")),
     (
@@ -119,6 +173,11 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
         ("--no-rope-freq 4:", "in both or in neither", "layer 12 reads layer 3's"),
     ),
     (
+        "--sla --position-embedding-type rope --no-rope-freq 4 --sla-source-layer 1 --sla-share keys",
+        1,
+        ("--no-rope-freq 4:", "in both or in neither", "layer 4 reads layer 1's"),
+    ),
+    (
         "--sla --position-embedding-type rope --no-rope-freq ([0]*2+[1]*1)*4 --sla-skip-distance 3 1",
         1,
         ("--no-rope-freq 0 0 1 0", "layer 3 reads layer 2's"),
@@ -136,6 +195,8 @@ BAD: list[tuple[str, int, tuple[str, ...]]] = [
     ("--sla-skip-distance 3", 1, ("--sla-skip-distance 3:", "--sla beside it")),
     ("--sla-num-skip-groups 0", 1, ("--sla-num-skip-groups 0:", "--sla beside it")),
     ("--sla-layers 10-12", 1, ("--sla-layers 10-12:", "--sla beside it")),
+    ("--sla-share kv", 1, ("--sla-share kv:", "--sla beside it")),
+    ("--sla-source-layer 1", 1, ("--sla-source-layer 1:", "--sla beside it")),
     ("--sla-kv-projection full", 1, ("--sla-kv-projection full:", "--sla beside it")),
     # What upstream would refuse in a traceback of its own, were it asked first.
     ("--sla --qk-clip", 1, ("--qk-clip True:", "no --qk-clip")),
@@ -242,6 +303,38 @@ GOOD: dict[str, tuple[int, SLAConfig]] = {
     ),
     "--sla --position-embedding-type rope --mtp-num-layers 2": (1, SLAConfig(12, 12, (9,), 9)),
     "--sla --num-experts 4 --bf16 --use-distributed-optimizer --disable-bias-linear": (1, SLAConfig(12, 12, (9,), 9)),
+    # Shares of the layers and of the groups, rounded as the defaults are.
+    "--sla --sla-skip-distance 0.75 --sla-num-skip-groups 0.75": (1, SLAConfig(12, 12, (9,), 9)),
+    "--sla --sla-skip-distance 0.01 1. --sla-num-skip-groups 0.2": (1, SLAConfig(12, 12, (1, 12), 2)),
+    f"--sla --sla-num-skip-groups .1 {GQA4}": (1, SLAConfig(12, 4, (9,), 1)),
+    "--sla --sla-layers 10-": (1, SLAConfig(12, 12, (9,), 9, (10, 11, 12))),
+    # Named settings.
+    "--sla --sla-share values": (1, SLAConfig(12, 12, (9,), 9, share="values")),
+    "--sla --sla-share keys": (1, SLAConfig(12, 12, (9,), 9, share="keys")),
+    "--sla --sla-share values --sla-source-layer 1 --sla-num-skip-groups 0.5": (
+        1,
+        SLAConfig(12, 12, (), 6, share="values", source_layers=(1,)),
+    ),
+    f"--sla --sla-skip-distance 1 --sla-num-skip-groups 1.0 --sla-layers 2-/2 {GQA4}": (
+        1,
+        SLAConfig(12, 4, (1,), 4, (2, 4, 6, 8, 10, 12)),
+    ),
+    "--sla --sla-source-layer 0.5 --sla-num-skip-groups 1.0": (1, SLAConfig(12, 12, (), 12, source_layers=(6,))),
+    # The last layer as a source is read by none, as a distance beyond the last layer is.
+    "--sla --sla-source-layer 3 12 --sla-layers 8-10": (1, SLAConfig(12, 12, (), 9, (8, 9, 10), source_layers=(3, 12))),
+    f"{PRUNED2} --sla-source-layer 1 --sla-num-skip-groups 0.5 --sla-share keys": (
+        2,
+        SLAConfig(12, 12, (), 6, None, "pruned", "keys", (1,)),
+    ),
+    # Only keys are rotated.
+    "--sla --position-embedding-type rope --no-rope-freq 4 --sla-source-layer 1 --sla-share values": (
+        1,
+        SLAConfig(12, 12, (), 9, share="values", source_layers=(1,)),
+    ),
+    "--sla --hybrid-layer-pattern *-*-*-*- --sla-source-layer 0.5 --sla-layers 3-": (
+        1,
+        SLAConfig(4, 12, (), 9, (3, 4), source_layers=(2,)),
+    ),
     # Of a hybrid model the attention layers count, and --num-layers does not.
     "--sla --hybrid-layer-pattern *-*-*-*-": (1, SLAConfig(4, 12, (3,), 9)),
     "--sla --hybrid-override-pattern **--*": (1, SLAConfig(3, 12, (2,), 9)),

@@ -112,6 +112,8 @@ def test_refused_with_sla_on_any_device(settle: Callable[..., Run], name: str) -
         ),
         ({"fp4": "e2m1", "fp4_recipe": "nvfp4"}, "nvfp4 rows of linear_qkv in multiples of 32: layer 10"),
         ({"fp8": "hybrid", "fp8_recipe": "mxfp8", "sla_kv_projection": "full"}, None),
+        # With 12 keys and 3 values: an odd number of heads.
+        ({"fp8": "hybrid", "fp8_recipe": "tensorwise", "sla_share": "values"}, "of 16: layer 10 has 216 on"),
         ({"fp8": "hybrid", "fp8_recipe": "delayed", "kv_channels": 6}, "multiples of 16: layer 1 has 216 on"),
         ({"fp8": "hybrid", "fp8_recipe": "mxfp8", "kv_channels": 32}, None),
         (
@@ -215,15 +217,30 @@ def test_every_default_is_filled_in(settle: Callable[..., Run]) -> None:
     """The arguments, which are stored with every checkpoint, say what the run does."""
     args = settle("--sla").args
     assert (args.sla_skip_distance, args.sla_num_skip_groups, args.sla_kv_projection) == ([9], 9, "full")
-    assert args.sla_layers is None
+    assert (args.sla_layers, args.sla_share, args.sla_source_layer) == (None, "kv", None)
     assert settle("--sla --sla-layers 12,10,11").args.sla_layers == "10-12"
 
 
-def test_settled_arguments_stay_as_they_are(settle: Callable[..., Run]) -> None:
+def test_shares_are_spelled_out(settle: Callable[..., Run]) -> None:
+    """What is stored with a checkpoint means the same in a model of another size: plain integers and ranges."""
+    args = settle("--sla --sla-source-layer 0.5 1 --sla-num-skip-groups 0.5 --sla-layers 8-/2").args
+    found = (args.sla_source_layer, args.sla_skip_distance, args.sla_num_skip_groups, args.sla_layers)
+    assert found == ([6, 1], None, 6, "8,10,12")
+    assert [type(number) for number in (*args.sla_source_layer, args.sla_num_skip_groups)] == [int] * 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "--sla-skip-distance 6 9 --sla-layers 8,11-12 --sla-kv-projection pruned",
+        "--sla-source-layer 0.5 1 --sla-num-skip-groups 1.0 --sla-share keys --sla-layers 2-/3",
+    ],
+)
+def test_settled_arguments_stay_as_they_are(settle: Callable[..., Run], settings: str) -> None:
     """Resolving again, as after a checkpoint's settings were taken over, changes nothing."""
     from sla_megatron.flags.validation import resolve_sla_args
 
-    args = settle("--sla --sla-skip-distance 6 9 --sla-layers 8,11-12 --sla-kv-projection pruned").args
+    args = settle(f"--sla {settings}").args
     before = dict(vars(args))
     resolve_sla_args(args)
     assert vars(args) == before
@@ -243,7 +260,8 @@ def test_without_sla_the_arguments_are_upstream_s(settle: Callable[..., Run]) ->
     added = {key: value for key, value in vars(ours).items() if key not in vars(theirs)}
     assert {key: value for key, value in vars(ours).items() if key not in added} == vars(theirs)
     assert (added.pop("device"), added.pop("sla"), added.pop("core_attention")) == ("auto", False, "megatron")
-    assert added == dict.fromkeys(("sla_skip_distance", "sla_num_skip_groups", "sla_layers", "sla_kv_projection"))
+    ours_alone = ("skip_distance", "source_layer", "num_skip_groups", "layers", "share", "kv_projection")
+    assert added == dict.fromkeys(f"sla_{name}" for name in ours_alone)
     assert sla_config_from_args(ours) is None
     assert sla_config_from_args(theirs) is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,3 +76,33 @@ def test_recomputed_chunks_have_the_gradients_of_one_graph(
     """Read in several chunks, in the chunk that makes it too, or within one alone."""
     for found, expected in zip(gradients(declared, method, chunk), gradients(declared, None, 0), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("readers", [(2, 3, 4, 5, 6), (2, 6), (5, 6)], ids=str)
+@pytest.mark.parametrize(("method", "chunk"), [("uniform", 1), ("uniform", 2), ("uniform", 4), ("block", 3)])
+def test_one_source_of_several_readers(one_rank: None, readers: tuple[int, ...], method: str, chunk: int) -> None:
+    """Alone in its chunk, with some of its readers, with chunks between that read nothing: twice the same bits."""
+    declared = Declarations(6, (CrossLayerTensor("one", 1, readers, (1,), WIDTH),))
+    found, again = (gradients(declared, method, chunk) for _ in range(2))
+    for one, other in zip(found, gradients(declared, None, 0), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+def test_a_chunk_takes_and_leaves_a_tensor_once(one_rank: None) -> None:
+    """However many of its layers read it: as one argument, and one result, of its checkpoint."""
+    from sla_megatron.model.recomputation import _crossing
+
+    declared = Declarations(8, (CrossLayerTensor("one", 2, (3, 4, 5, 6, 8), (1,), WIDTH),))
+    layers = [SimpleNamespace(layer_number=number) for number in range(1, 9)]
+    block = SimpleNamespace(declared=declared, uses=declared.reads_within(range(1, 9)))
+    halves = [layers[:4], layers[4:]]
+    assert [_crossing(block, half) for half in halves] == [([], ["one"]), (["one"], [])]
+    assert [_crossing(block, [layer]) for layer in layers] == [
+        ([], []),
+        ([], ["one"]),
+        *[(["one"], [])] * 4,
+        ([], []),
+        (["one"], []),
+    ]
+    assert _crossing(block, layers) == ([], [])
