@@ -74,6 +74,11 @@ VARIANT_CASES += [("values-two-sources", "pp4"), ("skipv1", "pp4v2"), ("half-sha
 VARIANT_CASES += [("values-two-sources", "tp2pp2"), ("half-shared", "tp2pp2v2")]
 CASES += VARIANT_CASES
 REPEATED += [("skipv1", "pp2v4"), ("half-shared", "pp2v2"), ("half-shared", "pp4v2"), ("values-two-sources", "pp2v4")]
+#: How messages go when it is repeated: neither their order nor when they come may change a sum.
+MESSAGES: dict[tuple[str, str], dict[str, Any]] = {
+    ("skipv1", "pp2v4"): {"overlap_p2p_communication_warmup_flush": True},
+    ("half-shared", "pp4v2"): {"no_overlap_p2p_communication": True},
+}
 #: With full recomputation: a checkpoint for each layer, for two of which one reads or makes what the other does.
 UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
 RECOMPUTED = {
@@ -126,7 +131,8 @@ def _requests(folder: Path, layouts: dict[str, Any]) -> dict[str, dict[str, Any]
         request = {"argv": model_flags(model, folder, **LAYOUTS[layout].argv()), "pipeline": True}
         requests[f"{model}.{layout}"] = request
         if (model, layout) in REPEATED:
-            requests[f"{model}.{layout}.repeated"] = request
+            flags = LAYOUTS[layout].argv() | MESSAGES.get((model, layout), {})
+            requests[f"{model}.{layout}.repeated"] = request | {"argv": model_flags(model, folder, **flags)}
         if flags := RECOMPUTED.get((model, layout)):
             recomputes = {"argv": model_flags(model, folder, **LAYOUTS[layout].argv() | flags), "pipeline": True}
             requests |= {f"{model}.{layout}.{name}": recomputes for name in ("recomputed", "recomputed-twice")}
