@@ -102,6 +102,48 @@ def test_skip_layer_attention_declares_what_its_layers_read(sla: SLAConfig, size
     assert found == expected
 
 
+#: Models and their tensors in payload order: name behind "skip-layer", source, readers, widths of two ranks.  The first
+#: had them before keys and values could be shared apart; pipelines of other versions of the code read the same payloads.
+IN_ORDER = [
+    (
+        SLAConfig(8, 4, (6, 5), 3, kv_projection="pruned"),
+        [
+            ("keys of attention layer 1 for layer 6", 1, (6,), (0, 1)),
+            ("values of attention layer 1 for layer 6", 1, (6,), (0, 1)),
+            ("keys of attention layer 1 for layer 7", 1, (7,), (1, 1)),
+            ("values of attention layer 1 for layer 7", 1, (7,), (1, 1)),
+            ("keys of attention layer 2 for layer 7", 2, (7,), (0, 1)),
+            ("values of attention layer 2 for layer 7", 2, (7,), (0, 1)),
+            ("keys of attention layer 2 for layer 8", 2, (8,), (1, 1)),
+            ("values of attention layer 2 for layer 8", 2, (8,), (1, 1)),
+            ("keys of attention layer 3 for layer 8", 3, (8,), (0, 1)),
+            ("values of attention layer 3 for layer 8", 3, (8,), (0, 1)),
+        ],
+    ),
+    (
+        SLAConfig(6, 4, (), 3, layers=(3, 5, 6), share="values", source_layers=(1, 3)),
+        [
+            ("values of attention layer 1 for layers 3,5,6", 1, (3, 5, 6), (1, 1)),
+            ("values of attention layer 3 for layers 5,6", 3, (5, 6), (0, 1)),
+        ],
+    ),
+    (
+        SLAConfig(4, 2, (), 2, source_layers=(2,)),
+        [
+            ("keys of attention layer 2 for layers 3,4", 2, (3, 4), (1, 1)),
+            ("values of attention layer 2 for layers 3,4", 2, (3, 4), (1, 1)),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("sla", "expected"), IN_ORDER, ids=["distances", "two-sources", "one-source"])
+def test_the_payload_s_order_by_hand(sla: SLAConfig, expected: list[tuple]) -> None:
+    tensors = declare(sla, LayerNumbers.of_gpt(sla.num_layers), 2, 16).tensors
+    found = [(str(one.name).removeprefix("skip-layer "), one.source, one.readers, one.widths) for one in tensors]
+    assert found == expected
+
+
 def test_a_block_refuses_widths_for_other_ranks(megatron_imported: None) -> None:
     from sla_megatron.model.crossing import CrossLayerBlock
 
