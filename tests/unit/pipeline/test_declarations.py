@@ -103,7 +103,7 @@ def test_skip_layer_attention_declares_what_its_layers_read(sla: SLAConfig, size
 
 
 #: Models and their tensors in payload order: name behind "skip-layer", source, readers, widths of two ranks.  The first
-#: had them before keys and values could be shared apart; pipelines of other versions of the code read the same payloads.
+#: had them so before keys and values could be shared apart.
 IN_ORDER = [
     (
         SLAConfig(8, 4, (6, 5), 3, kv_projection="pruned"),
