@@ -22,6 +22,8 @@ SLA = {
     "pruned": {"sla": True, "sla_skip_distance": [1], "sla_num_skip_groups": 4, "sla_kv_projection": "pruned"},
 }
 SHAPES = {"full": {"qk_layernorm": True}, "pruned": {"position_embedding_type": "rope", "normalization": "RMSNorm"}}
+#: Layer 1's values for all later layers.
+VARIANT = {"sla": True, "sla_share": "values", "sla_source_layer": [1], "sla_num_skip_groups": 4}
 # Upstream's flag for optimizer state that can be loaded at another tensor-parallel size.
 DISTRIBUTED = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
 
@@ -71,11 +73,27 @@ def _setting_requests(folder: Path) -> dict[str, dict[str, Any]]:
         "finetune-other-distance": full | load | same | {"sla_skip_distance": [3], "finetune": True},
         "finetune-dense-to-pruned": full | dense | pruned | {"finetune": True},
     }
-    settings |= _newer_requests(folder, full)
+    settings |= _variant_requests(folder, full) | _newer_requests(folder, full)
     requests = {name: {"argv": _argv(**flags)} for name, flags in (settings | _factor_requests(folder)).items()}
     upstreams = requests["factor-upstreams-32"]
     upstreams["argv"], upstreams["entry"] = [*upstreams["argv"], *CPU_FLAGS], "upstream"
     return requests
+
+
+def _variant_requests(folder: Path, full: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is shared, and from where, is a checkpoint's setting as any other."""
+    load = {"load": folder / "variant", "ckpt_step": SAVED_AT}
+    of_before = {"load": folder / "sla", "ckpt_step": SAVED_AT}
+    from_args = {"use_checkpoint_args": True}
+    return {
+        "variant": full | VARIANT | {"save": folder / "variant", "save_interval": SAVED_AT},
+        "variant-from-checkpoint-args": full | load | from_args,
+        "variant-as-kv": full | load | VARIANT | {"sla_share": None},
+        "variant-other-source": full | load | VARIANT | {"sla_source_layer": [2]},
+        "variant-checkpoint-args-but-distance": full | load | from_args | {"sla_skip_distance": [1]},
+        "kv-as-variant": full | of_before | SLA["full"] | {"sla_share": "keys"},
+        "finetune-kv-as-variant": full | of_before | VARIANT | {"finetune": True},
+    }
 
 
 def _newer_requests(folder: Path, full: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -150,10 +168,13 @@ def test_resumes_at_every_size(runs: dict[str, dict[str, Any]], mode: str, saved
         assert resumed[what] == pytest.approx(whole[what][SAVED_AT:], rel=tolerance, abs=0)
 
 
-@pytest.mark.parametrize("name", ["from-checkpoint-args", "same-layers-spelled-out"])
-def test_same_settings_resume(loads: dict[str, dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("from-checkpoint-args", "sla"), ("same-layers-spelled-out", "sla"), ("variant-from-checkpoint-args", "variant")],
+)
+def test_same_settings_resume(loads: dict[str, dict[str, Any]], name: str, whole: str) -> None:
     """Settings taken from the checkpoint, or equal to its own in other words, resume bit for bit."""
-    assert loads[name]["loss"] == loads["sla"]["loss"][SAVED_AT:]
+    assert loads[name]["loss"] == loads[whole]["loss"][SAVED_AT:]
     assert loads[name]["num_shared"] > 0
 
 
@@ -166,6 +187,10 @@ def test_same_settings_resume(loads: dict[str, dict[str, Any]], name: str) -> No
         ("other-layers", "--sla-layers 4: expected 3-4 as in the checkpoint"),
         ("other-projection", "--sla-kv-projection pruned: expected full as in the checkpoint"),
         ("checkpoint-args-but-distance", "--sla-skip-distance 3: expected 2 as in the checkpoint"),
+        ("variant-as-kv", "--sla-share kv: expected values as in the checkpoint"),
+        ("variant-other-source", "--sla-source-layer 2: expected 1 as in the checkpoint"),
+        ("variant-checkpoint-args-but-distance", "--sla-skip-distance 1: expected none as in the checkpoint"),
+        ("kv-as-variant", "--sla-share keys: expected kv as in the checkpoint"),
         ("dense-to-sla", "--sla on: expected off as in the checkpoint"),
         ("newer-load-old", "--sla-skip-distance 2: expected 3 as in the checkpoint that is loaded"),
         ("factor-ours-off-resumed", "--use-rope-scaling off: expected on as in the checkpoint that is loaded, or"),
@@ -187,8 +212,9 @@ def test_other_settings_are_refused(loads: dict[str, dict[str, Any]], name: str,
 
 
 def test_finetune_changes_settings_on_purpose(loads: dict[str, dict[str, Any]]) -> None:
-    """``--finetune`` starts SLA from dense weights, or another distance from SLA weights, at iteration 1."""
-    for name in ("finetune-dense-to-sla", "finetune-other-distance", "finetune-dense-to-beyond"):
+    """``--finetune`` starts SLA from dense weights, or another distance or share from SLA weights, at iteration 1."""
+    changed = ("finetune-other-distance", "finetune-kv-as-variant")
+    for name in (*changed, "finetune-dense-to-sla", "finetune-dense-to-beyond"):
         assert loads[name]["status"] == 0
         assert loads[name]["iteration"] == list(range(1, LAST + 1))
     # The dense weights did arrive: with a distance beyond the last layer it is the dense model's own continuation.

@@ -56,6 +56,10 @@ def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     requests["bf16.pp2v2"] = _argv(PIPELINE, **load, **BF16)
     requests["overlapped.pp2v2"] = _argv(PIPELINE, **load, **BF16 | OVERLAPPED)
     requests["overlapped.pp1"] = _argv(WHOLE, **load, **BF16 | OVERLAPPED)
+    # Layer 1's K/V for nodes of three later layers, on its own rank and the other.
+    many = {"sla_skip_distance": None, "sla_source_layer": [1]}
+    requests["bf16.many-readers"] = _argv(PIPELINE, **load, **BF16 | many)
+    requests["overlapped.many-readers"] = _argv(PIPELINE, **load, **BF16 | many | OVERLAPPED)
     requests["resumed"] = _argv(TENSOR, load=folder / "ep2-pp2v2-alltoall", ckpt_step=SAVED_AT, **EP2)
     return {name: {"argv": flags} for name, flags in requests.items()}
 
@@ -74,15 +78,16 @@ def test_as_with_all_experts_on_every_rank(runs: dict[str, list[dict[str, Any]]]
         assert found[what] == pytest.approx(expected[what], rel=CLOSE, abs=0), what
 
 
-@pytest.mark.parametrize("layout", ["pp2v2", "pp1"])
-def test_overlapped_with_another_microbatchs_backward_pass(runs: dict[str, list[dict[str, Any]]], layout: str) -> None:
+@pytest.mark.parametrize("name", ["pp2v2", "pp1", "many-readers"])
+def test_overlapped_with_another_microbatchs_backward_pass(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
     """Layers as nodes of a schedule: the same bits as one pass after the other; without a pipeline to rounding.
 
     Evaluations run as whole blocks, in the same processes.
     """
-    expected, found = figures(runs["bf16.pp2v2"]), figures(runs[f"overlapped.{layout}"])
+    plain = "bf16.many-readers" if name == "many-readers" else "bf16.pp2v2"
+    expected, found = figures(runs[plain]), figures(runs[f"overlapped.{name}"])
     for what in ("loss", "grad_norm", "evaluations"):
-        tolerance = 0 if layout == "pp2v2" else CLOSE
+        tolerance = CLOSE if name == "pp1" else 0
         assert found[what] == pytest.approx(expected[what], rel=tolerance, abs=0), what
 
 

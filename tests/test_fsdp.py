@@ -29,6 +29,9 @@ SHARED = {
 MODELS: dict[str, dict[str, Any]] = {
     "full": {"sla": True, "sla_skip_distance": 2, "sla_num_skip_groups": 2},
     "pruned": {"sla": True, "sla_skip_distance": 2, "sla_num_skip_groups": 2, "sla_kv_projection": "pruned"},
+    # Layer 1's values are read by all others, which project their own keys alone for these groups.
+    "many-readers": {"sla": True, "sla_share": "values", "sla_source_layer": 1, "sla_num_skip_groups": 2}
+    | {"sla_kv_projection": "pruned"},
     # No group of layers 2 to 4 reads its own K/V: layers 2 and 3 project them for others alone.
     "all-skip": {"sla": True, "sla_skip_distance": 1, "sla_num_skip_groups": 4, "qk_layernorm": True},
 }

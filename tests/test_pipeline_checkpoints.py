@@ -19,18 +19,24 @@ OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "over
 
 #: A pipeline of two and what its checkpoints are loaded at: a pipeline of four, interleaved, none with TP=2, uneven.
 SAVED = TWO_RANKS["pp2"]
-LOADED = {
+WHOLE = Layout(1, (8,))
+LAYOUTS = {
     "pp4": FOUR_RANKS["pp4"],
     "pp4v2": FOUR_RANKS["pp4v2"],
     "tp2": Layout(1, (8,), tensor=2),
     "tp2pp2v2": FOUR_RANKS["tp2pp2v2"],
     "pp2-uneven": TWO_RANKS["pp2-uneven"],
     "same": SAVED,
+    # Of values alone, rows of which are left out: from tensor and pipeline parallelism to neither, and the other way.
+    "tp2pp2": FOUR_RANKS["tp2pp2"],
+    "one": WHOLE,
 }
-#: Each layout with one of the two models; both in another number of stages, interleaved and under TP=2.
+#: Each layout with one of the models; the first two in another number of stages, interleaved and under TP=2.
 CHECKPOINTS = {
-    "gqa-full-long-and-short": ("pp4v2", "tp2", "same"),
-    "mha-pruned-two-long": ("pp4", "tp2pp2v2", "pp2-uneven"),
+    "gqa-full-long-and-short": (SAVED, ("pp4v2", "tp2", "same")),
+    "mha-pruned-two-long": (SAVED, ("pp4", "tp2pp2v2", "pp2-uneven")),
+    "values-two-sources": (FOUR_RANKS["tp2pp2"], ("one",)),
+    "values-two-sources.one": (WHOLE, ("tp2pp2",)),
 }
 
 #: 16 layers, one to a virtual stage: distance 12 is three times round the ring, so that K/V never leave their rank.
@@ -39,18 +45,23 @@ RANK_LOCAL |= {"num_layers_per_virtual_pipeline_stage": 1}
 
 
 def _argv(model: str, split: Layout | None, **flags: Any) -> list[str]:
-    base = MODELS[model].argv() | {"train_iters": LAST, "lr": 1e-3, "eval_iters": 0, "tensor_model_parallel_size": 1}
+    base = MODELS[model.split(".")[0]].argv() | {
+        "train_iters": LAST,
+        "lr": 1e-3,
+        "eval_iters": 0,
+        "tensor_model_parallel_size": 1,
+    }
     return argv(**base | {"override_opt_param_scheduler": True} | (split.argv() if split else {}) | flags)
 
 
 def _requests(folder: Path) -> dict[str, dict[str, Any]]:
     requests = {}
-    for model, layouts in CHECKPOINTS.items():
+    for model, (saved, layouts) in CHECKPOINTS.items():
         saves = {"save": folder / model, "save_interval": SAVED_AT}
-        requests[f"{model}.whole"] = _argv(model, SAVED, **SHARDED, **saves)
+        requests[f"{model}.whole"] = _argv(model, saved, **SHARDED, **saves)
         for name in layouts:
             loads = {"load": folder / model, "ckpt_step": SAVED_AT}
-            requests[f"{model}.{name}"] = _argv(model, LOADED[name], **SHARDED, **loads)
+            requests[f"{model}.{name}"] = _argv(model, LAYOUTS[name], **SHARDED, **loads)
     # From one checkpoint: other schedules and optimizers than test_pipeline.py's.
     model = next(iter(CHECKPOINTS))
     load = {"load": folder / model, "ckpt_step": SAVED_AT, "finetune": True, "no_load_optim": True, "no_load_rng": True}
@@ -69,9 +80,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     return train_on_all_ranks(_requests(folder), 4, folder / "ranks")
 
 
-@pytest.mark.parametrize(("model", "name"), [(model, name) for model, names in CHECKPOINTS.items() for name in names])
+@pytest.mark.parametrize(
+    ("model", "name"), [(model, name) for model, (_, names) in CHECKPOINTS.items() for name in names]
+)
 def test_goes_on_in_another_layout(runs: dict[str, list[dict[str, Any]]], model: str, name: str) -> None:
-    """Weights and distributed optimizer state, saved at PP=2: training goes on as if uninterrupted.
+    """Weights and distributed optimizer state, saved in a pipeline: training goes on as if uninterrupted.
 
     In the same layout bit for bit.
     """

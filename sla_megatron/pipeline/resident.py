@@ -66,6 +66,8 @@ class Resident:
         """Hold the gradient that a reader found, added to what others did."""
         self._require(_State.FETCHED, _State.DEPOSITED)
         if self._tensor is not None:
+            # The last reader's comes first, then the one before it: the schedule's order of backward passes, which does
+            # not depend on when messages come.
             self._tensor.add_(gradient)
         elif self._readers > 1:
             self._tensor = gradient.clone(memory_format=torch.contiguous_format)

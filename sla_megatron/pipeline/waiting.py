@@ -4,6 +4,10 @@ One :class:`Microbatch` exists for the length of one microbatch's forward throug
 module: a layer finds the object that its block opened (:func:`hand_over`, :func:`receive`), and each tensor is
 forgotten with its last use, so that after the forward only autograd's own graph holds it.
 
+Where a block takes a tensor several times (layers that read it, its end that sends it and keeps it), autograd sums the
+gradients: the last use's first, since backward goes through a graph in the reverse order of its making.  What comes
+back over a hop is one gradient, already the sum of all that lie behind it.
+
 A tensor may be handed over in pieces along its width: views of a larger one, say, which are joined where it matters.
 
 Shapes: s positions, b microbatch; pieces are ``[s, b, width, unit]``.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 from hypothesis import strategies as st
 
@@ -20,10 +18,19 @@ from sla_megatron.pipeline.residency import Residency, residency
 from sla_megatron.pipeline.routes import Route, RoutePlan, StageTraffic
 from sla_megatron.pipeline.schedule import Schedule
 
+#: The key, or the value, that a layer projects for a group: kind, layer, group, which is counted over the model.
+KV = tuple[str, int, int]
+
+
+def readers_of(sla: SLAConfig, kv: KV) -> tuple[int, ...]:
+    """The later layers that read ``kv``, found by asking every one."""
+    kind, layer, group = kv
+    return tuple(m for m in range(layer + 1, sla.num_layers + 1) if sla.source_of(m, group, kind) == layer)
+
 
 @dataclass(frozen=True)
 class SLAPlan:
-    """The route plan of skip-layer attention in a GPT of heads of one channel, and what it says, in K/V groups."""
+    """The route plan of skip-layer attention in a GPT of heads of one channel: a key is an element, so is a value."""
 
     sla: SLAConfig
     layout: PipelineLayout
@@ -35,47 +42,34 @@ class SLAPlan:
         return RoutePlan(declare(self.sla, numbers, self.tensor_parallel_size, 1), self.layout)
 
     @property
-    def routes(self) -> list[Route]:
-        """Of the keys; values travel beside them."""
-        return beside(self.plan.routes, lambda route: route.tensor.name)
+    def routes(self) -> tuple[Route, ...]:
+        return self.plan.routes
 
     @property
     def moves_nothing(self) -> bool:
         return self.plan.moves_nothing
 
-    def groups(self, name: SharedTensor) -> tuple[int, ...]:
-        """The groups that ``name`` is made of, found by asking every one."""
-        (reader,) = name.readers
-        every = range(self.sla.num_query_groups)
-        return tuple(g for g in every if name.source != reader and self.sla.source(reader, g) == name.source)
+    def made_of(self, name: SharedTensor) -> list[KV]:
+        """What ``name`` is made of: of every group that has those readers."""
+        every = [(name.kind, name.source, group) for group in range(self.sla.num_query_groups)]
+        return [kv for kv in every if readers_of(self.sla, kv) == name.readers]
 
-    def crossing(self, hop: int) -> tuple[tuple[int, int], ...]:
-        """The (source layer, group) pairs that cross ``hop``, in payload order, over all tensor-parallel ranks."""
-        names = [route.tensor.name for route in beside(self.plan.hop(hop), lambda route: route.tensor.name)]
-        return tuple((name.source, group) for name in names for group in self.groups(name))
+    def crossing(self, hop: int) -> tuple[KV, ...]:
+        """What crosses ``hop``, in payload order, over all tensor-parallel ranks."""
+        return tuple(kv for route in self.plan.hop(hop) for kv in self.made_of(route.tensor.name))
 
-    def hop_groups(self, hop: int, rank: int = 0) -> int:
-        """How many groups cross ``hop``."""
+    def hop_width(self, hop: int, rank: int = 0) -> int:
+        """How many keys and values cross ``hop``."""
         columns = self.plan.hop_columns(hop, rank)
-        assert columns.split == columns.whole % 2 == 0
-        return columns.whole // 2
+        assert not columns.split
+        return columns.whole
 
     def traffic(self, stage: int, rank: int = 0) -> StageTraffic:
         return self.plan.traffic(stage, rank)
 
     def residency(self, schedule: Schedule, rank: int, tensor_rank: int = 0, early_receives: bool = False) -> Residency:
-        """In groups."""
-        found = residency(self.plan, schedule, MicrobatchShape(1, 1, 1), rank, tensor_rank, early_receives)
-        assert found.resident % 2 == found.arriving % 2 == 0
-        return Residency(found.resident // 2, found.arrival_buffers, found.arriving // 2)
-
-
-def beside(found: Sequence[Any], name_of: Callable[[Any], SharedTensor]) -> list[Any]:
-    """The keys of what is found; each must have its values right behind it."""
-    keys, values = list(found[0::2]), list(found[1::2])
-    assert [name_of(key).kind for key in keys] == ["key"] * len(keys)
-    assert [("value", *name_of(key)[1:]) for key in keys] == [name_of(value) for value in values]
-    return keys
+        """In keys and values."""
+        return residency(self.plan, schedule, MicrobatchShape(1, 1, 1), rank, tensor_rank, early_receives)
 
 
 @st.composite
@@ -115,13 +109,18 @@ def route_plans(draw: st.DrawFn) -> SLAPlan:
     groups = size * draw(st.integers(1, 3))
     # Of all configurations, most of those that are drawn at random let nothing skip.
     num_layers = draw(st.integers(6, 14))
+    origins = st.lists(st.integers(1, num_layers - 1), min_size=1, max_size=3).map(tuple)
+    has_distances = draw(st.booleans())
     skipping = st.builds(
         SLAConfig,
-        st.just(num_layers),
-        st.just(groups),
-        st.lists(st.integers(1, num_layers - 1), min_size=1, max_size=3).map(tuple),
-        st.integers(1, groups),
-        st.none() | st.sets(st.integers(1, num_layers), min_size=num_layers // 2).map(lambda few: tuple(sorted(few))),
+        num_layers=st.just(num_layers),
+        num_query_groups=st.just(groups),
+        skip_distances=origins if has_distances else st.just(()),
+        num_skip_groups=st.integers(1, groups),
+        layers=st.none()
+        | st.sets(st.integers(1, num_layers), min_size=num_layers // 2).map(lambda few: tuple(sorted(few))),
+        share=st.sampled_from(["kv", "values", "keys"]),
+        source_layers=st.just(()) if has_distances else origins,
     )
     sla = draw(skipping | sla_configs(st.just(groups)))
     return SLAPlan(sla, draw(layouts(sla.num_layers)), size)

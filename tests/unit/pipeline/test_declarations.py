@@ -76,7 +76,7 @@ def test_ranks_see_a_difference() -> None:
 
 @given(sla_configs(st.sampled_from([4, 8])), st.sampled_from([1, 2, 4]), st.text("*-EM", max_size=20))
 def test_skip_layer_attention_declares_what_its_layers_read(sla: SLAConfig, size: int, others: str) -> None:
-    """Each (layer, group) that reads another layer is once in the keys, once in the values, in numbers of the stack."""
+    """Each (layer, group) that reads another layer's key, or value, is in it once, in numbers of the stack."""
     pattern, left = "", sla.num_layers
     for kind in others.replace("*", "*-"):
         pattern, left = (pattern, left) if kind == "*" and not left else (pattern + kind, left - (kind == "*"))
@@ -94,10 +94,53 @@ def test_skip_layer_attention_declares_what_its_layers_read(sla: SLAConfig, size
     expected: dict[tuple[str, int, int, int], int] = dict.fromkeys(found, 0)
     for layer in range(1, sla.num_layers + 1):
         for group in range(sla.num_query_groups):
-            source = sla.source(layer, group)
-            for kind in ("key", "value") if source != layer else ():
-                where = (kind, stack[source - 1], stack[layer - 1], group * size // sla.num_query_groups)
-                expected[where] = expected.get(where, 0) + 1
+            for kind in ("key", "value"):
+                source = sla.source_of(layer, group, kind)
+                if source != layer:
+                    where = (kind, stack[source - 1], stack[layer - 1], group * size // sla.num_query_groups)
+                    expected[where] = expected.get(where, 0) + 1
+    assert found == expected
+
+
+#: Models and their tensors in payload order: name behind "skip-layer", source, readers, widths of two ranks.  The first
+#: had them so before keys and values could be shared apart.
+IN_ORDER = [
+    (
+        SLAConfig(8, 4, (6, 5), 3, kv_projection="pruned"),
+        [
+            ("keys of attention layer 1 for layer 6", 1, (6,), (0, 1)),
+            ("values of attention layer 1 for layer 6", 1, (6,), (0, 1)),
+            ("keys of attention layer 1 for layer 7", 1, (7,), (1, 1)),
+            ("values of attention layer 1 for layer 7", 1, (7,), (1, 1)),
+            ("keys of attention layer 2 for layer 7", 2, (7,), (0, 1)),
+            ("values of attention layer 2 for layer 7", 2, (7,), (0, 1)),
+            ("keys of attention layer 2 for layer 8", 2, (8,), (1, 1)),
+            ("values of attention layer 2 for layer 8", 2, (8,), (1, 1)),
+            ("keys of attention layer 3 for layer 8", 3, (8,), (0, 1)),
+            ("values of attention layer 3 for layer 8", 3, (8,), (0, 1)),
+        ],
+    ),
+    (
+        SLAConfig(6, 4, (), 3, layers=(3, 5, 6), share="values", source_layers=(1, 3)),
+        [
+            ("values of attention layer 1 for layers 3,5,6", 1, (3, 5, 6), (1, 1)),
+            ("values of attention layer 3 for layers 5,6", 3, (5, 6), (0, 1)),
+        ],
+    ),
+    (
+        SLAConfig(4, 2, (), 2, source_layers=(2,)),
+        [
+            ("keys of attention layer 2 for layers 3,4", 2, (3, 4), (1, 1)),
+            ("values of attention layer 2 for layers 3,4", 2, (3, 4), (1, 1)),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("sla", "expected"), IN_ORDER, ids=["distances", "two-sources", "one-source"])
+def test_the_payload_s_order_by_hand(sla: SLAConfig, expected: list[tuple]) -> None:
+    tensors = declare(sla, LayerNumbers.of_gpt(sla.num_layers), 2, 16).tensors
+    found = [(str(one.name).removeprefix("skip-layer "), one.source, one.readers, one.widths) for one in tensors]
     assert found == expected
 
 

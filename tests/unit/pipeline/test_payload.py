@@ -81,12 +81,12 @@ def test_the_payload_s_shape_is_the_hidden_states_made_wider(shape: MicrobatchSh
 
 @given(route_plans(), shapes())
 def test_the_payload_of_a_hop_is_a_sum_over_what_crosses(plan: SLAPlan, shape: MicrobatchShape) -> None:
-    """On each tensor-parallel rank: one term for every (source layer, group) of its own that crosses the hop."""
+    """On each tensor-parallel rank: one term for every key and value of its own groups that crosses the hop."""
     for hop in range(plan.layout.num_stages - 1):
         for rank in range(plan.tensor_parallel_size):
             own = plan.sla.rank_groups(plan.tensor_parallel_size, rank)
-            # A key and a value of one channel.
-            terms = [2 * bound(shape, 1, 1, False) for _, group in plan.crossing(hop) if group in own]
+            # Of one channel.
+            terms = [bound(shape, 1, 1, False) for _, _, group in plan.crossing(hop) if group in own]
             elements = shape.payload_elements(plan.plan.hop_columns(hop, rank))
             assert elements == hidden_bound(shape) + sum(terms)
 

@@ -216,7 +216,7 @@ def test_what_readers_leave_is_nobody_else_s() -> None:
 
 
 def test_a_missing_reader_of_several_raises() -> None:
-    """In the keeper's backward, at the end of a step, and for a fourth of three."""
+    """In the keeper's backward, at the end of a step, and for a third of two, forward and back."""
     resident = ResidentTensors()
     x = torch.randn(3, requires_grad=True)
     kept = resident.keep(["v"], [2], 7, [x * 2], x + 1)
@@ -227,6 +227,10 @@ def test_a_missing_reader_of_several_raises() -> None:
     resident.require_released(forward_only=True)
     with pytest.raises(RuntimeError, match="fetched, cannot be fetched"):
         resident.fetch(["v"], 7, x)
-    second.sum().backward()
+    second.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="v, microbatch 7: fetched, cannot be collected"):
-        kept.sum().backward()
+        kept.sum().backward(retain_graph=True)
+    second.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="v, microbatch 7: given a gradient, cannot be given a gradient"):
+        second.sum().backward()
+    kept.sum().backward()

@@ -1,4 +1,4 @@
-"""The route plan against a brute force that moves every (layer, group) on its own, and against the spec's formula."""
+"""The route plan against a brute force that moves every key and value on its own, and against the spec's formula."""
 
 from __future__ import annotations
 
@@ -13,21 +13,11 @@ from sla_megatron.attention.roles import SharedTensor
 from sla_megatron.attention.sla_config import SLAConfig
 from sla_megatron.pipeline.declarations import CrossLayerTensor
 from sla_megatron.pipeline.layout import PipelineLayout
+from sla_megatron.pipeline.routes import StageTraffic
 
-from ..strategies import SLAPlan, beside, route_plans
-
-#: The K/V that a layer projects for a group: (layer, group), groups counted over the model.
-KV = tuple[int, int]
+from ..strategies import KV, SLAPlan, readers_of, route_plans
 
 # The brute force: layers, groups and stages one by one, and nothing of the route plan.
-
-
-def reader(sla: SLAConfig, kv: KV) -> int | None:
-    """The later layer that reads ``kv``, found by asking every one."""
-    layer, group = kv
-    readers = [m for m in range(layer + 1, sla.num_layers + 1) if sla.source(m, group) == layer]
-    assert len(readers) <= 1
-    return readers[0] if readers else None
 
 
 def stage_holding(layout: PipelineLayout, layer: int) -> int:
@@ -36,28 +26,28 @@ def stage_holding(layout: PipelineLayout, layer: int) -> int:
     return stage
 
 
-def travels(plan: SLAPlan, groups: range) -> dict[KV, tuple[int, int]]:
-    """K/V of ``groups`` that another stage reads -> the stage of the source and the stage of the reader."""
+def travels(plan: SLAPlan, groups: range) -> dict[KV, tuple[int, set[int]]]:
+    """K/V of ``groups`` that other stages read -> the stage of the source and the other stages that read it."""
     found = {}
     for layer in range(1, plan.sla.num_layers + 1):
-        for group in groups:
-            later = reader(plan.sla, (layer, group))
-            if later is not None:
-                stages = stage_holding(plan.layout, layer), stage_holding(plan.layout, later)
-                if stages[0] != stages[1]:
-                    found[layer, group] = stages
+        for kv in ((kind, layer, group) for kind in ("key", "value") for group in groups):
+            source = stage_holding(plan.layout, layer)
+            others = {stage_holding(plan.layout, later) for later in readers_of(plan.sla, kv)} - {source}
+            if others:
+                found[kv] = (source, others)
     return found
 
 
-def formula(plan: SLAPlan, groups: range) -> tuple[dict[KV, list[int]], dict[KV, tuple[int, int]]]:
-    """Section 3 of the spec: the hops that each K/V crosses, and the stages between which it is resident, if it is."""
+def formula(plan: SLAPlan, groups: range) -> tuple[dict[KV, list[int]], dict[tuple[KV, int], set[int]]]:
+    """Section 3 of the spec: the hops that each K/V crosses; the stages in which it becomes resident -> for which."""
     size = plan.layout.pipeline_size
     hops, resident = {}, {}
-    for kv, (source, target) in travels(plan, groups).items():
-        count = (target - source) % size
-        hops[kv] = [source + i for i in range(count)]
-        if source + count != target:
-            resident[kv] = (source + count, target)
+    for kv, (source, targets) in travels(plan, groups).items():
+        hops[kv] = [source + i for i in range(max((target - source) % size for target in targets))]
+        for target in targets:
+            arrival = source + (target - source) % size
+            if arrival != target:
+                resident.setdefault((kv, arrival), set()).add(target)
     return hops, resident
 
 
@@ -67,9 +57,8 @@ def every_group(plan: SLAPlan) -> range:
 
 
 def labels(plan: SLAPlan, groups: range, tensors: tuple[CrossLayerTensor, ...]) -> set[KV]:
-    """What tensors are made of on the tensor-parallel rank that holds ``groups``; of keys and values alike."""
-    names = [tensor.name for tensor in beside(tensors, lambda tensor: tensor.name)]
-    made_of = [(name.source, g) for name in names for g in plan.groups(name) if g in groups]
+    """What tensors are made of on the tensor-parallel rank that holds ``groups``."""
+    made_of = [kv for tensor in tensors for kv in plan.made_of(tensor.name) if kv[2] in groups]
     assert len(made_of) == len(set(made_of))
     return set(made_of)
 
@@ -100,24 +89,42 @@ class Ring:
         assert not {(kv, microbatch) for kv in arrives} & seen
         seen |= {(kv, microbatch) for kv in arrives}
         assert {(kv, microbatch) for kv in fetches} <= resident
-        resident -= {(kv, microbatch) for kv in fetches}
+        # It waits until the last of this rank's stages that read it.
+        resident -= {(kv, microbatch) for kv in fetches if self._last_reader(kv, rank) == stage}
 
         here, read = arrives | fetches, set()
         for layer in self.plan.layout.stages[stage]:
-            here |= {(layer, group) for group in self.groups}
-            seen |= {((layer, group), microbatch) for group in self.groups}
-            read |= {(self.plan.sla.source(layer, group), group) for group in self.groups}
+            own = {(kind, layer, group) for kind in ("key", "value") for group in self.groups}
+            here |= own
+            seen |= {(kv, microbatch) for kv in own}
+            read |= {(kind, self.plan.sla.source_of(layer, group, kind), group) for kind, _, group in own}
             assert read <= here
-        # What came is read here or goes on; what goes on is for a later stage, and goes one way.
+        # What came is read here, goes on or stays; what goes on or stays is for a later stage.
         assert fetches <= read
         assert arrives <= read | leaves | keeps
         assert leaves | keeps <= here
-        assert not leaves & keeps
         last_layer = max((layer for layers in self.plan.layout.stages[: stage + 1] for layer in layers), default=0)
-        assert all((reader(self.plan.sla, kv) or 0) > last_layer for kv in leaves | keeps)
+        assert all(readers_of(self.plan.sla, kv)[-1] > last_layer for kv in leaves | keeps)
+        self._counts(traffic)
         if leaves:
             self.under_way[stage + 1, microbatch] = leaves
         resident |= {(kv, microbatch) for kv in keeps}
+
+    def _stages_reading(self, kv: KV) -> list[int]:
+        """Ascending, and as often as there are layers that do."""
+        return [stage_holding(self.plan.layout, layer) for layer in readers_of(self.plan.sla, kv)]
+
+    def _last_reader(self, kv: KV, rank: int) -> int:
+        return max(stage for stage in self._stages_reading(kv) if stage % self.plan.layout.pipeline_size == rank)
+
+    def _counts(self, traffic: StageTraffic) -> None:
+        """How often each tensor is taken in the stage and, once it is resident, in later ones."""
+        rank, size = traffic.stage % self.plan.layout.pipeline_size, self.plan.layout.pipeline_size
+        for tensor in self.plan.plan.declared.on_rank(self.tensor_parallel_rank).tensors:
+            stages = self._stages_reading(self.plan.made_of(tensor.name)[0])
+            assert traffic.reads[tensor.name] == stages.count(traffic.stage)
+            later = {stage for stage in stages if stage > traffic.stage and stage % size == rank}
+            assert traffic.readers.get(tensor.name, 0) == (len(later) if tensor in traffic.keeps else 0)
 
 
 @given(route_plans(), st.integers(1, 3))
@@ -136,7 +143,7 @@ def test_every_read_finds_its_kv(plan: SLAPlan, microbatches: int) -> None:
 @given(route_plans())
 @settings(max_examples=200)
 def test_the_hops_are_the_spec_s(plan: SLAPlan) -> None:
-    """Each K/V crosses the ``(c - a) mod P`` hops after its source's stage and no others; their total agrees."""
+    """Each K/V crosses the hops to its furthest reader's rank, once each, and no others; their total agrees."""
     hops, resident = formula(plan, every_group(plan))
     crossing = {hop: plan.crossing(hop) for hop in range(-1, plan.layout.num_stages + 1)}
     for hop, crossed in crossing.items():
@@ -144,26 +151,22 @@ def test_the_hops_are_the_spec_s(plan: SLAPlan) -> None:
         assert set(crossed) == {kv for kv, its in hops.items() if hop in its}
     assert sum(map(len, crossing.values())) == sum(map(len, hops.values()))
     kept = {
-        kv: (stage, last)
+        (kv, stage): set(readers)
         for route in plan.routes
-        for stage, (last,) in route.resident.items()
-        for kv in _of(plan, route.tensor.name)
+        for stage, readers in route.resident.items()
+        for kv in plan.made_of(route.tensor.name)
     }
     assert kept == resident
     assert plan.moves_nothing == (not travels(plan, every_group(plan)))
 
 
-def _of(plan: SLAPlan, name: SharedTensor) -> list[KV]:
-    return [(name.source, group) for group in plan.groups(name)]
-
-
 @given(route_plans())
 def test_without_interleaving_every_hop_between(plan: SLAPlan) -> None:
-    """One stage a rank: K/V cross all hops from their source to their reader, and nothing is ever resident."""
+    """One stage a rank: K/V cross all hops from their source to their last reader, and nothing is ever resident."""
     plan = SLAPlan(plan.sla, PipelineLayout(plan.layout.num_stages, plan.layout.stages), plan.tensor_parallel_size)
     between = travels(plan, every_group(plan))
     for hop in range(plan.layout.num_stages):
-        assert set(plan.crossing(hop)) == {kv for kv, (source, target) in between.items() if source <= hop < target}
+        assert set(plan.crossing(hop)) == {kv for kv, (a, later) in between.items() if a <= hop < max(later)}
     assert not any(route.resident for route in plan.routes)
 
 
@@ -199,29 +202,28 @@ def test_tensor_parallel_ranks_together_move_the_model(plan: SLAPlan) -> None:
     """Each rank's bundles are its own groups of them; over the ranks they add up to the whole model's."""
     ranks = range(plan.tensor_parallel_size)
     for route in plan.routes:
-        groups = plan.groups(route.tensor.name)
+        groups = [group for _, _, group in plan.made_of(route.tensor.name)]
         held = [plan.sla.rank_groups(plan.tensor_parallel_size, rank) for rank in ranks]
         assert route.tensor.widths == tuple(sum(group in its for group in groups) for its in held)
         assert sum(route.tensor.widths) == len(groups)
     for stage in range(plan.layout.num_stages):
-        assert sum(plan.hop_groups(stage, rank) for rank in ranks) == len(plan.crossing(stage))
+        assert sum(plan.hop_width(stage, rank) for rank in ranks) == len(plan.crossing(stage))
         for rank in ranks:
             traffic = plan.traffic(stage, rank)
             assert (traffic.stage, traffic.tensor_parallel_rank) == (stage, rank)
             concerned = (*traffic.arrives, *traffic.leaves, *traffic.keeps, *traffic.fetches)
             assert all(tensor.widths[rank] for tensor in concerned)
             for tensors, hop in ((traffic.leaves, stage), (traffic.arrives, stage - 1)):
-                assert sum(tensor.widths[rank] for tensor in tensors) == 2 * plan.hop_groups(hop, rank)
+                assert sum(tensor.widths[rank] for tensor in tensors) == plan.hop_width(hop, rank)
 
 
 @given(route_plans())
 @settings(max_examples=200)
 def test_both_ends_of_a_hop_have_the_same_order(plan: SLAPlan) -> None:
-    """By source layer and reader, keys before values; what one stage sends is what the next expects, on every rank."""
-    distance = plan.sla.distance_of_group
+    """By source layer and readers, keys before values; what one stage sends is what the next expects, on every rank."""
     for hop in range(plan.layout.num_stages - 1):
         crossed = plan.crossing(hop)
-        assert list(crossed) == sorted(crossed, key=lambda kv: (kv[0], distance[kv[1]], kv[1]))
+        assert list(crossed) == sorted(crossed, key=lambda kv: (kv[1], readers_of(plan.sla, kv), kv[0], kv[2]))
         for rank in range(plan.tensor_parallel_size):
             leaves = plan.traffic(hop, rank).leaves
             assert leaves == plan.traffic(hop + 1, rank).arrives
@@ -238,31 +240,26 @@ def test_traffic_is_none_where_nothing_concerns_a_stage(plan: SLAPlan) -> None:
     for rank in range(plan.tensor_parallel_size):
         hops, resident = formula(plan, plan.sla.rank_groups(plan.tensor_parallel_size, rank))
         concerned = {stage for its in hops.values() for hop in its for stage in (hop, hop + 1)}
-        concerned |= {stage for stages in resident.values() for stage in stages}
+        concerned |= {stage for (_, kept), fetched in resident.items() for stage in (kept, *fetched)}
         for stage in range(plan.layout.num_stages):
             assert plan.traffic(stage, rank).is_none == (stage not in concerned)
 
 
-def parse(plan: SLAPlan, text: str) -> dict[KV, int]:
-    """``skip-layer keys of attention layer 3 for layer 9``, any number of these, values alike: K/V -> reader."""
-    names = {
-        kind: [
-            tuple(map(int, two))
-            for two in re.findall(rf"skip-layer {kind} of attention layer (\d+) for layer (\d+)", text)
-        ]
-        for kind in ("keys", "values")
-    }
-    assert names["keys"] == names["values"]
-    return {
-        (layer, group): later
-        for layer, later in names["keys"]
-        for group in plan.groups(SharedTensor("key", layer, (later,)))
-    }
+_NAME = r"skip-layer (key|value)s of attention layer (\d+) for layers? ([\d,]+)"
+
+
+def parse(plan: SLAPlan, text: str) -> dict[KV, tuple[int, ...]]:
+    """``skip-layer keys of attention layer 3 for layers 7,9``, any number of these -> readers of each K/V."""
+    found = {}
+    for kind, layer, later in re.findall(_NAME, text):
+        readers = tuple(map(int, later.split(",")))
+        found |= dict.fromkeys(plan.made_of(SharedTensor(kind, int(layer), readers)), readers)
+    return found
 
 
 @given(route_plans())
 def test_the_plan_in_words(plan: SLAPlan) -> None:
-    """It says of every hop what crosses it, and of every resident bundle where and how long it is."""
+    """It says of every hop what crosses it, and of every resident tensor where and how long it is."""
     hops, resident = formula(plan, every_group(plan))
     size = plan.layout.pipeline_size
     lines = str(plan.plan).splitlines()
@@ -270,23 +267,19 @@ def test_the_plan_in_words(plan: SLAPlan) -> None:
     for hop, match in enumerate(match for match in said if match):
         assert [int(match[i]) for i in (1, 2, 3)] == [hop, hop % size, (hop + 1) % size]
         crossed = [kv for kv, its in hops.items() if hop in its]
-        assert parse(plan, match[4]) == {kv: reader(plan.sla, kv) for kv in crossed}
+        assert parse(plan, match[4]) == {kv: readers_of(plan.sla, kv) for kv in crossed}
         assert (match[4] == "none") == (not crossed)
     assert sum(match is not None for match in said) == plan.layout.num_stages - 1
-    said_resident: dict[str, dict[KV, tuple[int, int, int]]] = {"keys": {}, "values": {}}
+    said_resident: dict[tuple[KV, int], set[int]] = {}
     for line in lines:
-        match = re.fullmatch(
-            r"rank (\d+): skip-layer (keys|values) of attention layer (\d+) for layer (\d+) resident from stage (\d+) "
-            r"to stage (\d+)",
-            line,
-        )
+        match = re.fullmatch(rf"rank (\d+): ({_NAME}) resident from stage (\d+) to stages? ([\d, ]+)", line)
         if match:
-            layer, later, *stages = (int(match[i]) for i in (3, 4, 5, 6))
-            assert {stages[0] % size, stages[1] % size} == {int(match[1])}
-            for kv in _of(plan, SharedTensor("key", layer, (later,))):
-                said_resident[match[2]][kv] = (later, *stages)
-    expected = {kv: (reader(plan.sla, kv), *stages) for kv, stages in resident.items()}
-    assert said_resident == {"keys": expected, "values": expected}
+            kept, stages = int(match[6]), set(map(int, match[7].split(",")))
+            assert {stage % size for stage in (kept, *stages)} == {int(match[1])}
+            for kv in parse(plan, match[2]):
+                assert (kv, kept) not in said_resident
+                said_resident[kv, kept] = stages
+    assert said_resident == resident
 
 
 @pytest.mark.parametrize("sizes", [[1] * 16, [0, 2] * 8], ids=["one-layer-a-stage", "two-layers-in-every-other"])
@@ -297,7 +290,7 @@ def test_a_distance_of_whole_rounds_crosses_no_hop(sizes: list[int]) -> None:
     assert "resident from stage 0 to stage 12" in str(plan.plan) or sizes[0] == 0
     assert not plan.moves_nothing
     assert [route.tensor.name for route in plan.routes] == [
-        SharedTensor("key", layer, (layer + 12,)) for layer in range(1, 5)
+        SharedTensor(kind, layer, (layer + 12,)) for layer in range(1, 5) for kind in ("key", "value")
     ]
     for route in plan.routes:
         assert route.num_hops == 0
@@ -322,14 +315,26 @@ def test_two_ranks_by_hand() -> None:
     stages = [plan.traffic(stage, 1) for stage in range(4)]
 
     def said(tensors: tuple[CrossLayerTensor, ...]) -> list[tuple[int, int, int]]:
-        keys = beside(tensors, lambda tensor: tensor.name)
-        return [(tensor.source, *tensor.readers, tensor.widths[1]) for tensor in keys]
+        assert [tensor.name.kind for tensor in tensors] == ["key", "value"] * (len(tensors) // 2)
+        return [(tensor.source, *tensor.readers, tensor.widths[1]) for tensor in tensors[::2]]
 
     assert [said(t.keeps) for t in stages] == [[(1, 3, 1)], [(1, 4, 1), (2, 4, 1)], [], []]
     assert [said(t.fetches) for t in stages] == [[], [], [(1, 3, 1)], [(1, 4, 1), (2, 4, 1)]]
     assert [said(t.arrives) for t in stages] == [[], [(1, 4, 1)], [], []]
     assert [said(t.leaves) for t in stages] == [[(1, 4, 1)], [], [], []]
-    assert plan.crossing(0) == ((1, 1), (1, 3))
+    assert plan.crossing(0) == (("key", 1, 1), ("key", 1, 3), ("value", 1, 1), ("value", 1, 3))
+
+
+def test_many_readers_by_hand() -> None:
+    """Values of layer 1 for all others, in stages 1 | 2 | 3 | 4 on 2 ranks: one hop, and both ranks wait."""
+    sla = SLAConfig(4, 4, (), 2, share="values", source_layers=(1,))
+    plan = SLAPlan(sla, PipelineLayout.of_sizes(2, [1, 1, 1, 1]))
+    (route,) = plan.routes
+    assert route.tensor.name == SharedTensor("value", 1, (2, 3, 4))
+    assert [plan.crossing(hop) for hop in range(3)] == [(("value", 1, 1), ("value", 1, 3)), (), ()]
+    stages = [plan.traffic(stage) for stage in range(4)]
+    assert [(len(one.keeps), len(one.fetches)) for one in stages] == [(1, 0), (1, 0), (0, 1), (0, 1)]
+    assert [one.readers for one in stages] == [{route.tensor.name: 1}, {route.tensor.name: 1}, {}, {}]
 
 
 @given(st.integers(1, 6), st.integers(1, 6))

@@ -216,7 +216,11 @@ class Stage(torch.nn.Module):
         return hidden_states if len(self.layers) else hidden_states.clone()
 
 
-def blocks(plan: RoutePlan, rank: int, recompute: int) -> list[Any]:
+#: ``--recompute-method`` and ``--recompute-num-layers``.
+Recomputation = tuple[str, int]
+
+
+def blocks(plan: RoutePlan, rank: int, recompute: Recomputation | None) -> list[Any]:
     """Each stage's block, with our own forward before upstream's."""
     from sla_megatron.model.crossing import CrossLayerBlock
 
@@ -233,8 +237,8 @@ def blocks(plan: RoutePlan, rank: int, recompute: int) -> list[Any]:
         block.pg_collection = SimpleNamespace(tp=None)
         block.config = SimpleNamespace(
             recompute_granularity="full" if recompute else None,
-            recompute_method="uniform",
-            recompute_num_layers=recompute,
+            recompute_method=recompute and recompute[0],
+            recompute_num_layers=recompute and recompute[1],
             distribute_saved_activations=False,
             fp8=None,
             fp4=None,
@@ -281,7 +285,7 @@ def loss_of(output: Tensor) -> Tensor:
 class Pipeline:
     """All ranks of a pipeline, for one tensor-parallel rank, by the schedule's order on each."""
 
-    def __init__(self, plan: RoutePlan, schedule: Schedule, rank: int, recompute: int) -> None:
+    def __init__(self, plan: RoutePlan, schedule: Schedule, rank: int, recompute: Recomputation | None) -> None:
         self.plan, self.last = plan, plan.layout.num_stages - 1
         self.blocks = blocks(plan, rank, recompute)
         self.ranks = [Rank(number, schedule) for number in range(schedule.pipeline_size)]
@@ -364,10 +368,15 @@ def one_graph(plan: RoutePlan, schedule: Schedule, rank: int) -> list[Tensor]:
     return found + [weight.grad for layer in layers for weight in layer.weights]
 
 
-@given(plans(), st.integers(0, 3), st.sampled_from([0, 1]), st.data())
+@given(
+    plans(),
+    st.none() | st.tuples(st.sampled_from(["uniform", "block"]), st.integers(1, 3)),
+    st.sampled_from([0, 1]),
+    st.data(),
+)
 @settings(max_examples=40)
 def test_a_pipeline_has_the_gradients_of_one_graph(
-    one_rank: None, plan: RoutePlan, recompute: int, rank: int, data: st.DataObject
+    one_rank: None, plan: RoutePlan, recompute: Recomputation | None, rank: int, data: st.DataObject
 ) -> None:
     """And what crosses each hop both ways, and waits on each rank, is the bound; twice the same to the last bit."""
     drawn = schedules(plan.layout.pipeline_size, plan.layout.num_chunks).filter(lambda one: not one.forward_only)
