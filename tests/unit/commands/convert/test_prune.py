@@ -33,6 +33,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "two distances": GPT2 | {"sla_skip_distances": [1, 2]},
     # The last two layers have no keys and values then, nor a norm of keys.
     "all groups skip": LLAMA | {"sla_skip_groups": [0, 1, 2, 3]},
+    "values of one layer": GPT2 | {"sla_skip_distances": [], "sla_source_layers": [1], "sla_share": "values"},
+    # The last two layers have values alone, and no norm of keys.
+    "keys alone, all groups": LLAMA | {"sla_skip_groups": [0, 1, 2, 3], "sla_share": "keys"},
 }
 
 
