@@ -139,7 +139,7 @@ def test_every_line_of_a_users_own_file(tmp_path: Path) -> None:
 
 def test_bash_and_sh_read_the_same() -> None:
     """The launchers are written for one or the other."""
-    presets = "13b gpt2-124m-hybrid 8k sla-pruned recompute"
+    presets = "13b gpt2-124m-hybrid 8k sla-pruned cla2 recompute"
     in_sh, in_bash = (arguments_of(presets, shell) for shell in ("sh", "bash"))
     assert (in_sh.returncode, in_sh.stdout) == (in_bash.returncode, in_bash.stdout) != (0, "[]\n")
     assert json.loads(in_sh.stdout)[-1] == "last"

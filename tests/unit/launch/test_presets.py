@@ -121,6 +121,33 @@ def test_combination(
     assert totals(job).kv == 0
 
 
+#: What the presets of other methods settle to, with ``L`` layers and ``G`` K/V groups.
+NAMED = {
+    "skipv1": lambda layers, groups: ("values", None, [1], groups // 2, None),
+    "cla2": lambda layers, groups: ("kv", [1], None, groups, ",".join(map(str, range(2, layers + 1, 2)))),
+    "half-shared": lambda layers, groups: ("kv", None, [layers // 2], groups, None),
+}
+
+
+@pytest.mark.parametrize("setting", NAMED)
+@pytest.mark.parametrize("model", [*MODELS, *HYBRIDS])
+def test_a_named_setting(
+    settle: Callable[..., Namespace], monkeypatch: pytest.MonkeyPatch, model: str, setting: str
+) -> None:
+    """It fits every model, dead projections left out too, and ``sla-plan`` finds a schedule for it."""
+    from sla_megatron.commands.plan.settle import settled_job
+    from sla_megatron.flags.skipping import num_attention_layers, num_query_groups
+
+    flags, gpus = flags_of(f"{model} 4k {setting}"), num_gpus(model)
+    args = settle([*flags, "--sla-kv-projection", "pruned"], gpus)
+    names = ("share", "skip_distance", "source_layer", "num_skip_groups", "layers")
+    expected = NAMED[setting](num_attention_layers(args), num_query_groups(args))
+    assert tuple(getattr(args, f"sla_{name}") for name in names) == expected
+
+    monkeypatch.setattr(sys, "argv", ["sla-plan", *flags, "--num-gpus", str(gpus)])
+    settled_job().require_runnable()
+
+
 @pytest.mark.parametrize("model", HYBRIDS)
 def test_a_hybrid_model_is_the_gpt(settle: Callable[..., Namespace], model: str) -> None:
     """All else is as the GPT has it: an attention layer and an MLP layer for each of its layers."""
