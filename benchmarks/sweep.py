@@ -12,7 +12,7 @@ from typing import Any
 
 from sla_megatron.commands.sweep import plot as sweep_plot
 from sla_megatron.commands.sweep.errors import SweepError
-from sla_megatron.commands.sweep.report import HEADER, NOTE, cells
+from sla_megatron.commands.sweep.report import HEADER, cells, note
 from sla_megatron.commands.sweep.results_folder import SweepFolder
 from sla_megatron.commands.sweep.summary import groups
 
@@ -41,8 +41,10 @@ def main() -> None:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """One line a setting, over its seeds."""
-    rows = [cells(group) for group in groups(result["rows"])]
-    return [Table(f"Validation loss, {result['rows'][0]['tokens']:,} tokens a run", HEADER, rows, (0, 4), NOTE)]
+    found = groups(result["rows"])
+    rows = [cells(group) for group in found]
+    title = f"Validation loss, {result['rows'][0]['tokens']:,} tokens a run"
+    return [Table(title, HEADER, rows, (0, 4), note(found))]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -137,6 +137,7 @@ def test_equal_parameters(finished: tuple[Path, str], grid: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     [row] = rows(tmp_path / "out").values()
     assert (row["sources"], row["share"], row["distances"], row["label"]) == ([1], "values", [], "ours")
+    assert not {"sources", "share", "label", "ffn_hidden_size"} & rows(finished[0])[DENSE].keys()
     assert "share values" in (tmp_path / "out" / "runs" / row["name"] / "train.log").read_text()
     # Two values of 16 rows are left out of three layers: 3 * 2 * 16 * 65.  A unit of four MLPs has 4 * 129.
     dense = rows(finished[0])[DENSE]["parameters"]

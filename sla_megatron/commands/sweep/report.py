@@ -27,8 +27,9 @@ _LEFT = (0, 4)
 NOTE = (
     "Mean over seeds, ± the sample's standard deviation, (least-most); losses in nats a token. less dense: the\n"
     "difference to the dense run of the same seed; below 0, skip-layer attention is better. heads: query heads that\n"
-    "skip, of all. distance: in layers, or the layer that all read. parameters: beside them, how far from dense."
+    "skip, of all."
 )
+_NOTE_ON_VARIANTS = "distance: in layers, or the layer that all read. parameters: in brackets, how far from dense."
 
 
 def cells(group: Group) -> tuple[str, ...]:
@@ -58,20 +59,26 @@ def _parameters(group: Group) -> str:
     return f"{group.parameters:,} ({100 * (group.parameters / dense - 1):+.2f} %)"
 
 
+def note(groups: Sequence[Group]) -> str:
+    """What the columns of the table mean."""
+    has_variants = any(g.setting.sources or g.dense_parameters not in (None, g.parameters) for g in groups)
+    return f"{NOTE}\n{_NOTE_ON_VARIANTS}" if has_variants else NOTE
+
+
 def _mean(spread: Spread, style: str) -> str:
     return f"{spread.mean:{style}}" + ("" if spread.deviation is None else f" ± {spread.deviation:.4f}")
 
 
 def as_text(groups: Sequence[Group]) -> str:
     """For a terminal."""
-    return f"{table(HEADER, [cells(group) for group in groups], _LEFT)}\n\n{NOTE}"
+    return f"{table(HEADER, [cells(group) for group in groups], _LEFT)}\n\n{note(groups)}"
 
 
 def as_markdown(groups: Sequence[Group]) -> str:
     """For a page."""
     rule = [":--" if column in _LEFT else "--:" for column in range(len(HEADER))]
     rows = ["| " + " | ".join(row) + " |" for row in (HEADER, rule, *(cells(group) for group in groups))]
-    return "\n".join([*rows, "", NOTE])
+    return "\n".join([*rows, "", note(groups)])
 
 
 def as_json(groups: Sequence[Group], rows: Sequence[dict]) -> str:

@@ -8,6 +8,9 @@ from typing import Any, Self
 
 from ...attention.sla_config import SHARES
 
+#: What a row has always had.
+_BEFORE = ("distances", "skip_groups", "kv_projection", "layers")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -73,12 +76,14 @@ class Setting:
         return (not self.is_dense, *coordinates, self.layers or "", self.ffn_hidden_size or 0)
 
     def as_row(self) -> dict[str, Any]:
-        """Its part of a run's row."""
+        """Its part of a run's row; what rows of before have not is there where it says something."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        unsaid = {each.name for each in fields(self) if each.name not in _BEFORE and values[each.name] == each.default}
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: value for name, value in lists.items() if name not in unsaid}
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Self:
-        """That of a run's row; what rows of earlier versions lack is as those versions had it."""
+        """That of a run's row: what it does not say are the defaults, keys and values at distances."""
         given = {each.name: row[each.name] for each in fields(cls) if each.name in row}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

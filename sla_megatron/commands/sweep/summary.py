@@ -95,10 +95,9 @@ class Group:
         return ", ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for a program; the setting as rows have it."""
+        """All of it, for a program."""
         found = asdict(self)
-        del found["setting"]
-        return found | self.setting.as_row()
+        return found | found.pop("setting")
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:

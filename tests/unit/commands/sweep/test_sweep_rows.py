@@ -102,7 +102,7 @@ def test_variants_are_settings_of_their_own() -> None:
     ]
     assert [(g.parameters, g.dense_parameters) for g in found[3:5]] == [(1234, 1234), (1230, 1234)]
     printed = found[4].as_json()
-    assert printed["sources"] == [1] and printed["distances"] == [] and printed["ffn_hidden_size"] == 270
+    assert printed["sources"] == (1,) and printed["distances"] == () and printed["ffn_hidden_size"] == 270
     assert (printed["share"], printed["label"], printed["difference"]["n"]) == ("values", "First's", 1)
 
 
