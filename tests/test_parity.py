@@ -122,6 +122,15 @@ def _extra_cases() -> dict[str, dict[str, Any]]:
         # What reads no keys of others may differ from them in rotary embedding.
         "values-every-other-rotary": {**EVERY_OTHER_ROTARY, "share": "values", "distances": [1], "skip_groups": 3},
         "offload-values-from-one": {"offload": True, **FROM_ONE},
+        # The upper half projects no values, and norms keys of its own.
+        "values-half-pruned-qk-norm": {
+            "share": "values",
+            "distances": [],
+            "source_layers": [2],
+            "skip_groups": 4,
+            "projection": "pruned",
+            "qk_norm": True,
+        },
         # The source alone in its chunk, then readers that share one; the source with its first readers.
         "one-source-recompute-1": {**FROM_ONE, "recompute": "uniform", "share": "kv", "repeats": True},
         "one-source-recompute-3": {**FROM_ONE, "recompute": "uniform3", "repeats": True},
