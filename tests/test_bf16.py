@@ -8,13 +8,14 @@ import pytest
 
 from tests.support import bf16, gpu
 from tests.support.launch import run_worker
-from tests.support.parity import parity_case
+from tests.support.parity import FROM_ONE, parity_case
 
 pytestmark = pytest.mark.distributed
 
 SOUND = {
     "full": parity_case(),
     "pruned": parity_case(projection="pruned", groups=2, skip_groups=2),
+    "values-from-one": parity_case(**FROM_ONE, projection="pruned"),
     "two-distances": parity_case(distances=[2, 1]),
 }
 #: Another source than the reference's, for all groups or, of three that skip, for one.

@@ -33,6 +33,9 @@ BASE = {
 #: Where documents start in the two samples; the changed token, 7, is in a document that others follow.
 DOCUMENTS = {"documents": [[0, 3, 8, 9], [0, 11]]}
 
+#: The upper half reads layer 2.
+HALF = {"distances": [], "source_layers": [2], "skip_groups": 4}
+
 CASES: dict[str, dict[str, Any]] = {
     "cp1": {"cp": 1},
     "cp2": {},
@@ -48,6 +51,9 @@ CASES: dict[str, dict[str, Any]] = {
     "documents-thd": DOCUMENTS | {"cp": 1, "packed": "thd"},
     "cp2-tp2-documents": DOCUMENTS | {"tp": 2, "sequence_parallel": True},
     "cp4-documents-uniform2": DOCUMENTS | {"cp": 4, "groups": 2, "skip_groups": 2, "recompute": "uniform2"},
+    # Half-shared, of keys: values are each layer's own.
+    "cp4-keys-half-pruned": {**HALF, "cp": 4, "share": "keys", "projection": "pruned"},
+    "cp2-tp2-half-documents-uniform2": DOCUMENTS | HALF | {"tp": 2, "recompute": "uniform2"},
     "cp2-dense": {"skip_groups": 0, "distances": [1]},
 }
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support import gpu
-from tests.support.parity import parity_case
+from tests.support.parity import FROM_ONE, parity_case
 from tests.support.runs import CLOSE, CPU_FLAGS, NO_DROPOUT, argv, train
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +36,8 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "layernorm-learned": parity_case(**shared, rope=False, rms_norm=False),
         "recompute-selective": parity_case(**shared, recompute="selective"),
         "recompute-full": parity_case(**shared, recompute="uniform2"),
+        "values-from-one": parity_case(**shared, **FROM_ONE, projection="pruned"),
+        "values-from-one-recompute-full": parity_case(**shared, **FROM_ONE, recompute="uniform2"),
         "two-distances": parity_case(**shared, distances=[2, 1]),
         "hybrid": parity_case(**shared, pattern="*-**-", distances=[2, 1]),
         "hybrid-recompute-full": parity_case(**shared, pattern="-*-**", recompute="uniform3", projection="pruned"),

@@ -20,7 +20,7 @@ from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.upstream.megatron_version import megatron_flavour
 from tests.support.launch import run_worker
-from tests.support.parity import parity_case, relative_errors
+from tests.support.parity import FROM_ONE, parity_case, relative_errors
 from tests.support.pipelines import (
     GLOBAL_BATCH,
     GROUPS,
@@ -56,6 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
     # Chunks of mixed layers, in which a source and its reader lie together, apart, and beside a chunk of none.
     "uniform-3": {"pattern": "*--*-***", "recompute": "uniform3", "distances": [2, 1]},
     "block": {"pattern": "*-*E*", "recompute": "block", **EXPERTS},
+    # SkipV1Former's: all read the first attention layer, which is not the first layer.
+    "values-from-one": {"pattern": "-*-**-*", "recompute": "uniform3", **FROM_ONE, "projection": "pruned"},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import parity_variants
 from tests.support.launch import run_worker
-from tests.support.parity import parity_case, relative_errors
+from tests.support.parity import FROM_ONE, parity_case, relative_errors
 
 pytestmark = pytest.mark.distributed
 
@@ -19,8 +19,6 @@ TOLERANCE = 1e-5
 
 
 EVERY_OTHER_ROTARY = {"no_rope_freq": 2, "layers_without_rope": [2, 4]}
-#: All later layers read the first.
-FROM_ONE = {"share": "values", "distances": [], "source_layers": [1], "skip_groups": 2}
 
 
 def _cases() -> dict[str, dict[str, Any]]:
@@ -124,10 +122,19 @@ def _extra_cases() -> dict[str, dict[str, Any]]:
         # What reads no keys of others may differ from them in rotary embedding.
         "values-every-other-rotary": {**EVERY_OTHER_ROTARY, "share": "values", "distances": [1], "skip_groups": 3},
         "offload-values-from-one": {"offload": True, **FROM_ONE},
+        # The upper half projects no values, and norms keys of its own.
+        "values-half-pruned-qk-norm": {
+            "share": "values",
+            "distances": [],
+            "source_layers": [2],
+            "skip_groups": 4,
+            "projection": "pruned",
+            "qk_norm": True,
+        },
         # The source alone in its chunk, then readers that share one; the source with its first readers.
-        "one-source-recompute-1": {"recompute": "uniform", "share": "kv", "repeats": True, **FROM_ONE},
-        "one-source-recompute-3": {"recompute": "uniform3", "repeats": True, **FROM_ONE},
-        "one-source-recompute-block": {"recompute": "block", "share": "keys", "repeats": True, **FROM_ONE},
+        "one-source-recompute-1": {**FROM_ONE, "recompute": "uniform", "share": "kv", "repeats": True},
+        "one-source-recompute-3": {**FROM_ONE, "recompute": "uniform3", "repeats": True},
+        "one-source-recompute-block": {**FROM_ONE, "recompute": "block", "share": "keys", "repeats": True},
     }
     return {name: base | extra for name, extra in extras.items()}
 

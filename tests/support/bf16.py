@@ -14,7 +14,7 @@ DRAWS = 16
 RATIO = 1.5
 
 #: What a dense model of the same size has in the place of a case's settings.
-_DENSE = {"skip_groups": 0, "projection": "full", "distances": [1], "mistake": {}}
+_DENSE = {"skip_groups": 0, "projection": "full", "distances": [1], "source_layers": [], "share": "kv", "mistake": {}}
 
 _LOGITS = ("logits", "evaluation")
 #: What ``parity_worker`` answers beside errors.

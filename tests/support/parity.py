@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+#: SkipV1Former's: all later layers read the first one's values.
+FROM_ONE = {"share": "values", "distances": [], "source_layers": [1], "skip_groups": 2}
+
 
 def parity_case(**changes: Any) -> dict[str, Any]:
     """A model of ``parity_worker``."""

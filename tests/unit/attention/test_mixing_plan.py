@@ -16,6 +16,7 @@ from sla_megatron.attention.sla_config import KINDS, SLAConfig
 from sla_megatron.pipeline.joining import joined
 from sla_megatron.pipeline.runs import Run
 from sla_megatron.pipeline.waiting import Microbatch
+from tests.support.te_layout import APART, lies_so, te_layout
 
 from ..strategies import sla_configs
 
@@ -61,6 +62,22 @@ def test_nothing_handed_on_lies_with_what_is_read(sla: SLAConfig) -> None:
             places = [output.untyped_storage().data_ptr() for output in mix(plan.mixing, inputs)]
             # Queries, keys and values first.
             assert set(places[:3]).isdisjoint(places[3:]) == (not may_be_views or bool(role.takes))
+
+
+@given(sla_configs(), st.integers(1, 2))
+def test_transformer_engine_reads_what_is_there(sla: SLAConfig, queries: int) -> None:
+    """By the rule with which it takes strides for a layout, of every layer that shares: of any mixture."""
+    for layer in range(1, sla.num_layers + 1):
+        role = LayerRole.of(sla, layer)
+        if not (role.takes or role.puts):
+            continue
+        own = OwnHeads.in_projection(role, queries)
+        plan = LayerPlan.of(role, own, [(sla.num_query_groups,) for _ in role.takes])
+        inputs = [torch.zeros(2, 2, heads, 3) for heads in plan.mixing.inputs]
+        query, key, value, *_ = mix(plan.mixing, inputs)
+        layout = te_layout(query, key, value)
+        assert lies_so(layout, query, key, value)
+        assert layout == APART or not role.takes
 
 
 def test_skipv1former_hands_on_one_piece() -> None:
