@@ -17,7 +17,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comm_stream, get_comp_stream
+from megatron.core.pipeline_parallel.utils import NoopScheduleNode, ScheduleNode, get_comm_stream, get_comp_stream
 from torch import Tensor
 
 from ..pipeline.declarations import CrossLayerTensor, Name
@@ -117,6 +117,19 @@ def _leave(between: _BetweenNodes, traffic: StageTraffic | None, hidden_states: 
     return hidden_states
 
 
+class _End(NoopScheduleNode):
+    """What follows the last layer where hidden states leave the block as they are: no graph of its own.
+
+    A node's output that is its input would be freed with what was sent, and take its gradient's shape along.
+    """
+
+    def __init__(self, leave: Callable[[Tensor], Tensor]) -> None:
+        self._leave = leave
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self._leave(inputs)
+
+
 def _names(*tensors: CrossLayerTensor) -> tuple[Name, ...]:
     return tuple(tensor.name for tensor in tensors)
 
@@ -144,8 +157,12 @@ def share_between_nodes(plan: Any, decoder: Any) -> None:
             node = plan.get_layer(index).pre_dispatch_computation
             node.submodule = partial(_share, node.submodule, between, reads, makes, arrives)
     last = plan.get_layer(len(decoder.layers) - 1)
+    leave = partial(_leave, between, traffic)
     # A place for a node on the stream that computes, which layers of a decoder have no use for.
-    last.mtp_post_process = ScheduleNode(partial(_leave, between, traffic), get_comp_stream, plan.event, name="leave")
+    if traffic is not None and (traffic.keeps or traffic.leaves):
+        last.mtp_post_process = ScheduleNode(leave, get_comp_stream, plan.event, name="leave")
+    else:
+        last.mtp_post_process = _End(leave)
 
 
 def sharing(upstream: Callable[..., Any]) -> Callable[..., Any]:
