@@ -19,7 +19,7 @@ from sla_megatron.commands.convert.verify import THRESHOLD, megatron_model
 from tests.reference import ReferenceGPT
 from tests.support.argument_rows import SWIGLU
 from tests.support.convert_models import HEADS, LAYERS, LENGTH, VOCABULARY, save_random_checkpoint
-from tests.support.foreign_models import save_foreign
+from tests.support.foreign_models import save_foreign, save_ours, tensors
 from tests.support.launch import ROOT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
@@ -107,3 +107,58 @@ def test_the_documented_commands(
             rows = HEAD_SIZE * sum(meant.is_projected(layer, group, kind) for group in range(HEADS))
             names = [f"model.layers.{layer - 1}.self_attn.{kind[0]}_proj.{part}" for part in ("weight", "bias")]
             assert [found.get(name, 0) for name in names] == [rows, rows]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama, ``hf``, and a model of ours that skips, ``ours``."""
+    folder = tmp_path_factory.mktemp("folders")
+    save_foreign(folder / "hf")
+    save_ours(folder / "ours")
+    return folder
+
+
+def test_of_a_hugging_face_folder(folders: Path, tmp_path: Path, convert: Callable[..., tuple[int, str]]) -> None:
+    """The checkpoint's weights are the folder's, and its settings those of the flags, counted."""
+    status, said = convert("dense-to-sla", folders / "hf", tmp_path / "sla", *COMMANDS["skipv1"])
+    assert status == 0, said
+    found = open_megatron(tmp_path / "sla")
+    asked = {name: value for name, value in vars(found.args).items() if name.startswith("sla")}
+    assert asked == {
+        **{"sla": True, "sla_share": "values", "sla_source_layer": [1], "sla_skip_distance": None},
+        **{"sla_num_skip_groups": 1, "sla_layers": "2-4", "sla_kv_projection": "full"},
+    }
+    given = tensors(folders / "hf")
+    assert [name for name, tensor in given.items() if not torch.equal(found.get(name), tensor)] == []
+
+
+#: What is converted, flags, and the line.  The Llama has 4 layers and 2 groups.
+REFUSED: dict[str, tuple[str, str, str]] = {
+    "share": ("hf", "--sla-share queries", "--sla-share queries: expected kv or values or keys"),
+    "source": ("hf", "--sla-source-layer 5", "--sla-source-layer 5: expected one or more layers within 1-4"),
+    "no source": ("hf", "--sla-source-layer", "--sla-source-layer without a value: expected one or more layers within"),
+    "share of layers": ("hf", "--sla-source-layer 1.5", "--sla-source-layer 1.5: expected one or more layers, counted"),
+    "too many": ("hf", "--sla-source-layer 1 2 3", "--sla-source-layer 1 2 3: expected at most as many source layers"),
+    "both": (
+        "hf",
+        "--sla-source-layer 1 --sla-skip-distance 1",
+        "--sla-source-layer 1: expected no --sla-skip-distance beside it",
+    ),
+    "groups": ("hf", "--sla-num-skip-groups 3", "--sla-num-skip-groups 3: expected an integer from 0 to 2"),
+    "layers": (
+        "hf",
+        "--sla-source-layer 2 --sla-layers 2-/2",
+        "--sla-layers 2-/2: expected layers beyond the source layer 2: 3-4",
+    ),
+    "skips already": ("ours", "--sla-share values", "ours: it is a skip-layer model already"),
+    "a checkpoint's": ("hf", "--override bf16=True", "--override bf16: expected a checkpoint beside it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(folders: Path, tmp_path: Path, convert: Callable[..., tuple[int, str]], name: str) -> None:
+    """In one line, as pretraining refuses it, with nothing written."""
+    folder, flags, line = REFUSED[name]
+    status, said = convert("dense-to-sla", folders / folder, tmp_path / "sla", *flags.split())
+    (found,) = [text for text in said.splitlines() if text.startswith("sla-convert: error: ")]
+    assert (status, line in found, list(tmp_path.iterdir())) == (2, True, []), found

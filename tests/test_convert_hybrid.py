@@ -26,10 +26,19 @@ pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 #: GPTs of four layers, and the pattern that is the same.  Every parameter is drawn in order of depth, so that both are
 #: the same weights though Megatron builds and saves each by itself.
 FULL = SWIGLU | {"sla": True, "sla_skip_distance": [1, 2], "sla_num_skip_groups": 2, "qk_layernorm": True}
+SKIPV1 = {
+    "sla": True,
+    "qk_layernorm": True,
+    "sla_source_layer": [1],
+    "sla_share": "values",
+    "sla_kv_projection": "pruned",
+}
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "full": (FULL, "*-*-*-*-"),
     # Numbered layers, biases, learned positions.
     "pruned": ({"sla": True, "sla_skip_distance": [1], "sla_kv_projection": "pruned"}, "*-*-*-*-"),
+    # Values of the first layer; of others, some groups have a key alone.
+    "values": (SWIGLU | SKIPV1, "*-*-*-*-"),
     "experts": (SWIGLU | {"num_experts": 2}, "*E*E*E*E"),
     # Numbered too.
     "mixed": (SWIGLU | {"num_experts": 2, "moe_layer_freq": "([1,0,1,0])"}, "*E*-*E*-"),
@@ -51,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["full", "pruned"])
+@pytest.mark.parametrize("name", ["full", "pruned", "values"])
 def test_exported_as_the_gpt(made: Path, tmp_path: Path, name: str) -> None:
     """Byte for byte the GPT's files; and Megatron's hybrid model has the export's logits."""
     for what in ("gpt", "hybrid"):

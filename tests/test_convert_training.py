@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -13,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.reference import ReferenceGPT
 from tests.support.convert_models import save_random_checkpoint
 from tests.support.launch import ROOT
-from tests.support.pipelines import FOUR_RANKS, MODELS
+from tests.support.pipelines import FOUR_RANKS, GLOBAL_BATCH, GROUPS, LAYERS, MICRO_BATCH, MODELS
 from tests.support.runs import argv, train_on_all_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
@@ -29,28 +32,46 @@ RUNS = {
     "mha-pruned-two-long": "tp2pp2",
     "mha-full-short": "cp2pp2v2",
 }
+#: The one of ``MODELS`` of which the dense one has the shape.
+SHAPE = MODELS["gqa-full-long-and-short"]
+#: SkipV1Former's setting: half of the groups read the values of layer 1.
+SKIPV1 = {"sla_share": "values", "sla_source_layer": [1], "sla_num_skip_groups": 0.5, "sla_kv_projection": "pruned"}
+#: How docs/checkpoints.md goes on from what it made.
+GO_ON = re.search(
+    r"^launch/local.sh (--load skipv1 .*) --save checkpoints \.\.\.$",
+    (ROOT / "docs/checkpoints.md").read_text(),
+    re.MULTILINE,
+)
 
 
 def _flags(name: str, **flags: Any) -> list[str]:
     base = {"vocab_size": VOCABULARY, "eval_iters": 0, "lr": 1e-2, "train_iters": SAVED_AT}
-    return argv(**MODELS[name].argv() | base | flags)
+    model = (SHAPE if name == "dense" else MODELS[name]).argv()
+    if name == "dense":
+        model = {flag: value for flag, value in model.items() if not flag.startswith("sla")}
+    return argv(**model | base | flags)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``<name>/megatron``: after two steps on four ranks, with optimizer state; ``<name>/hf`` and ``<name>/back``."""
+    """``<name>/megatron``: after two steps on four ranks, with optimizer state; ``<name>/hf`` and ``<name>/back``.
+
+    ``dense/skipv1`` is made of ``dense/megatron``.
+    """
     from sla_megatron.commands.convert.commands import hf_to_megatron, megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.dense_to_sla import WithSLA
     from sla_megatron.commands.convert.hf_reader import HFSource
 
     folder = tmp_path_factory.mktemp("trained")
     saves = {
         name: _flags(name, **FOUR_RANKS[layout].argv(), save=folder / name / "megatron", save_interval=SAVED_AT)
-        for name, layout in RUNS.items()
+        for name, layout in (RUNS | {"dense": "tp2pp2"}).items()
     }
     train_on_all_ranks({name: {"argv": flags} for name, flags in saves.items()}, 4, folder / "ranks")
     for name in RUNS:
         megatron_to_hf(open_megatron(folder / name / "megatron"), folder / name / "hf")
         hf_to_megatron(HFSource(folder / name / "hf"), folder / name / "back")
+    hf_to_megatron(WithSLA(open_megatron(folder / "dense" / "megatron"), **SKIPV1), folder / "dense" / "skipv1")
     return folder
 
 
@@ -65,24 +86,71 @@ def test_logits_of_a_sharded_run(trained: Path, name: str) -> None:
     assert compare(source, trained / name / "hf").relative <= THRESHOLD
 
 
-def test_training_goes_on_from_what_came_back(trained: Path, tmp_path: Path) -> None:
-    """The same losses and gradient norms, bit for bit, as from the original's weights: padded rows came back too.
+@pytest.fixture(scope="module")
+def gone_on(trained: Path) -> dict[str, list[dict[str, Any]]]:
+    """Two steps on two ranks from each of ``CAME_BACK``, and from its original; and from the dense model with SLA.
 
-    On two ranks, where both are loaded in another layout than they were saved in.
+    All are loaded in another layout than they were saved in.  ``dense/batches`` and ``dense/saved`` are written.
     """
     starts = {}
-    names = list(RUNS)[:2]
-    for name in names:
+    for name in CAME_BACK:
         original = {"load": trained / name / "megatron", "finetune": True, "no_load_optim": True, "no_load_rng": True}
         starts[f"{name}.original"] = {"argv": _flags(name, **original)}
         starts[f"{name}.back"] = {"argv": _flags(name, load=trained / name / "back")}
-    answers = train_on_all_ranks(starts, 2, tmp_path / "ranks")
-    for name in names:
+    dense = trained / "dense"
+    words = GO_ON[1].replace("skipv1", str(dense / "skipv1")).split()
+    starts["skipv1"] = {
+        "argv": [*_flags("dense", save=dense / "saved", save_interval=SAVED_AT), *words],
+        "entry": str(ROOT / "tests" / "support" / "recorded_batches.py"),
+        "environment": {"SLA_TEST_BATCHES": str(dense / "batches")},
+    }
+    return train_on_all_ranks(starts, 2, trained / "going-on")
+
+
+CAME_BACK = list(RUNS)[:2]
+
+
+def test_training_goes_on_from_what_came_back(gone_on: dict[str, list[dict[str, Any]]]) -> None:
+    """The same losses and gradient norms, bit for bit, as from the original's weights: padded rows came back too."""
+    answers = gone_on
+    for name in CAME_BACK:
         for ours, theirs in zip(answers[f"{name}.back"], answers[f"{name}.original"], strict=True):
             assert ours["status"] == theirs["status"] == 0, ours["stderr"]
             assert ours["iteration"] == [1, 2]
             for what in ("loss", "grad_norm"):
                 assert ours[what] == theirs[what]
+
+
+def test_a_dense_model_goes_on_with_sla(trained: Path, gone_on: dict[str, list[dict[str, Any]]]) -> None:
+    """The first loss is the reference's, of the dense model's weights; what was trained is exported and equal."""
+    from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
+    from sla_megatron.commands.convert.megatron_model import megatron_alone
+    from sla_megatron.commands.convert.trained_model import trained_model
+    from sla_megatron.commands.convert.verify import THRESHOLD, compare
+
+    answer, folder = gone_on["skipv1"][0], trained / "dense"
+    assert answer["status"] == 0, answer["stderr"]
+    assert answer["iteration"] == [1, 2] and all(map(math.isfinite, answer["loss"]))
+
+    batches = torch.load(folder / "batches")[: GLOBAL_BATCH // MICRO_BATCH]
+    tokens, labels = map(torch.cat, zip(*batches, strict=True))
+    with megatron_alone():
+        model = trained_model(open_megatron(folder / "megatron"))
+        weights = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    sizes = LAYERS, SHAPE.heads, GROUPS, SHAPE.head_size
+    losses = [
+        float(ReferenceGPT(*sizes, rope=True, rms_norm=True, **meant).loss(weights, tokens, labels))
+        for meant in ({"source_layers": (1,), "num_skip_groups": 2, "share": "values"}, {})
+    ]
+    assert answer["loss"][0] == pytest.approx(losses[0], rel=1e-6)
+    # The dense model's is another.
+    assert losses[1] != pytest.approx(losses[0], rel=1e-4)
+
+    source = open_megatron(folder / "saved")
+    megatron_to_hf(source, folder / "hf")
+    written = json.loads((folder / "hf" / "config.json").read_text())
+    assert (written["sla_share"], written["sla_source_layers"], written["sla_skip_distances"]) == ("values", [1], [])
+    assert compare(source, folder / "hf").relative <= THRESHOLD
 
 
 @pytest.fixture

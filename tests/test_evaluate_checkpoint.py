@@ -35,6 +35,7 @@ SKIPPING = {"sla": True, "sla_skip_distance": [1, 2], "sla_num_skip_groups": 2}
 MODELS: dict[str, dict[str, Any]] = {
     "checkpoints": SKIPPING,
     "pruned": ROPE | {"sla": True, "sla_skip_distance": [1], "sla_kv_projection": "pruned"},
+    "values": ROPE | {"sla": True, "sla_source_layer": [1], "sla_share": "values", "sla_kv_projection": "pruned"},
     "dense": ROPE | {"untie_embeddings_and_output_weights": True, "mtp_num_layers": 1},
     "hybrid": SKIPPING | {"num_layers": 8, "hybrid_layer_pattern": "*-*-*-*-"},
 }

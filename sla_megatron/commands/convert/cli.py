@@ -5,6 +5,7 @@ sla-convert megatron-to-hf dense-checkpoints exported --as llama
 sla-convert hf-to-megatron exported checkpoints-again
 sla-convert prune exported pruned
 sla-convert dense-to-sla dense-checkpoints sla-checkpoints --sla-skip-distance 9
+sla-convert dense-to-sla llama sla-checkpoints --sla-share values --sla-source-layer 1 --sla-num-skip-groups 0.5
 sla-convert gpt-to-hybrid checkpoints hybrid-checkpoints --hybrid-layer-pattern '*-*-*-*-'
 sla-convert hybrid-to-gpt hybrid-checkpoints gpt-checkpoints
 sla-convert describe checkpoints
