@@ -159,6 +159,17 @@ class SLAConfig:
         """Dead tensors of that kind, one for each (layer, group), of the whole model."""
         return sum(self.num_query_groups - len(self.live_groups(m, kind)) for m in range(1, self.num_layers + 1))
 
+    def dead_parameters(self, head_size: int, row: int, key_norm: int) -> int:
+        """Parameters that nobody reads, which ``pruned`` leaves out.
+
+        Args:
+            head_size: rows of one key, or value, in its projection.
+            row: parameters of a row, its bias with it.
+            key_norm: parameters of a layer's norm of keys, which a layer without a live key has no use for.
+        """
+        without_keys = sum(not self.live_groups(layer, "key") for layer in range(1, self.num_layers + 1))
+        return head_size * row * sum(map(self.num_dead, KINDS)) + without_keys * key_norm
+
     def rank_groups(self, tensor_parallel_size: int, rank: int) -> range:
         """The groups that tensor-parallel ``rank`` holds: Megatron gives each rank ``G/T`` neighbouring ones."""
         share = self.num_query_groups // tensor_parallel_size

@@ -56,11 +56,9 @@ def resolve_settings(args: Namespace) -> None:
     Shares become counts of layers or groups, and layers are spelled out.  Raises :class:`FlagError`.
     """
     groups, layers = num_query_groups(args), num_attention_layers(args)
-    args.sla_num_skip_groups = (
-        default_num_skip_groups(groups)
-        if args.sla_num_skip_groups is None
-        else _count(args.sla_num_skip_groups, groups)
-    )
+    if args.sla_num_skip_groups is None:
+        args.sla_num_skip_groups = default_num_skip_groups(groups)
+    args.sla_num_skip_groups = _count(args.sla_num_skip_groups, groups)
     if not 0 <= args.sla_num_skip_groups <= groups:
         raise FlagError("--sla-num-skip-groups", args.sla_num_skip_groups, f"an integer from 0 to {groups}")
     if args.sla_source_layer is None:

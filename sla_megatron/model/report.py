@@ -13,7 +13,7 @@ from megatron.training import print_rank_0
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
-from ..attention.sla_config import KINDS, SLAConfig, compact_ranges
+from ..attention.sla_config import SLAConfig, compact_ranges
 
 _to_repeat: list[str] = []
 
@@ -69,8 +69,7 @@ def pruned_parameters(config: GPTModelConfig | HybridModelConfig) -> int:
     norm = 0
     if transformer.qk_layernorm and not transformer.qk_l2_norm:
         norm = transformer.kv_channels * (2 if transformer.normalization == "LayerNorm" else 1)
-    without_keys = sum(not sla.live_groups(layer, "key") for layer in range(1, sla.num_layers + 1))
-    return transformer.kv_channels * sum(map(sla.num_dead, KINDS)) * per_row + without_keys * norm
+    return sla.dead_parameters(transformer.kv_channels, per_row, norm)
 
 
 def count_parameters(chunks: list[MegatronModule]) -> int:

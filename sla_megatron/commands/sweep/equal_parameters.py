@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...attention.sla_config import KINDS, SLAConfig
+from ...attention.sla_config import SLAConfig
 from .errors import GridError
 
 #: With these, layers are of several kinds, and no one width makes up for what is left out.
@@ -82,19 +82,14 @@ class Widths:
         norm = channels * (2 if found.normalization == "LayerNorm" else 1) if has_norm else 0
         return cls(hidden, channels, ffn, found.swiglu, bias, bias or found.add_qkv_bias, norm, ranks)
 
-    def left_out(self, sla: SLAConfig) -> int:
-        """Parameters of the dense model that ``pruned`` has not."""
-        rows = self.kv_channels * sum(sla.num_dead(kind) for kind in KINDS)
-        without_keys = sum(not sla.live_groups(layer, "key") for layer in range(1, sla.num_layers + 1))
-        return rows * (self.hidden_size + int(self.qkv_bias)) + without_keys * self.key_norm
-
     def widened(self, sla: SLAConfig) -> int:
         """The MLP's width with which the parameters come closest to the dense model's."""
         if sla.kv_projection != "pruned":
             return self.ffn_hidden_size
         up = 2 if self.gated else 1
         per_unit = sla.num_layers * ((up + 1) * self.hidden_size + up * int(self.mlp_bias))
-        return round((self.ffn_hidden_size + self.left_out(sla) / per_unit) / self.ranks) * self.ranks
+        left_out = sla.dead_parameters(self.kv_channels, self.hidden_size + int(self.qkv_bias), self.key_norm)
+        return round((self.ffn_hidden_size + left_out / per_unit) / self.ranks) * self.ranks
 
 
 def _count(key: str, flag: str, value: str | None) -> int:

@@ -185,7 +185,8 @@ def test_a_norm_of_keys_that_no_layer_has(tmp_path: Path) -> None:
     """All four keys and values of layers 5-8 are dead, and with them a norm of 16 weights and 16 biases."""
     widths = Widths.of_flags("here", ["--hidden-size", "64", "--qk-layernorm"], num_heads=4)
     half = SLAConfig(8, 4, (), 4, kv_projection="pruned", source_layers=(4,))
-    assert widths.left_out(half) == 4 * (2 * 4 * 16 * 65 + 32)
+    assert (widths.kv_channels, widths.qkv_bias, widths.key_norm) == (16, True, 32)
+    assert half.dead_parameters(16, 65, 32) == 4 * (2 * 4 * 16 * 65 + 32)
 
 
 REFUSED = {
