@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -120,6 +120,9 @@ def model_heads(sla: SLAConfig, layer: int, queries: int) -> Tensor:
 
 
 @given(sla_configs(), st.integers(1, 3), st.booleans(), st.booleans())
+# The last layer projects no keys, so that its values are the one tensor of its own; and the reverse.
+@example(SLAConfig(4, 2, (1,), 2, None, "pruned", "keys"), 1, True, False)
+@example(SLAConfig(4, 2, (1,), 2, None, "pruned", "values"), 1, True, False)
 def test_every_layer_reads_the_groups_that_the_formula_names(
     sla: SLAConfig, queries: int, apart: bool, whole: bool
 ) -> None:
