@@ -7,7 +7,8 @@ GPT-2, generate greedily in turns in one process (so the machine's drift cancels
 order that rotates.  The first rounds (``--warmup``) are left out: until each model has had each place of the order, the
 heap still grows.  Decoding is timed from the first new token to the last, prefill from the call to the first token;
 ratios are of the rounds' pairs.  The cache is measured after the last token, from the tensors that it holds, and must
-be of the size that the definition gives: each live (layer, group) once.  If not, the command ends with status 1.
+be of the size that the definition gives: each key and value that is live, once.  If not, the command
+ends with status 1.  ``--method`` shares something else than the default settings do.
 
 With ``--compile`` the cache is of fixed size and each new token is a compiled step, as transformers does by itself on a
 GPU; a compiler that has to break the model's graph ends the command.  Compiling falls into the warm-up.
@@ -30,11 +31,12 @@ from sla_megatron.common.errors import one_line_errors
 from sla_megatron.common.flag_types import count
 
 from .heap import keep_freed_memory
-from .models import SHAPES, VARIANTS, hf_config
+from .models import METHODS, SHAPES, VARIANTS, cache_bytes, hf_config
 from .peers import peer_model
 from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
 
-DTYPES = ("fp32", "bf16")
+#: Name -> bytes of an element.
+DTYPES = {"fp32": 4, "bf16": 2}
 
 #: Those that take turns.
 MODELS = (*VARIANTS, "peer")
@@ -70,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         "generation",
     )
     parser.add_argument("--model", choices=list(SHAPES), default="gpt2-124m", help="the shape (default: gpt2-124m)")
+    parser.add_argument("--method", choices=METHODS, default="sla", help="what is shared (default: sla)")
     parser.add_argument("--prompts", type=count("--prompts"), nargs="+", default=[128, 1024, 4096], metavar="TOKENS")
     parser.add_argument("--batches", type=count("--batches"), nargs="+", default=[1], metavar="B")
     parser.add_argument("--tokens", type=count("--tokens", 2), default=33, help="new tokens (default: 33)")
@@ -79,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--seconds", type=count("--seconds"), metavar="S", help="of each row at most; default: as needed"
     )
     parser.add_argument("--compile", action="store_true", help="a static cache and compiled decoding steps")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 without one")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 without one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is")
     return parser
 
@@ -102,7 +105,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             torch.compiler.reset()
             torch.manual_seed(1)
             positions = length + args.tokens
-            models = {variant: build(args.model, variant, positions, dtype, args.device) for variant in MODELS}
+            models = {variant: build(args, variant, positions, dtype) for variant in MODELS}
             vocabulary = SHAPES[args.model]["vocab_size"]
             prompt = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(1))
             rows.append(measure_one(models, prompt.to(args.device), args, started))
@@ -110,13 +113,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def build(name: str, variant: str, positions: int, dtype: Any, device: str) -> Any:
+def build(args: argparse.Namespace, variant: str, positions: int, dtype: Any) -> Any:
     """A model with random weights, in evaluation mode."""
     from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM
 
-    is_peer = variant == "peer"
-    model = peer_model(name, positions) if is_peer else SlaGPTForCausalLM(hf_config(name, variant, positions))
-    return model.to(dtype).to(device).eval()
+    if variant == "peer":
+        model = peer_model(args.model, positions)
+    else:
+        model = SlaGPTForCausalLM(hf_config(args.model, variant, positions, args.method))
+    return model.to(dtype).to(args.device).eval()
 
 
 class Clock:
@@ -169,6 +174,7 @@ def measure_one(models: dict[str, Any], prompt: Any, args: argparse.Namespace, s
     configs = {variant: models["dense" if variant == "peer" else variant].config for variant in models}
     return {
         "model": args.model,
+        "method": args.method,
         "peer": type(models["peer"]).__name__,
         "prompt": length,
         "batch": batch,
@@ -181,7 +187,7 @@ def measure_one(models: dict[str, Any], prompt: Any, args: argparse.Namespace, s
                 "prefill_seconds": spread(prefill[variant]),
                 "cache_bytes": cache[variant],
                 # Of the last token nothing is cached: it is never run.
-                "formula_bytes": formula_bytes(configs[variant], batch, length + args.tokens - 1, args.dtype),
+                "formula_bytes": cache_bytes(configs[variant], batch, length + args.tokens - 1, DTYPES[args.dtype]),
             }
             for variant in models
         },
@@ -236,17 +242,6 @@ def generate(model: Any, prompt: Any, new_tokens: int, how: dict[str, Any]) -> t
     return seconds, sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def formula_bytes(config: Any, batch: int, positions: int, dtype: str) -> int:
-    """By the definition: keys and values of each (layer, group) that some layer reads, once."""
-    layers, groups = range(1, config.num_hidden_layers + 1), range(config.num_key_value_heads)
-    distances, skipping = config.sla_skip_distances, config.sla_skip_groups
-    distance = {g: distances[j % len(distances)] for j, g in enumerate(skipping)} if distances else {}
-    live = {
-        (layer - distance[g] if g in distance and layer > distance[g] else layer, g) for layer in layers for g in groups
-    }
-    return 2 * len(live) * batch * positions * config.head_dim * {"fp32": 4, "bf16": 2}[dtype]
-
-
 def ratio_line(row: dict[str, Any]) -> str:
     """For the progress."""
     parts = [f"dense {row['decode_over_peer']['dense']['median']:.3f} of {row['peer']}'s speed"]
@@ -287,7 +282,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         note += " The peer is transformers' own model of the same shape."
     return [
         Table(
-            f"Generation: {first['model']}, {first['dtype']}, {first['new_tokens']} new tokens, "
+            f"Generation: {first['model']}, {_method(first)}{first['dtype']}, {first['new_tokens']} new tokens, "
             f"{'compiled, ' if first.get('compiled') else ''}{result['machine']['device']}",
             (
                 "model",
@@ -305,6 +300,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
             note=note,
         )
     ]
+
+
+def _method(row: dict[str, Any]) -> str:
+    """Of the title; earlier results have none."""
+    method = row.get("method", "sla")
+    return "" if method == "sla" else f"{method}, "
 
 
 def _against(ratios: dict[str, dict[str, float]], variant: str, base: str) -> str:

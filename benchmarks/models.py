@@ -1,4 +1,4 @@
-"""The models that benchmarks measure: shapes by name, dense or with skip-layer attention at its default settings.
+"""The models that benchmarks measure: shapes by name, dense or with skip-layer attention, by default at its settings.
 
 Weights are random.  What is measured here (time, bytes) does not depend on them.
 """
@@ -50,28 +50,59 @@ SHAPES: dict[str, dict[str, Any]] = {
 VARIANTS = ("dense", "full", "pruned")
 
 
-def sla_config(name: str) -> SLAConfig:
-    """Skip-layer attention of the shape ``name``: distance and skip groups three quarters, the defaults."""
+#: The default settings; values or keys alone at these; and what others do: SkipV1Former (arXiv 2510.16807), CLA of two
+#: (arXiv 2405.12981), and one layer's keys and values for the upper half.
+METHODS = ("sla", "values", "keys", "skipv1", "cla2", "half-shared")
+
+
+def sla_config(name: str, method: str = "sla") -> SLAConfig:
+    """Skip-layer attention of the shape ``name`` by one of :data:`METHODS`."""
     shape = SHAPES[name]
     groups = shape.get("num_key_value_heads", shape["num_attention_heads"])
     layers = shape["num_hidden_layers"]
-    return SLAConfig(layers, groups, (default_skip_distance(layers),), default_num_skip_groups(groups))
+    if method == "skipv1":
+        return SLAConfig(layers, groups, (), round(groups / 2), share="values", source_layers=(1,))
+    if method == "cla2":
+        return SLAConfig(layers, groups, (1,), groups, tuple(range(2, layers + 1, 2)))
+    if method == "half-shared":
+        return SLAConfig(layers, groups, (), groups, source_layers=(round(layers / 2),))
+    share = "kv" if method == "sla" else method
+    return SLAConfig(layers, groups, (default_skip_distance(layers),), default_num_skip_groups(groups), share=share)
 
 
-def hf_config(name: str, variant: str, positions: int = 0) -> Any:
+def hf_config(name: str, variant: str, positions: int = 0, method: str = "sla") -> Any:
     """The ``SlaGPTConfig`` of the shape ``name``.
 
     Args:
         name: one of :data:`SHAPES`.
         variant: one of :data:`VARIANTS`.
         positions: how many positions the model must have at least; learned ones are added where it has fewer.
+        method: one of :data:`METHODS`, unless it is dense.
     """
     from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 
     fields = dict(SHAPES[name])
     if variant != "dense":
-        sla = sla_config(name)
+        sla = sla_config(name, method)
         fields |= {"sla_skip_distances": list(sla.skip_distances), "sla_skip_groups": list(sla.skip_groups)}
-        fields |= {"sla_kv_projection": variant}
+        fields |= {"sla_layers": None if sla.layers is None else list(sla.layers), "sla_kv_projection": variant}
+        fields |= {"sla_share": sla.share, "sla_source_layers": list(sla.source_layers)}
     fields["max_position_embeddings"] = max(fields.get("max_position_embeddings", 1024), positions)
     return SlaGPTConfig(**fields)
+
+
+def cache_bytes(config: Any, batch: int, positions: int, element_size: int) -> int:
+    """By the definition: each key and value of a (layer, group) that some layer reads, once."""
+    layers, groups = range(1, config.num_hidden_layers + 1), range(config.num_key_value_heads)
+    origins, skipping = config.sla_source_layers or config.sla_skip_distances, config.sla_skip_groups
+    origin = {g: origins[j % len(origins)] for j, g in enumerate(skipping)} if origins else {}
+
+    def source(layer: int, group: int) -> int:
+        n = origin.get(group, layer)
+        if layer <= n or layer not in config.sla_layers:
+            return layer
+        return n if config.sla_source_layers else layer - n
+
+    live = len({(source(layer, g), g) for layer in layers for g in groups})
+    tensors = 2 * live if config.sla_share == "kv" else live + len(layers) * len(groups)
+    return tensors * batch * positions * config.head_dim * element_size

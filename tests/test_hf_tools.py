@@ -33,6 +33,11 @@ MODES = {
         **{"sla_skip_distances": [1, 2], "num_hidden_layers": 4},
     },
 }
+#: Layers keep four values of their own, and no keys or all four.
+KEYS_ALONE = {
+    **{"sla_share": "keys", "sla_skip_distances": [], "sla_source_layers": [1], "sla_skip_groups": [0, 1, 2, 3]},
+    **{"sla_kv_projection": "pruned", "num_hidden_layers": 4},
+}
 #: Steps of training, and the rate.
 STEPS, RATE = 2, 0.05
 
@@ -257,13 +262,16 @@ def test_a_static_cache_that_is_made_before_it_is_filled(mode: str) -> None:
     assert found == kept
 
 
-def test_executorch_s_wrapper(compiler: None) -> None:
+@pytest.mark.parametrize("changes", [MODES["pruned, all groups skip"], KEYS_ALONE], ids=["both", "keys alone"])
+def test_executorch_s_wrapper(changes: dict[str, Any], compiler: None) -> None:
     """Exported with its static cache, it generates the model's tokens."""
     from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-    mode, prompt, new = "pruned, all groups skip", tokens(1, 5), 4
-    expected = model(mode).generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-    exported = model(mode)
+    prompt, new = tokens(1, 5), 4
+    expected = model(**changes).generate(
+        prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+    )
+    exported = model(**changes)
     size = {"batch_size": 1, "max_cache_len": 16, "device": "cpu"}
     exported.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", cache_config=size)
     wrapper = TorchExportableModuleForDecoderOnlyLM(exported)

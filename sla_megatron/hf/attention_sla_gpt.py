@@ -313,9 +313,7 @@ class SlaGPTAttention(nn.Module):
         blocks = x.unflatten(2, (-1, reads.projected_in_block))
         return reads.stored_pieces.take(blocks, 3, by_index)[0].flatten(2, 3)
 
-    def _rotate(
-        self, query: Tensor, key: Tensor | None, rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _rotate(self, query: Tensor, key: Tensor | None, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Both turned, ``[b, s, heads, d]``."""
         interleaved = self.is_interleaved
         if key is None:

@@ -99,9 +99,7 @@ class Sharing:
     def reads_in_block(self, layer: int, kind: str) -> dict[int, list[int]]:
         """Source layer, ascending -> the ``kind`` that ``layer`` reads of its first ``period`` groups, as stored."""
         sources = sorted({self.source_of(layer, g, kind) for g in range(self.period)})
-        return {
-            a: [g for g in self.stored_in_block(a, kind) if self.source_of(layer, g, kind) == a] for a in sources
-        }
+        return {a: [g for g in self.stored_in_block(a, kind) if self.source_of(layer, g, kind) == a] for a in sources}
 
     # What transformers' caches ask.
 

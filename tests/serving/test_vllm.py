@@ -70,6 +70,26 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         LLAMA_LIKE | {"qk_layernorm": True, "sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3]},
         3 * 4,
     ),
+    # Groups 0 and 3 of layers 4 to 6 read layer 3's cache, and group 1 of all later layers reads layer 1's.
+    "gqa, rope, many readers, full": (
+        LLAMA_LIKE | {"qk_layernorm": True, "sla_source_layers": [3, 1], "sla_skip_groups": [0, 1, 3]},
+        6 * 4 - 2 * 3 - 5,
+    ),
+    # vLLM keeps as many values as keys, so all of them.
+    "mha, learned, values, pruned": (
+        {
+            **{"sla_share": "values", "sla_source_layers": [1], "sla_skip_groups": [1, 3, 5, 7]},
+            **{"sla_kv_projection": "pruned"},
+        },
+        6 * 8,
+    ),
+    # Layers 4 to 6 have values of their own and no keys.
+    "gqa, rope, keys, pruned": (
+        LLAMA_LIKE
+        | {"qk_layernorm": True, "sla_share": "keys", "sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3]}
+        | {"sla_kv_projection": "pruned"},
+        6 * 4,
+    ),
     "dense": (LLAMA_LIKE, 6 * 4),
 }
 #: Bytes of one pair's keys and values in fp32.
@@ -149,7 +169,7 @@ def test_two_ranks_generate_what_transformers_does(tmp_path: Path) -> None:
 
 def test_without_the_plugin_transformers_model_runs(tmp_path: Path) -> None:
     """vLLM's own way, with a whole cache for each layer."""
-    names = ["mha, learned, pruned", "gqa, rope, two distances, full"]
+    names = ["mha, learned, pruned", "gqa, rope, two distances, full", "gqa, rope, keys, pruned"]
     folders = [tmp_path / name.replace(", ", "_") for name in names]
     for name, folder in zip(names, folders, strict=True):
         write_export(folder, **CASES[name][0])

@@ -16,6 +16,7 @@ MODELS = {
     "full": {},
     "pruned, all groups skip": {"sla_kv_projection": "pruned", "sla_skip_groups": [0, 1, 2, 3]},
     "recomputed": {},
+    "values of one layer": {"sla_share": "values", "sla_skip_distances": [], "sla_source_layers": [2]},
 }
 
 

@@ -1,5 +1,7 @@
 """SLA-GPT for vLLM, with the formula's cache: each live (layer, group) pair is kept once.
 
+Where keys or values are shared alone, a layer keeps all groups: vLLM's caches have as many of the one as of the other.
+
 Shapes: t tokens of all sequences of a step, h hidden, d head size, r elements of a head that rotary embedding turns.
 
 Which caches a layer has, and the order of heads, is in ``cache_plan.py``.  A later layer does not share a cache by a
@@ -29,11 +31,15 @@ from vllm.sequence import IntermediateTensors
 from ..attention_sla_gpt import SlaGPTNorm
 from ..configuration_sla_gpt import SlaGPTConfig
 from ..rotary_sla_gpt import SlaGPTRotaryEmbedding, apply_rotary
+from ..sharing_sla_gpt import KINDS
 from .cache_plan import LayerPlan, plan_layers, rank_groups
 from .weight_places import WeightPlaces
 
-#: Keys and values, ``[t, groups, d]`` each.
-KV = tuple[Tensor, Tensor]
+#: What is handed on, ``[t, groups, d]`` each: keys and values, or the one that is shared.
+Handed = dict[tuple[int, int], tuple[Tensor, ...]]
+
+#: Cosine and sine, ``[t, 1, r]`` each.
+Rotary = tuple[Tensor, Tensor]
 
 #: Scalings whose frequencies change with the length of a sequence: here, sequences of all lengths are one batch.
 CHANGING_ROPE = ("dynamic", "longrope")
@@ -63,11 +69,12 @@ class SlaGPTAttention(nn.Module):
         per_group = config.num_attention_heads // config.num_key_value_heads
         ranks = get_tensor_model_parallel_world_size()
         self.num_heads = config.num_attention_heads // ranks
-        self.kv_parts = [len(part) for part in plan.projected]
+        #: Of keys and of values.
+        self.kv_parts = [[len(part) for part in plan.projected(kind)] for kind in KINDS]
         self.call_heads = [len(call) * per_group for call in plan.calls]
 
-        kv_size = ranks * sum(self.kv_parts) * config.head_dim
-        sizes = [config.num_attention_heads * config.head_dim, *([kv_size, kv_size] if kv_size else [])]
+        kv_sizes = [ranks * sum(parts) * config.head_dim for parts in self.kv_parts]
+        sizes = [config.num_attention_heads * config.head_dim, *filter(None, kv_sizes)]
         self.qkv_proj = MergedColumnParallelLinear(
             config.hidden_size, sizes, bias=config.attention_bias, prefix=f"{prefix}.qkv_proj"
         )
@@ -75,7 +82,7 @@ class SlaGPTAttention(nn.Module):
             sizes[0], config.hidden_size, bias=config.attention_output_bias, prefix=f"{prefix}.o_proj"
         )
         self.q_norm = SlaGPTNorm(config, config.head_dim) if config.qk_layernorm else None
-        self.k_norm = SlaGPTNorm(config, config.head_dim) if config.qk_layernorm and self.kv_parts else None
+        self.k_norm = SlaGPTNorm(config, config.head_dim) if config.qk_layernorm and self.kv_parts[0] else None
 
         def keeper(groups: int, name: str) -> Attention:
             return Attention(
@@ -87,52 +94,72 @@ class SlaGPTAttention(nn.Module):
                 prefix=f"{prefix}.{name}",
             )
 
-        only_here = sum(map(len, plan.only_here.values()))
+        only_here = len(plan.calls[0]) if plan.is_joined else sum(map(len, plan.only_here.values()))
         self.attn = keeper(only_here, "attn") if only_here else None
         self.shared_attn = nn.ModuleList()
-        for reader, groups in plan.shared.items():
+        for readers, groups in {} if plan.is_joined else plan.shared.items():
             # vLLM takes a layer's number from the name, which may have no other part that is a number.
-            self.shared_attn.append(keeper(len(groups), f"attn_shared_with_{reader}"))
-            caches[plan.layer, reader] = self.shared_attn[-1]
+            self.shared_attn.append(keeper(len(groups), f"attn_shared_with_{readers[0]}"))
+            caches.update({(plan.layer, reader): self.shared_attn[-1] for reader in readers})
         # No module of its own, which vLLM would give a cache.  A list, as they have no parameters of their own either.
         self.borrowed_attn = [_reader_of(caches[source, plan.layer]) for source in plan.borrowed]
 
-    def forward(self, x: Tensor, handed: dict[tuple[int, int], KV], rotary: KV | None) -> Tensor:
+    def forward(self, x: Tensor, handed: Handed, rotary: Rotary | None) -> Tensor:
         """``[t, h]`` to ``[t, h]``.
 
         Args:
-            handed: (layer, later layer) -> keys and values of the former that the latter reads.  Those for this layer
-                are taken, this layer's added.
+            handed: (layer, later layer) -> what the latter reads of the former.  Those for this layer are taken, this
+                layer's added.
             rotary: cosine and sine, ``[t, 1, r]`` each.
         """
         query, keys, values = self._project(x, rotary)
-        plan, own = self.plan, list(zip(keys, values, strict=True))
+        if self.plan.is_joined:
+            output = self.attn(query, *self._joined(keys, values, handed))
+        else:
+            output = self._attend(query, list(zip(keys, values, strict=True)), handed)
+        return self.o_proj(output)[0]
+
+    def _joined(self, keys: list[Tensor], values: list[Tensor], handed: Handed) -> tuple[Tensor, Tensor]:
+        """All groups' keys and values, ``[t, groups, d]`` each, in the order of the call."""
+        plan, is_of_keys = self.plan, self.plan.shared_kinds == ("key",)
+        own = keys if is_of_keys else values
+        read = own[: len(own) - len(plan.handed_on)]
+        read += [handed.pop((a, plan.layer))[0] for a in plan.only_here if a != plan.layer]
+        later = own[len(own) - len(plan.shared) - len(plan.handed_on) :]
+        for readers, part in zip([*plan.shared, *plan.handed_on], later, strict=True):
+            handed.update({(plan.layer, reader): (part,) for reader in readers})
+        joined = read[0] if len(read) == 1 else torch.cat(read, dim=1)
+        return (joined, values[0]) if is_of_keys else (keys[0], joined)
+
+    def _attend(self, query: Tensor, own: list[tuple[Tensor, Tensor]], handed: Handed) -> Tensor:
+        """A call for each cache, ``[t, heads * d]``."""
+        plan = self.plan
         queries = iter(query.split(self.call_heads, dim=1))
         outputs = []
         if self.attn is not None:
             parts = [own.pop(0) if a == plan.layer else handed.pop((a, plan.layer)) for a in plan.only_here]
             key, value = (part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in zip(*parts, strict=True))
             outputs.append(self.attn(next(queries), key, value))
-        for reader in [*plan.shared, *plan.handed_on]:
-            handed[plan.layer, reader] = own.pop(0)
-        for reader, attn in zip(plan.shared, self.shared_attn, strict=True):
-            outputs.append(attn(next(queries), *handed[plan.layer, reader]))
+        for readers in [*plan.shared, *plan.handed_on]:
+            part = own.pop(0)
+            handed.update({(plan.layer, reader): part for reader in readers})
+        for readers, attn in zip(plan.shared, self.shared_attn, strict=True):
+            outputs.append(attn(next(queries), *handed[plan.layer, readers[0]]))
         for source, attn in zip(plan.borrowed, self.borrowed_attn, strict=True):
             outputs.append(attn(next(queries), *handed.pop((source, plan.layer))))
-        return self.o_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))[0]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def _project(self, x: Tensor, rotary: KV | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The queries ``[t, heads, d]`` in the order of the calls, keys and values part by part."""
         heads = self.qkv_proj(x)[0].unflatten(-1, (-1, self.head_dim))
-        stored = sum(self.kv_parts)
-        query, key, value = heads.split([self.num_heads, stored, stored], dim=1)
+        query, key, value = heads.split([self.num_heads, *map(sum, self.kv_parts)], dim=1)
         query = query if self.q_norm is None else self.q_norm(query)
         query = query if rotary is None else apply_rotary(query, *rotary, self.is_interleaved)
-        if not stored:
-            return query, [], []
-        key = key if self.k_norm is None else self.k_norm(key)
-        key = key if rotary is None else apply_rotary(key, *rotary, self.is_interleaved)
-        return query, list(key.split(self.kv_parts, dim=1)), list(value.split(self.kv_parts, dim=1))
+        if self.kv_parts[0]:
+            key = key if self.k_norm is None else self.k_norm(key)
+            key = key if rotary is None else apply_rotary(key, *rotary, self.is_interleaved)
+        keys, values = (list(t.split(n, dim=1)) if n else [] for t, n in zip((key, value), self.kv_parts, strict=True))
+        return query, keys, values
 
 
 def _reader_of(attention: Attention) -> Attention:
@@ -177,7 +204,7 @@ class SlaGPTDecoderLayer(nn.Module):
         self.post_attention_layernorm = SlaGPTNorm(config, config.hidden_size)
         self.mlp = SlaGPTMLP(config, f"{prefix}.mlp")
 
-    def forward(self, x: Tensor, handed: dict[tuple[int, int], KV], rotary: KV | None) -> Tensor:
+    def forward(self, x: Tensor, handed: Handed, rotary: Rotary | None) -> Tensor:
         """``[t, h]`` to ``[t, h]``; the rest as in :meth:`SlaGPTAttention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), handed, rotary)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -225,7 +252,7 @@ class SlaGPTModel(nn.Module):
             rotary = tuple(part.squeeze(0) for part in self.rotary_emb(x, positions.unsqueeze(0)))
         else:
             x = x + self.embed_positions(positions)
-        handed: dict[tuple[int, int], KV] = {}
+        handed: Handed = {}
         for layer in self.layers:
             x = layer(x, handed, rotary)
         return self.norm(x)
@@ -236,8 +263,8 @@ class SlaGPTForCausalLM(nn.Module):
 
     Raises:
         ValueError: in one line, for a quantised model, rotary frequencies that change with the length, and a
-            tensor-parallel size that does not divide the groups of each distance.  vLLM itself refuses pipeline
-            parallelism and adapters of a model that does not declare them, as this one.
+            tensor-parallel size that does not divide the groups of each distance or source layer.  vLLM itself refuses
+            pipeline parallelism and adapters of a model that does not declare them, as this one.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from ..configuration_sla_gpt import SlaGPTConfig
+from ..sharing_sla_gpt import KINDS
 from .cache_plan import plan_layers, rank_groups
+
+#: Letter of a projection's name -> what it projects.
+KIND_OF = {kind[0]: kind for kind in KINDS}
 
 
 class WeightPlaces:
@@ -32,13 +36,15 @@ class WeightPlaces:
         if match := re.fullmatch(r"(model\.layers\.(\d+)\.self_attn\.)([qkvo])_(proj|norm)(\.\w+)", name):
             start, layer, kind, what, end = match.groups()
             index = int(layer)
-            if kind in "kv" and not self.plans[0][index].projected:
+            plan = self.plans[0][index]
+            if kind in "kv" and not plan.projected(KIND_OF[kind]):
                 return None
             if what == "norm" or (kind == "o" and end == ".bias"):
                 return name, None, None, 0
             if kind == "o":
                 return name, None, self._rows(index, "q"), 1
-            return f"{start}qkv_proj{end}", "qkv".index(kind), self._rows(index, kind), 0
+            merged = ["q", *(short for short, of in KIND_OF.items() if plan.projected(of))]
+            return f"{start}qkv_proj{end}", merged.index(kind), self._rows(index, kind), 0
         if match := re.fullmatch(r"(model\.layers\.\d+\.mlp\.)(gate|up)_proj(\.\w+)", name):
             start, kind, end = match.groups()
             return f"{start}gate_up_proj{end}", int(self.config.gated_mlp and kind == "up"), None, 0
@@ -51,7 +57,7 @@ class WeightPlaces:
             groups = [g for plan in plans for call in plan.calls for g in call]
             width = config.num_attention_heads // config.num_key_value_heads * config.head_dim
         else:
-            stored = config.projected_groups(index + 1)
-            groups = [stored.index(g) for plan in plans for part in plan.projected for g in part]
+            stored = config.projected_groups(index + 1, KIND_OF[kind])
+            groups = [stored.index(g) for plan in plans for part in plan.projected(KIND_OF[kind]) for g in part]
             width = config.head_dim
         return torch.tensor([group * width + i for group in groups for i in range(width)], dtype=torch.long)

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import decoding_operations
 from benchmarks.decoding_operations import count_token, decoding_rows
-from benchmarks.models import SHAPES, VARIANTS
+from benchmarks.models import METHODS, SHAPES, VARIANTS, hf_config, sla_config
 from sla_megatron.hf import attention_sla_gpt
 from sla_megatron.hf.attention_sla_gpt import MOST_COPIED
 from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
@@ -68,6 +68,19 @@ def test_what_a_consumer_layer_costs(
     monkeypatch.setattr(LiveRows, "of", lambda self, projections, afresh: _of(self, projections, True))
     wasteful = count(sla_skip_distances=[9], sla_skip_groups=skipping)
     assert wasteful.operations["index_select"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("most_copied", [0, MOST_COPIED])
+def test_what_a_consumer_layer_of_each_method_costs(
+    most_copied: int, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_sla_gpt, "MOST_COPIED", most_copied)
+    configs = (hf_config("narrow", "dense"), hf_config("narrow", "full", method=method))
+    dense, found = (count_token(SlaGPTForCausalLM(config).eval(), 16) for config in configs)
+    assert found.total - dense.total <= BUDGET * len(sla_config("narrow", method).consumer_layers)
+    # A layer that projects neither keys nor values takes less.
+    assert (found.total < dense.total) == (method in ("cla2", "half-shared"))
 
 
 _of = LiveRows.of

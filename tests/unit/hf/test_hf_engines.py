@@ -32,6 +32,11 @@ MODELS = {
         **{"num_key_value_heads": 8, "sla_skip_groups": [0, 2, 3, 5, 6, 7], "sla_skip_distances": [4, 1]},
         **{"position_embedding_type": "learned_absolute", "sla_kv_projection": "pruned"},
     },
+    "values of one layer": {"sla_share": "values", "sla_skip_distances": [], "sla_source_layers": [1]},
+    "keys, two blocks, pruned": {
+        **{"num_key_value_heads": 8, "sla_skip_groups": [1, 3, 5, 7], "sla_skip_distances": [2]},
+        **{"sla_share": "keys", "sla_kv_projection": "pruned"},
+    },
     "no own K/V": {"sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3], "sla_kv_projection": "pruned"},
 }
 
@@ -121,7 +126,10 @@ def split(model: SlaGPTForCausalLM, size: int) -> list[list[SlaGPTAttention]]:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("dense", 2), ("dense", 4), ("MHA, rope, two blocks", 2), ("blocks of two", 2), ("blocks of two, pruned", 2)],
+    [
+        *[("dense", 2), ("dense", 4), ("MHA, rope, two blocks", 2), ("blocks of two", 2), ("blocks of two, pruned", 2)],
+        *[("keys, two blocks, pruned", 2), ("keys, two blocks, pruned", 4)],
+    ],
 )
 def test_ranks_that_hold_whole_blocks_of_heads_add_up(name: str, size: int) -> None:
     groups = {"sla_skip_groups": [1, 3], "sla_skip_distances": [2]}

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import sla_megatron.hf
-from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.attention.sla_config import KINDS, SLAConfig
 from sla_megatron.hf.configuration_sla_gpt import SlaGPTConfig
 from sla_megatron.hf.modeling_sla_gpt import SlaGPTForCausalLM, SlaGPTModel
 
@@ -52,6 +52,8 @@ def hf_config(sla: SLAConfig) -> SlaGPTConfig:
         sla_skip_groups=list(sla.skip_groups),
         sla_layers=None if sla.layers is None else list(sla.layers),
         sla_kv_projection=sla.kv_projection,
+        sla_share=sla.share,
+        sla_source_layers=list(sla.source_layers),
     )
 
 
@@ -61,28 +63,32 @@ def test_the_configuration_means_what_sla_config_means(sla: SLAConfig) -> None:
     for layer in range(1, sla.num_layers + 1):
         groups = range(sla.num_query_groups)
         assert [config.source(layer, g) for g in groups] == [sla.source(layer, g) for g in groups]
-        assert [config.reader(layer, g) for g in groups] == [sla.consumer(layer, g) for g in groups]
-        assert config.live_groups(layer) == list(sla.live_groups(layer))
-        assert config.projected_groups(layer) == list(sla.projected_groups(layer))
-    assert config.live_groups(1) == list(range(sla.num_query_groups))
-    assert [mode == "reuse" for mode in config.kv_sharing_modes] == [
-        not sla.live_groups(layer) for layer in range(1, sla.num_layers + 1)
-    ]
+        for kind in KINDS:
+            assert [config.source_of(layer, g, kind) for g in groups] == [sla.source_of(layer, g, kind) for g in groups]
+            found = [config.readers(layer, g, kind) for g in groups]
+            assert found == [list(sla.readers(layer, g, kind)) for g in groups]
+            assert config.live_groups(layer, kind) == list(sla.live_groups(layer, kind))
+            assert config.projected_groups(layer, kind) == list(sla.projected_groups(layer, kind))
+    assert config.live_groups(1, "key") == config.live_groups(1, "value") == list(range(sla.num_query_groups))
+    kept = [[len(sla.live_groups(layer, kind)) for kind in KINDS] for layer in range(1, sla.num_layers + 1)]
+    assert [mode == "reuse" for mode in config.kv_sharing_modes] == [max(counts) == 0 for counts in kept]
+    assert [layer.num_key_value_heads for layer in config.per_layer_config] == [max(counts) for counts in kept]
 
 
-@given(sla_configs())
-def test_whatever_a_layer_reads_of_another_is_one_slice_of_each_block_that_it_stores(sla: SLAConfig) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@given(sla=sla_configs())
+def test_whatever_a_layer_reads_of_another_is_one_slice_of_each_block_that_it_stores(kind: str, sla: SLAConfig) -> None:
     config = hf_config(sla)
     blocks = range(0, sla.num_query_groups, config.period)
     for layer in range(1, sla.num_layers + 1):
-        assert sorted(config.stored_groups(layer)) == config.live_groups(layer)
-        reads = config.reads_in_block(layer)
+        assert sorted(config.stored_groups(layer, kind)) == config.live_groups(layer, kind)
+        reads = config.reads_in_block(layer, kind)
         assert list(reads) == sorted(reads)
         in_all_blocks = {a: [start + g for start in blocks for g in groups] for a, groups in reads.items()}
         assert sorted(g for groups in in_all_blocks.values() for g in groups) == list(range(sla.num_query_groups))
         for source, groups in in_all_blocks.items():
-            assert {config.source(layer, g) for g in groups} == {source}
-            stored = config.stored_groups(source)
+            assert {config.source_of(layer, g, kind) for g in groups} == {source}
+            stored = config.stored_groups(source, kind)
             width = len(stored) // len(blocks)
             for number, start in enumerate(blocks):
                 block = stored[number * width : (number + 1) * width]
@@ -110,8 +116,18 @@ def test_blocks(groups: list[int], distances: list[int], period: int) -> None:
 
 def test_the_paper_s_model_keeps_groups_in_their_order() -> None:
     config = SlaGPTConfig(sla_skip_groups=[g for g in range(12) if g % 4], sla_skip_distances=[9])
-    assert [config.stored_groups(layer) for layer in (1, 3, 4)] == [list(range(12))] * 3
-    assert config.stored_groups(12) == [0, 4, 8]
+    for kind in KINDS:
+        assert [config.stored_groups(layer, kind) for layer in (1, 3, 4)] == [list(range(12))] * 3
+        assert config.stored_groups(12, kind) == [0, 4, 8]
+
+
+def test_a_configuration_of_before_shares_both_by_distances() -> None:
+    before = tiny().to_dict()
+    for name in ("sla_share", "sla_source_layers"):
+        del before[name]
+    loaded = SlaGPTConfig.from_dict(before)
+    assert (loaded.sla_share, loaded.sla_source_layers) == ("kv", [])
+    assert [loaded.source_of(6, g, kind) for g in range(4) for kind in KINDS] == [6, 6, 4, 4, 2, 2, 4, 4]
 
 
 # Values.
@@ -151,6 +167,11 @@ def test_the_paper_s_model_keeps_groups_in_their_order() -> None:
         ({"sla_layers": [5, 7]}, "sla_layers must be ascending layer numbers within 1..6"),
         ({"sla_layers": ["5"]}, "sla_layers must be ascending layer numbers within 1..6"),
         ({"sla_kv_projection": "some"}, "sla_kv_projection must be full or pruned"),
+        ({"sla_share": "v"}, "sla_share must be kv or values or keys; it is 'v'"),
+        ({"sla_source_layers": [1]}, r"sla_source_layers must be empty beside sla_skip_distances; it is \[1\]"),
+        ({"sla_source_layers": [1, 7]}, r"sla_source_layers must be layer numbers within 1..6; it is \[1, 7\]"),
+        ({"sla_source_layers": [0]}, "sla_source_layers must be layer numbers within 1..6"),
+        ({"sla_source_layers": [True]}, "sla_source_layers must be layer numbers within 1..6"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(changes: dict, message: str, tmp_path: Path) -> None:
@@ -171,6 +192,7 @@ def test_defaults_follow_from_other_fields() -> None:
     assert SlaGPTConfig(attention_bias=False, attention_output_bias=True).attention_output_bias is True
     assert tiny(sla_skip_distances=[4, 2]).sla_layers == [3, 4, 5, 6]
     assert tiny(sla_skip_distances=[]).sla_layers == []
+    assert tiny(sla_skip_distances=[], sla_source_layers=[4, 3]).sla_layers == [4, 5, 6]
 
 
 @pytest.mark.parametrize("rope_scaling", [None, {"rope_type": "linear", "factor": 2.0}, LLAMA3])
@@ -178,6 +200,7 @@ def test_the_configuration_survives_its_file(rope_scaling: dict | None, tmp_path
     config = tiny(
         rope_scaling=rope_scaling, rope_theta=5e5, rotary_percent=0.5, rotary_interleaved=True, eos_token_id=[3, 4],
         attention_output_bias=False, norm_zero_centered=True, sla_layers=[4, 6], sla_kv_projection="pruned",
+        sla_share="values", sla_skip_distances=[], sla_source_layers=[3, 1],
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -185,7 +208,8 @@ def test_the_configuration_survives_its_file(rope_scaling: dict | None, tmp_path
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
         "hidden_act max_position_embeddings normalization norm_eps position_embedding_type rope_theta rotary_percent "
         "attention_bias mlp_bias gated_mlp qk_layernorm tie_word_embeddings sla_skip_distances sla_skip_groups "
-        "sla_layers sla_kv_projection rope_scaling rotary_interleaved attention_output_bias norm_zero_centered"
+        "sla_layers sla_kv_projection sla_share sla_source_layers "
+        "rope_scaling rotary_interleaved attention_output_bias norm_zero_centered"
     )
     loaded = SlaGPTConfig.from_pretrained(tmp_path)
     for name in spec.split():
@@ -209,7 +233,7 @@ def expected_names(config: SlaGPTConfig) -> set[str]:
         names.add("lm_head.weight")
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}."
-        projections = ["q_proj", "k_proj", "v_proj"] if config.projected_groups(i + 1) else ["q_proj"]
+        projections = ["q_proj", *(f"{kind[0]}_proj" for kind in KINDS if config.projected_groups(i + 1, kind))]
         linears = {f"self_attn.{name}": config.attention_bias for name in projections}
         linears["self_attn.o_proj"] = config.attention_output_bias
         linears |= {f"mlp.{name}": config.mlp_bias for name in ("up_proj", "down_proj")}
@@ -229,6 +253,12 @@ SHAPES: list[dict[str, Any]] = [
     {"sla_kv_projection": "pruned", "qk_layernorm": True, "tie_word_embeddings": False, "normalization": "RMSNorm"},
     {"sla_kv_projection": "pruned", "sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3], "qk_layernorm": True},
     {"gated_mlp": True, "attention_bias": False, "attention_output_bias": True, "mlp_bias": False},
+    # Values without keys, and keys without values.
+    {
+        **{"sla_kv_projection": "pruned", "sla_share": "keys", "qk_layernorm": True},
+        **{"sla_skip_distances": [], "sla_source_layers": [2], "sla_skip_groups": [0, 1, 2, 3]},
+    },
+    {"sla_kv_projection": "pruned", "sla_share": "values", "sla_skip_distances": [3], "sla_skip_groups": [0, 1, 2, 3]},
 ]
 
 
@@ -241,9 +271,10 @@ def test_a_saved_model_is_loaded_bit_for_bit(index: int, dtype: torch.dtype, tmp
     with safe_open(tmp_path / "model.safetensors", "pt") as stored:
         assert set(stored.keys()) == expected_names(config)
         for i in range(6):
-            name = f"model.layers.{i}.self_attn.k_proj.weight"
-            rows = stored.get_slice(name).get_shape()[0] if name in stored.keys() else 0
-            assert rows == len(config.projected_groups(i + 1)) * config.head_dim
+            for kind in KINDS:
+                name = f"model.layers.{i}.self_attn.{kind[0]}_proj.weight"
+                rows = stored.get_slice(name).get_shape()[0] if name in stored.keys() else 0
+                assert rows == len(config.projected_groups(i + 1, kind)) * config.head_dim
 
     loaded, report = SlaGPTForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(report.values()), report

@@ -231,6 +231,18 @@ def test_variants_are_the_reference_s(name: str, mode: str) -> None:
     require_reference(ref, index)
 
 
+@torch.no_grad()
+def test_each_variant_is_another_function_of_the_same_weights() -> None:
+    """So that a model that shared something else would not be the reference's."""
+    logits = []
+    for share, distances, sources, skip, layers in VARIANTS.values():
+        skipping = {"sla_skip_groups": [g for g in range(4) if skip is None or (g + 1) * skip // 4 > g * skip // 4]}
+        origins = {"sla_skip_distances": list(distances), "sla_source_layers": list(sources)}
+        logits.append(build(tiny(sla_share=share, sla_layers=layers, **skipping, **origins))(tokens()).logits)
+    for one, other in itertools.combinations(logits, 2):
+        assert relative_error(one, other) > 1e-2
+
+
 # transformers' own models, and formulas, for what the reference leaves out.
 
 

@@ -84,7 +84,17 @@ def gradients(model: SlaGPTForCausalLM, batch: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("changes", [{}, {"sla_kv_projection": "pruned", **EVERY_GROUP}], ids=["full", "no own K/V"])
+#: Settings whose layers hand on different things: both or one, to one reader or to many, or nothing of their own.
+HANDED_ON = {
+    "full": {},
+    "no own K/V": {"sla_kv_projection": "pruned", **EVERY_GROUP},
+    "values of two layers": {"sla_share": "values", "sla_skip_distances": [], "sla_source_layers": [1, 3]},
+    "keys, pruned": {"sla_share": "keys", "sla_kv_projection": "pruned", **EVERY_GROUP},
+    "upper half": {"sla_skip_distances": [], "sla_source_layers": [3], **EVERY_GROUP},
+}
+
+
+@pytest.mark.parametrize("changes", HANDED_ON.values(), ids=HANDED_ON)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(changes: dict, reentrant: bool) -> None:
     model, batch = build(tiny(**changes)).train(), tokens()
