@@ -132,7 +132,8 @@ def test_hybrid_model_with_layers_that_run_on_gpus_alone(sla_plan: SlaPlan, tmp_
     argv = f"{argv.replace('size 3', 'size 6')} --hybrid-layer-pattern={pattern}"
     done = sla_plan(*argv.split(), "--json", str(tmp_path / "plan.json"))
     crossing = [hop["kv"] for hop in json.loads((tmp_path / "plan.json").read_text())["hops"]]
-    first = {"layer": 1, "reader": 3, "groups": [1, 2, 3, 5, 6, 7], "stack_layer": 2, "stack_reader": 10}
+    first = {"layer": 1, "reader": 3, "groups": [1, 2, 3, 5, 6, 7], "tensors": ["key", "value"]}
+    first |= {"stack_layer": 2, "stack_reader": 10}
     second = first | {"layer": 2, "reader": 4, "stack_layer": 8, "stack_reader": 14}
     assert crossing == [[first], [first], [first, second], [second], [second]]
     assert done.stdout.startswith(f"Model: 15 layers {pattern}, 4 of attention, hidden size 2048")
@@ -217,6 +218,28 @@ def test_the_page_on_long_contexts(sla_plan: SlaPlan) -> None:
     assert "  256.00 MiB  " in hop and "has 256 MiB on hop 0" in " ".join(page.split())
 
 
+def test_values_of_one_layer_for_all_later_ones(sla_plan: SlaPlan, tmp_path: Path) -> None:
+    """Half of 8 groups read layer 1's values: over the ring once, three hops of four ranks, to all of 24 layers."""
+    argv = "--sla --sla-share values --sla-source-layer 1 --sla-num-skip-groups 0.5 --sla-kv-projection pruned"
+    argv += " --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3 --global-batch-size 16"
+    file = tmp_path / "pattern.svg"
+    done = sla_plan(*argv.split(), "--json", "-", "--draw", str(file))
+    assert done.returncode == 0, done.stderr
+    found, values = json.loads(done.stdout), 4 * 4096 * 128 * 2
+    assert [hop["kv_bytes"] for hop in found["hops"]] == [values, values, values, 0, 0, 0, 0]
+    assert {(one["reader"], *one["tensors"]) for one in found["hops"][0]["kv"]} == {(m, "value") for m in range(2, 25)}
+    # Of 2 x 24 x 8 tensors a token layers 2 to 24 have four less; a row of a projection has 2048 weights and a bias.
+    costs, dead = found["costs"], 23 * 4
+    assert costs["pruned"]["cache_bytes"] == costs["dense"]["cache_bytes"] - dead * 128 * 2 == (384 - dead) * 128 * 2
+    assert costs["dense"]["parameters"] - costs["pruned"]["parameters"] == dead * 128 * (2048 + 1)
+    assert costs["dense"]["operations"] - costs["pruned"]["operations"] == dead * 128 * 2048 * 2
+    assert file.read_text().startswith("<svg ")
+
+    done = sla_plan(*argv.split(), "--draw", "-")
+    assert "24  .  1x  .  1x  .  1x  .  1x  7 (rank 3)" in done.stdout and "Each hop" not in done.stdout
+    assert "expected a new file, or --overwrite beside it" in error_line(sla_plan(*argv.split(), "--draw", str(file)))
+
+
 def test_one_pipeline_stage(sla_plan: SlaPlan) -> None:
     done = sla_plan("--sla", "--global-batch-size", "4")
     assert done.returncode == 0, done.stderr
@@ -266,12 +289,17 @@ def megatron() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize(
+    "sla",
+    [SLAConfig(12, 4, (7, 3), 3), SLAConfig(12, 4, (), 2, None, "pruned", "values", (1, 5))],
+    ids=["distances", "values-of-two-layers"],
+)
 @pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (1, 2, 0, 3, 2, 1, 2, 1)], ids=["v1", "v2"])
-def test_bytes_are_what_the_transport_allocates(sizes: tuple[int, ...], megatron: None) -> None:
+def test_bytes_are_what_the_transport_allocates(sizes: tuple[int, ...], sla: SLAConfig, megatron: None) -> None:
     from sla_megatron.pipeline.communicator import PayloadOrder
 
     job = Job(
-        sla=SLAConfig(12, 4, (7, 3), 3),
+        sla=sla,
         layout=PipelineLayout.of_sizes(4, sizes),
         shape=MicrobatchShape(64, 2, 32, tensor_parallel_size=4, sequence_parallel=True),
         work=ModelWork(num_heads=4, head_size=8, mlp_weights=(1,) * 12),

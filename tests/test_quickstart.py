@@ -187,6 +187,9 @@ BAD_OPTIONS = [
     (["--vocab-size", "100"], "--vocab-size 100: expected an integer from 512 to 32000"),
     (["--tp", "3"], "--tp 3: expected 1, 2, 4 or 8"),
     (["--sla-skip-distance", "0"], "--sla-skip-distance 0: expected one or more integers >= 1"),
+    (["--sla-source-layer", "9"], "--sla-source-layer 9: expected one or more layers within 1-8"),
+    (["--sla-source-layer", "1", "--sla-skip-distance", "1"], "--sla-source-layer 1: expected no --sla-skip-distance"),
+    (["--sla-share", "queries"], "--sla-share queries: expected one of kv, values, keys"),
     (["--sla-num-skip-groups", "9"], "--sla-num-skip-groups 9: expected an integer from 0 to 8"),
     (["--sla-layers", "3-9"], "--sla-layers 3-9: expected layers within 1-8"),
     (["--sla-kv-projection", "half"], "--sla-kv-projection half: expected one of full, pruned"),
@@ -214,6 +217,9 @@ def test_megatron_flags_follow_a_double_dash() -> None:
     args = run.parse_args(["--sla-skip-distance", "3", "6", "--", "--bf16", "--lr", "1e-3"])
     assert args.megatron == ["--bf16", "--lr", "1e-3"]
     assert run.sla_flags(args) == ["--sla", "--sla-skip-distance", "3", "6"]
+    args = run.parse_args(["--sla-share", "values", "--sla-source-layer", "1"])
+    assert run.sla_flags(args) == ["--sla", "--sla-source-layer", "1", "--sla-share", "values"]
+    run.check_sla(args, 2)
 
 
 def test_both_runs_have_the_same_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from examples.quickstart import build_dataset, flags, launch, workdir
 from examples.quickstart.corpus import CorpusError
 from examples.quickstart.export import export
 from examples.quickstart.training_log import Result, summarise, table
-from sla_megatron.attention.sla_config import KV_PROJECTIONS
+from sla_megatron.attention.sla_config import KV_PROJECTIONS, SHARES
 from sla_megatron.common.errors import FlagError, flag_of
 from sla_megatron.common.flag_types import OneLineParser
 from sla_megatron.flags.skipping import SLA_SETTINGS
@@ -41,8 +41,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     size.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="default: %(default)s")
     sla = parser.add_argument_group("skip-layer attention (passed to the SLA run as they are)")
     sla.add_argument("--sla-skip-distance", type=int, nargs="+", metavar="N")
+    sla.add_argument("--sla-source-layer", type=int, nargs="+", metavar="N")
     sla.add_argument("--sla-num-skip-groups", type=int, metavar="K")
     sla.add_argument("--sla-layers", metavar="RANGES")
+    sla.add_argument("--sla-share", choices=tuple(SHARES))
     sla.add_argument("--sla-kv-projection", choices=KV_PROJECTIONS)
     args = parser.parse_args(argv[:end])
     args.megatron = argv[end + 1 :]

@@ -51,11 +51,18 @@ WORKS = (
         (
             "--sla-skip-distance 6 9 10 --sla-num-skip-groups 7",
             "--sla-skip-distance 1 --sla-layers 4-12 --sla-kv-projection pruned",
+            "--sla-share values --sla-source-layer 1 --sla-num-skip-groups 0.5",
+            "--sla-share keys --sla-source-layer 1 5 --sla-layers 7-/2 --sla-kv-projection pruned",
         ),
         (_PARITY, _BIT_FOR_BIT),
         limits=(
             "--sla-skip-distance 0",
+            "--sla-source-layer 3 --sla-skip-distance 3",
+            "--sla-source-layer 13",
+            "--sla-source-layer 6 --sla-layers 6-",
+            "--sla-share queries",
             "--sla-num-skip-groups 13",
+            "--sla-num-skip-groups 1.5",
             "--sla-skip-distance 1 2 --sla-num-skip-groups 1",
             "--sla-layers 9-12",
             "--sla-layers last",
