@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,13 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("slurm"), 3) as made:
         (made.folder / "runs").mkdir()
         yield made
+
+
+@pytest.fixture(scope="module")
+def sources_parsed_once() -> Iterator[None]:
+    """For its flags' help Megatron parses its own source files, for every command line; here on one rank, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", cache(inspect.getsource))
+        patch.setattr(ast, "parse", cache(ast.parse))
+        patch.setenv("RANK", "0")
+        yield

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,10 @@ from sla_megatron.common.presets import preset_flags
 from tests.support.launch import ROOT
 
 # Of Megatron's own making.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:'type' is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore:'type' is deprecated:DeprecationWarning"),
+    pytest.mark.usefixtures("sources_parsed_once"),
+]
 
 PAGE = (ROOT / "docs" / "variants.md").read_text()
 PP4 = "--pipeline-model-parallel-size 4"
@@ -49,21 +49,11 @@ def rows(second_column: str) -> dict[str, dict[str, str]]:
 SETTINGS = rows("flags beside `--sla`")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sources_parsed_once() -> Iterator[None]:
-    """For its flags' help Megatron parses its own source files, for every command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", cache(inspect.getsource))
-        patch.setattr(ast, "parse", cache(ast.parse))
-        yield
-
-
 @pytest.fixture
 def sla_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> SlaPlan:
     """The command's JSON for the page's model."""
 
     def run(presets: str, *flags: str) -> dict[str, Any]:
-        monkeypatch.setenv("RANK", "0")
         monkeypatch.setattr(sys, "argv", ["sla-plan", *preset_flags(presets), *flags, "--json", "-"])
         cli.main()
         return json.loads(capsys.readouterr().out)

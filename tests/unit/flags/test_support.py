@@ -7,11 +7,10 @@ a table that is wrong in any of these ways is found.
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
 from argparse import ArgumentParser
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,24 +24,14 @@ from sla_megatron.flags.families import REFUSED, UNTESTED, Family
 from sla_megatron.flags.support import FAMILIES, WORKS
 from tests.support.launch import ROOT
 
-pytestmark = [pytest.mark.usefixtures("megatron"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("megatron", "sources_parsed_once"), pytest.mark.filterwarnings("ignore")]
 
-#: Of a table of refusals: what its row says.  Of a ``raise``: its first line.
-Row = tuple[str, str] | int
-
-
-@pytest.fixture(scope="module", autouse=True)
-def sources_parsed_once() -> Iterator[None]:
-    """For its flags' help Megatron parses its own source files, twice for every command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", cache(inspect.getsource))
-        patch.setattr(ast, "parse", cache(ast.parse))
-        patch.setenv("RANK", "0")
-        yield
+#: Of a table of refusals: what its row says.  Of a ``raise``: its file and first line.
+Row = tuple[str, str | int]
 
 
 @pytest.fixture(scope="module")
-def said(megatron_imported: None) -> dict[str, StartError | None]:
+def said(megatron_imported: None, sources_parsed_once: None) -> dict[str, StartError | None]:
     """What the checks say of every command line of the table."""
     from sla_megatron import cpu_backend
 
@@ -75,17 +64,19 @@ def test_the_readme_leads_to_it() -> None:
 # The table and the checks.
 
 
-def _raises_with_sla() -> dict[int, range]:
-    """First line -> lines of each ``raise FlagError`` in ``validation.py`` that ``--sla`` can meet."""
-    from sla_megatron.flags import validation
+def _raises_with_sla() -> dict[Row, range]:
+    """Lines of each ``raise FlagError`` that ``--sla`` can meet, in the files that check what goes with it."""
+    from sla_megatron.flags import pruned_rows, skipping, validation
 
-    tree = ast.parse(Path(validation.__file__).read_text())
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    # That one raises for settings without --sla alone.
-    nodes = [node for one in functions if one.name != "resolve_sla_args" for node in ast.walk(one)]
-    raised = [node for node in nodes if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
-    assert {node.exc.func.id for node in raised} == {"FlagError"}
-    return {node.lineno: range(node.lineno, node.end_lineno + 1) for node in raised}
+    found = {}
+    for file in (Path(module.__file__) for module in (validation, skipping, pruned_rows)):
+        functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+        # That one raises for settings without --sla alone.
+        nodes = [node for one in functions if one.name != "resolve_sla_args" for node in ast.walk(one)]
+        raised = [node for node in nodes if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+        assert {node.exc.func.id for node in raised} == {"FlagError"}
+        found |= {(file.name, node.lineno): range(node.lineno, node.end_lineno + 1) for node in raised}
+    return found
 
 
 def _rows_of_validation() -> set[Row]:
@@ -99,8 +90,9 @@ def _rows_of_validation() -> set[Row]:
 def _row(error: FlagError) -> Row | None:
     """Which of them raised ``error``; ``None``: another check did."""
     *_, (frame, line) = walk_tb(error.__traceback__)
-    if Path(frame.f_code.co_filename).name == "validation.py":
-        return next(first for first, lines in _raises_with_sla().items() if line in lines)
+    file, raised = Path(frame.f_code.co_filename).name, _raises_with_sla()
+    if file in {name for name, _ in raised}:
+        return next(row for row, lines in raised.items() if row[0] == file and line in lines)
     return (error.flag, error.accepted)
 
 

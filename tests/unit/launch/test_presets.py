@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
@@ -19,7 +17,10 @@ from sla_megatron.common.presets import preset_flags
 from tests.support.launch import ROOT
 
 # Of Megatron's own making.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:'type' is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore:'type' is deprecated:DeprecationWarning"),
+    pytest.mark.usefixtures("sources_parsed_once"),
+]
 
 PRESETS = ROOT / "launch" / "presets"
 LAUNCH_README = (ROOT / "launch" / "README.md").read_text()
@@ -61,15 +62,6 @@ def table(heading: str) -> dict[str, dict[str, str]]:
     return {row[0].strip("`"): dict(zip(header, row, strict=True)) for row in rows}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sources_parsed_once() -> Iterator[None]:
-    """For its flags' help Megatron parses its own source files, twice for every command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", cache(inspect.getsource))
-        patch.setattr(ast, "parse", cache(ast.parse))
-        yield
-
-
 @pytest.fixture
 def settle(megatron: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Namespace]:
     """A function from flags and a number of GPUs to Megatron's settled arguments, as of a run on such GPUs."""
@@ -80,7 +72,6 @@ def settle(megatron: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Nam
     def run(flags: list[str], gpus: int) -> Namespace:
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *flags])
         monkeypatch.setenv("WORLD_SIZE", str(gpus))
-        monkeypatch.setenv("RANK", "0")
         with redirect_stdout(StringIO()):
             return settled_args(add_device_arg, check=require_pretraining, will_run_here=False)
 
