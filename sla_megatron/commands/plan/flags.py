@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from pathlib import Path
 
 from ...common.errors import FlagError
@@ -61,6 +61,12 @@ def add_plan_args(parser: ArgumentParser) -> ArgumentParser:
         help="Rank pipeline sizes and virtual stages for this model, batch and number of GPUs: by predicted step time "
         "where rates are given, else by K/V bytes on the wire.",
     )
+    _add_outputs(group)
+    return parser
+
+
+def _add_outputs(group: _ArgumentGroup) -> None:
+    """Where figures and pictures go."""
     group.add_argument(
         "--plot",
         type=file_name("--plot"),
@@ -81,7 +87,6 @@ def add_plan_args(parser: ArgumentParser) -> ArgumentParser:
         help="Write every figure, exact, to this file; - writes it to the standard output in place of the tables.",
     )
     group.add_argument("--overwrite", action="store_true", help="Let --plot, --draw and --json replace a file.")
-    return parser
 
 
 def check_plan_args(args: Namespace) -> None:
