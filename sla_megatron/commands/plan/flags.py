@@ -61,11 +61,12 @@ def add_plan_args(parser: ArgumentParser) -> ArgumentParser:
         help="Rank pipeline sizes and virtual stages for this model, batch and number of GPUs: by predicted step time "
         "where rates are given, else by K/V bytes on the wire.",
     )
-    _add_output_args(group)
+    _add_outputs(group)
     return parser
 
 
-def _add_output_args(group: _ArgumentGroup) -> None:
+def _add_outputs(group: _ArgumentGroup) -> None:
+    """Where figures and pictures go."""
     group.add_argument(
         "--plot",
         type=file_name("--plot"),
