@@ -10,15 +10,12 @@ import pytest
 
 from tests.support import parity_variants
 from tests.support.launch import run_worker
-from tests.support.parity import FROM_ONE, parity_case, relative_errors
+from tests.support.parity import parity_case, relative_errors
 
 pytestmark = pytest.mark.distributed
 
 # fp32 keeps 24 bits, 6e-8; four layers of matrix products of length <= 96 in another order lose about a factor of ten.
 TOLERANCE = 1e-5
-
-
-EVERY_OTHER_ROTARY = {"no_rope_freq": 2, "layers_without_rope": [2, 4]}
 
 
 def _cases() -> dict[str, dict[str, Any]]:
@@ -103,7 +100,7 @@ def _extra_cases() -> dict[str, dict[str, Any]]:
         "swiglu": {"swiglu": True, "bias": False},
         "tied": {"tied": True},
         "half-rotary": {"rotary_percent": 0.5},
-        "every-other-rotary": {**EVERY_OTHER_ROTARY, "distances": [2], "skip_groups": 3},
+        "every-other-rotary": {**parity_variants.EVERY_OTHER_ROTARY, "distances": [2], "skip_groups": 3},
         "distance-1": {"distances": [1], "skip_groups": 3},
         "distance-1-recompute-1": {"distances": [1], "skip_groups": 3, "recompute": "uniform"},
         "distance-1-recompute-2": {"distances": [1], "skip_groups": 3, "recompute": "uniform2"},
@@ -119,24 +116,8 @@ def _extra_cases() -> dict[str, dict[str, Any]]:
         "offload-qk-norm-two": {"offload": True, "qk_norm": True, "distances": [2, 1]},
         "offload-gqa-learned": {"offload": True, "groups": 2, "skip_groups": 2, "rope": False, "distances": [1]},
         "learned-recompute-block": {"rope": False, "recompute": "block", "distances": [1]},
-        # What reads no keys of others may differ from them in rotary embedding.
-        "values-every-other-rotary": {**EVERY_OTHER_ROTARY, "share": "values", "distances": [1], "skip_groups": 3},
-        "offload-values-from-one": {"offload": True, **FROM_ONE},
-        # The upper half projects no values, and norms keys of its own.
-        "values-half-pruned-qk-norm": {
-            "share": "values",
-            "distances": [],
-            "source_layers": [2],
-            "skip_groups": 4,
-            "projection": "pruned",
-            "qk_norm": True,
-        },
-        # The source alone in its chunk, then readers that share one; the source with its first readers.
-        "one-source-recompute-1": {**FROM_ONE, "recompute": "uniform", "share": "kv", "repeats": True},
-        "one-source-recompute-3": {**FROM_ONE, "recompute": "uniform3", "repeats": True},
-        "one-source-recompute-block": {**FROM_ONE, "recompute": "block", "share": "keys", "repeats": True},
     }
-    return {name: base | extra for name, extra in extras.items()}
+    return {name: base | extra for name, extra in (extras | parity_variants.FURTHER).items()}
 
 
 CASES = _cases()

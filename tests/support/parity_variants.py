@@ -8,6 +8,8 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
+from .parity import FROM_ONE
+
 AXES = ("share", "source", "projection", "groups", "position", "norm", "ranks", "recompute", "extra")
 
 #: ``kv`` from a distance is the method itself, which ``test_parity.py`` has in many more combinations.  No gates where
@@ -87,3 +89,25 @@ def case(row: dict[str, str]) -> dict[str, Any]:
 
 
 CASES = {"-".join(row.values()): case(row) for row in rows()}
+
+EVERY_OTHER_ROTARY = {"no_rope_freq": 2, "layers_without_rope": [2, 4]}
+
+#: What the table leaves out.
+FURTHER: dict[str, dict[str, Any]] = {
+    # What reads no keys of others may differ from them in rotary embedding.
+    "values-every-other-rotary": {**EVERY_OTHER_ROTARY, "share": "values", "distances": [1], "skip_groups": 3},
+    "offload-values-from-one": {"offload": True, **FROM_ONE},
+    # The upper half projects no values, and norms keys of its own.
+    "values-half-pruned-qk-norm": {
+        "share": "values",
+        "distances": [],
+        "source_layers": [2],
+        "skip_groups": 4,
+        "projection": "pruned",
+        "qk_norm": True,
+    },
+    # The source alone in its chunk, then readers that share one; the source with its first readers.
+    "one-source-recompute-1": {**FROM_ONE, "recompute": "uniform", "share": "kv", "repeats": True},
+    "one-source-recompute-3": {**FROM_ONE, "recompute": "uniform3", "repeats": True},
+    "one-source-recompute-block": {**FROM_ONE, "recompute": "block", "share": "keys", "repeats": True},
+}
