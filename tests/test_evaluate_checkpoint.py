@@ -165,6 +165,26 @@ def choices(checkpoint: Path) -> dict[str, list[float]]:
     return {question["question"]: [next(found)[0] for _ in question["choices"]] for question in QUESTIONS}
 
 
+@pytest.mark.parametrize("name", ["pruned", "values"])
+def test_rows_that_ranks_cannot_divide(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of four groups NSSS, of which the last layer has one pair of its own, or every layer behind the first a value."""
+    import torch
+
+    from sla_megatron.commands.convert.checkpoint_arguments import stored_args
+    from sla_megatron.commands.evaluate.arguments import Sizes
+    from sla_megatron.commands.evaluate.checkpoint_model import _args
+    from sla_megatron.common.errors import FlagError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    iteration = folder / name / "iter_0000007"
+    message = {
+        "pruned": "live K/V groups .*: layer 4 has 1, 1.0 on the 2",
+        "values": "live values .*: layer 2 has 1, 1.0",
+    }
+    with pytest.raises(FlagError, match=f"--sla-kv-projection pruned: expected full, or {message[name]}"):
+        _args(stored_args(iteration), iteration, "cpu", Sizes(tensor=2), torch.float32)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -16,6 +16,7 @@ from ...common.errors import FlagError, last_line
 from ...common.patterns import kinds
 from ...common.silence import silence
 from ...flags.asked import hybrid_pattern
+from ...flags.pruned_rows import check_projection
 from ...flags.sla_flags import SDPA
 from ..convert.megatron_model import build
 from ..convert.megatron_reader import stored_tensors
@@ -167,7 +168,10 @@ def _positions(tokens: Tensor) -> Tensor:
 
 
 def _args(stored: Namespace, folder: Path, device: str, sizes: Sizes, dtype: torch.dtype) -> Namespace:
-    """The checkpoint's arguments with parallelism, precision and kernels as they are here."""
+    """The checkpoint's arguments with parallelism, precision and kernels as they are here.
+
+    Raises :class:`FlagError` for a pruned model's rows that the tensor-parallel ranks cannot divide.
+    """
     has_engine = device == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     if has_engine:
         from ...flags.fused_kernels import switch_off_missing_kernels
@@ -190,6 +194,7 @@ def _args(stored: Namespace, folder: Path, device: str, sizes: Sizes, dtype: tor
         use_cpu_initialization=device == "cpu",
         mtp_num_layers=None,
     )
+    check_projection(args)
     # The rows that the vocabulary is padded with are divided over the ranks, too; more of them change nothing.
     args.padded_vocab_size = -(-stored_tensors(folder)[_EMBEDDINGS].size[0] // sizes.tensor) * sizes.tensor
     return args
