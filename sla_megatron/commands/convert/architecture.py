@@ -94,8 +94,8 @@ def written(config: Mapping[str, Any]) -> Config:
     The paper's method is written as it was before there were others: without what is shared, and from which layers.
     transformers warns of an empty ``rope_scaling``.
     """
-    is_papers = all(config[name] == DENSE[name] for name in _OF_VARIANTS)
-    left_out = [*(_OF_VARIANTS if is_papers else ()), *(["rope_scaling"] if config["rope_scaling"] is None else [])]
+    is_papers = all(config.get(name, DENSE[name]) == DENSE[name] for name in _OF_VARIANTS)
+    left_out = [*(_OF_VARIANTS if is_papers else ()), *(["rope_scaling"] if config.get("rope_scaling") is None else [])]
     return {name: value for name, value in config.items() if name not in left_out}
 
 
