@@ -212,6 +212,11 @@ SCHEDULE_NODES = (
         "its mtp_post_process, which comes last in a layer, packs what leaves a stage",
         ("f_layer", "b_layer", "f_input", "b_grad", "is_last_layer_in_bwd"),
     ),
+    Reliance(
+        "megatron.core.pipeline_parallel.utils:NoopScheduleNode.forward",
+        "overridden by what follows the last layer where nothing goes on but hidden states",
+        ("self", "inputs"),
+    ),
 )
 
 

@@ -22,8 +22,8 @@ from sla_megatron.common.errors import FlagError
 from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.payload import MicrobatchShape
 
-from ...strategies import layouts
-from .variants import TENSORS, patterns, readers, source
+from ...strategies import layouts, sla_configs
+from .variants import TENSORS, readers, source
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -98,7 +98,7 @@ class Read:
         return [(self.layer(float(one[1]) - 3), self.layer(float(one[2]) + 3)) for one in found if one]
 
 
-@given(patterns())
+@given(sla_configs())
 def test_who_reads_whom(sla: SLAConfig) -> None:
     """Each half cell, each arc and each mark, against the specification's words."""
     drawn, reading = Read(draw.picture(job_of(sla))), readers(sla)
@@ -117,7 +117,7 @@ def test_who_reads_whom(sla: SLAConfig) -> None:
     assert sorted(drawn.cells("x")) == sorted(2 * dead)
 
 
-@given(st.data(), patterns(), st.sampled_from(["", "*-", "M*"]), st.integers(0, 300))
+@given(st.data(), sla_configs(), st.sampled_from(["", "*-", "M*"]), st.integers(0, 300))
 def test_it_can_be_read(data: st.DataObject, sla: SLAConfig, kinds: str, length: int) -> None:
     """No text lies on another one or beyond the picture's edge, whatever the model and its pipeline."""
     kinds *= sla.num_layers

@@ -71,37 +71,19 @@ def of_plan(plan: SLAPlan) -> Job:
 # Bytes
 
 
-def counted_groups(of: Job, hop: int, relayed: bool) -> int:
-    """Most groups over ``hop`` on a tensor-parallel rank, one (layer, group) after the other, by the spec's formula."""
-    stage_of, size = of.layout.stage_of, of.layout.pipeline_size
-    tensor_size = of.shape.tensor_parallel_size
-    counts = [0] * tensor_size
-    for reader in range(1, of.sla.num_layers + 1):
-        for group in range(of.sla.num_query_groups):
-            first, last = stage_of[of.sla.source(reader, group)], stage_of[reader]
-            hops = last - first if relayed else (last - first) % size
-            if first <= hop < first + hops:
-                counts[group * tensor_size // of.sla.num_query_groups] += 1
-    return max(counts)
-
-
 @given(route_plans())
-def test_bytes_are_those_of_single_groups(plan: SLAPlan) -> None:
+def test_hops_and_their_sums(plan: SLAPlan) -> None:
+    """What single keys and values come to is in ``test_plan_variants.py``."""
     of = of_plan(plan)
-    group, hidden = 2 * 24 * 2 * 4 * 4, 24 * 2 * 16 * 4
-    hops, sums = hop_traffic(of), totals(of)
-    counted = [counted_groups(of, hop.hop, relayed=False) for hop in hops]
-    assert [hop.kv_bytes for hop in hops] == [groups * group for groups in counted]
+    hops, sums, size = hop_traffic(of), totals(of), plan.layout.pipeline_size
+    hidden, kv = 24 * 2 * 16 * 4, [hop.kv_bytes for hop in hops]
     assert {hop.hidden_bytes for hop in hops} <= {hidden}
-    size = plan.layout.pipeline_size
     assert [(hop.source_rank, hop.target_rank) for hop in hops] == [
         (h % size, (h + 1) % size) for h in range(len(hops))
     ]
     assert sums.dense == 2 * hidden * len(hops)
-    assert sums.kv == 2 * sum(counted) * group
-    relayed = sum(counted_groups(of, hop.hop, relayed=True) for hop in hops)
-    assert sums.relayed == sums.dense + 2 * relayed * group
-    assert sums.padded == 2 * len(hops) * (hidden + max(counted, default=0) * group)
+    assert sums.payload == sums.dense + 2 * sum(kv)
+    assert sums.padded == 2 * len(hops) * (hidden + max(kv, default=0))
     assert sums.payload <= min(sums.relayed, sums.padded)
 
 
@@ -109,11 +91,11 @@ def test_bytes_are_those_of_single_groups(plan: SLAPlan) -> None:
 def test_memory_is_the_residency_of_the_fullest_tensor_rank(plan: SLAPlan) -> None:
     of = of_plan(plan)
     assume(of.runs)
-    group, hidden = 2 * 24 * 2 * 4 * 4, 24 * 2 * 16 * 4
+    tensor, hidden = 24 * 2 * 4 * 4, 24 * 2 * 16 * 4
     for memory in rank_memory(of):
         held = [plan.residency(of.schedule, memory.rank, tensor) for tensor in range(plan.tensor_parallel_size)]
-        assert memory.resident_bytes == max(one.resident for one in held) * group
-        assert memory.arriving_kv_bytes == max(one.arriving for one in held) * group
+        assert memory.resident_bytes == max(one.resident for one in held) * tensor
+        assert memory.arriving_kv_bytes == max(one.arriving for one in held) * tensor
         assert memory.arriving_hidden_bytes == memory.arrival_buffers * hidden
 
 

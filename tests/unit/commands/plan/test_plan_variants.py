@@ -21,16 +21,16 @@ from sla_megatron.commands.plan.report import report
 from sla_megatron.commands.plan.suggest import suggest, virtual_stages
 from sla_megatron.commands.plan.traffic import hop_traffic, rank_memory, totals
 
-from ...strategies import SLAPlan, layouts
+from ...strategies import SLAPlan, layouts, sla_configs
 from .test_plan_report import job, of_plan
-from .variants import patterns, readers
+from .variants import readers
 
 
 @st.composite
 def any_jobs(draw: st.DrawFn) -> Job:
     """A run of any pattern in any pipeline that has a schedule for it."""
     size = draw(st.sampled_from([1, 2]))
-    sla = draw(patterns(st.just(size * draw(st.integers(1, 3)))))
+    sla = draw(sla_configs(st.just(size * draw(st.integers(1, 3)))))
     return of_plan(SLAPlan(sla, draw(layouts(sla.num_layers)), size))
 
 

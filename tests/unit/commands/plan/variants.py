@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from hypothesis import strategies as st
-
 from sla_megatron.attention.sla_config import SLAConfig
 
 TENSORS = {"kv": ("key", "value"), "values": ("value",), "keys": ("key",)}
@@ -34,21 +32,3 @@ def readers(sla: SLAConfig) -> dict[tuple[str, int, int], list[int]]:
     for kind, layer, group in found:
         found[kind, source(sla, layer, group, kind), group].append(layer)
     return {tensor: sorted(reading) for tensor, reading in found.items()}
-
-
-@st.composite
-def patterns(draw: st.DrawFn, groups: st.SearchStrategy[int] = st.integers(1, 6)) -> SLAConfig:  # noqa: B008
-    """Any mixture of what is shared, from where, by which groups and in which layers."""
-    num_layers, num_groups = draw(st.integers(2, 12)), draw(groups)
-    some = st.lists(st.integers(1, num_layers), min_size=1, max_size=3).map(tuple)
-    from_layers = draw(st.booleans())
-    return SLAConfig(
-        num_layers=num_layers,
-        num_query_groups=num_groups,
-        skip_distances=() if from_layers else draw(some),
-        num_skip_groups=draw(st.integers(0, num_groups)),
-        layers=draw(st.none() | st.sets(st.integers(1, num_layers)).map(lambda chosen: tuple(sorted(chosen)))),
-        kv_projection=draw(st.sampled_from(["full", "pruned"])),
-        share=draw(st.sampled_from(list(TENSORS))),
-        source_layers=draw(some) if from_layers else (),
-    )
