@@ -5,9 +5,13 @@ Weights are random.  What is measured here (time, bytes) does not depend on them
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from sla_megatron.attention.sla_config import SLAConfig, default_num_skip_groups, default_skip_distance
+from sla_megatron.attention.sla_config import SLAConfig
+from sla_megatron.common.presets import preset_flags
+from sla_megatron.flags.skipping import resolve_settings, sla_config_from_args
+from sla_megatron.flags.sla_flags import add_sla_args
 
 _GPT2 = {"vocab_size": 50257, "hidden_act": "gelu_pytorch_tanh"}
 _LLAMA = {
@@ -50,24 +54,28 @@ SHAPES: dict[str, dict[str, Any]] = {
 VARIANTS = ("dense", "full", "pruned")
 
 
-#: The default settings; values or keys alone at these; and what others do: SkipV1Former (arXiv 2510.16807), CLA of two
-#: (arXiv 2405.12981), and one layer's keys and values for the upper half.
-METHODS = ("sla", "values", "keys", "skipv1", "cla2", "half-shared")
+#: Flags of what may be shared: the default settings, values or keys alone at these, and the presets of other methods.
+METHODS = {
+    "sla": ("--sla",),
+    "values": ("--sla", "--sla-share", "values"),
+    "keys": ("--sla", "--sla-share", "keys"),
+    **{name: preset_flags(name) for name in ("skipv1", "cla2", "half-shared")},
+}
 
 
 def sla_config(name: str, method: str = "sla") -> SLAConfig:
     """Skip-layer attention of the shape ``name`` by one of :data:`METHODS`."""
     shape = SHAPES[name]
-    groups = shape.get("num_key_value_heads", shape["num_attention_heads"])
-    layers = shape["num_hidden_layers"]
-    if method == "skipv1":
-        return SLAConfig(layers, groups, (), round(groups / 2), share="values", source_layers=(1,))
-    if method == "cla2":
-        return SLAConfig(layers, groups, (1,), groups, tuple(range(2, layers + 1, 2)))
-    if method == "half-shared":
-        return SLAConfig(layers, groups, (), groups, source_layers=(round(layers / 2),))
-    share = "kv" if method == "sla" else method
-    return SLAConfig(layers, groups, (default_skip_distance(layers),), default_num_skip_groups(groups), share=share)
+    args = Namespace(
+        num_layers=shape["num_hidden_layers"],
+        num_attention_heads=shape["num_attention_heads"],
+        group_query_attention=True,
+        num_query_groups=shape.get("num_key_value_heads", shape["num_attention_heads"]),
+        hybrid_layer_pattern=None,
+    )
+    add_sla_args(ArgumentParser()).parse_args(METHODS[method], args)
+    resolve_settings(args)
+    return sla_config_from_args(args)
 
 
 def hf_config(name: str, variant: str, positions: int = 0, method: str = "sla") -> Any:

@@ -25,6 +25,7 @@ from sla_megatron.common.errors import FlagError, one_line_errors
 from sla_megatron.common.flag_types import count
 from sla_megatron.cpu.device import add_device_arg, megatron_device
 
+from .models import METHODS
 from .ranks import answer_of_ranks
 from .record import Table, add_output_args, check_output, write_result
 from .training_steps import TrainingSteps, model_flags, settle
@@ -125,19 +126,12 @@ def variants(layers: int) -> dict[str, list[str]]:
     }
 
 
-def methods(layers: int) -> dict[str, list[str]]:
-    """Name -> flags of what else may be shared, and of other sources: one layer's, and every other one's."""
-    far = f"--sla-skip-distance {round(0.75 * layers)}"
-    settings = {
-        "values": f"--sla-share values {far}",
-        "keys": f"--sla-share keys {far}",
-        "SkipV1Former": "--sla-share values --sla-source-layer 1 --sla-num-skip-groups 0.5",
-        "CLA": "--sla-skip-distance 1 --sla-num-skip-groups 1.0 --sla-layers 2-/2",
-        "half-shared": "--sla-source-layer 0.5 --sla-num-skip-groups 1.0",
-    }
+def methods() -> dict[str, list[str]]:
+    """Name -> flags of what else may be shared, and of other sources."""
     return {
-        f"{projection}, {name}": ["--sla", "--sla-kv-projection", projection, *flags.split()]
-        for name, flags in settings.items()
+        f"{projection}, {name}": [*flags, "--sla-kv-projection", projection]
+        for name, flags in METHODS.items()
+        if name != "sla"
         for projection in ("full", "pruned")
     }
 
@@ -159,7 +153,7 @@ def counted(args: argparse.Namespace, device: str, layout: str, model: str) -> l
         grouped = "--num-query-groups" in common
         groups = int(common[common.index("--num-query-groups") + 1]) if grouped else heads
     rows: list[dict[str, Any]] = []
-    asked = variants(layers) | (methods(layers) if layout in args.methods else {})
+    asked = variants(layers) | (methods() if layout in args.methods else {})
     for name, flags in asked.items():
         if flags and tensor > 1:
             flags = [*flags, "--sla-num-skip-groups", str(groups // 2)]

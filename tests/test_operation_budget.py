@@ -22,7 +22,7 @@ OF_A_HOP = 4
 MOST_WRITTEN = {"tiny": 4.5, "tiny-rope-gqa": 2.0}
 #: Other shares and sources -> keys and values that are summed, of which there are two halves; each further reader of a
 #: source adds its gradient to those before it, in an operation for keys and one for values.
-SUMMED = {"values": 0.75, "keys": 0.75, "SkipV1Former": 0.5, "CLA": 2.0, "half-shared": 2.0}
+SUMMED = {"values": 0.75, "keys": 0.75, "skipv1": 0.5, "cla2": 2.0, "half-shared": 2.0}
 #: Keys, or values, beside hidden states: in "tiny-rope-gqa" there is one for three queries.
 WIDTH = {"tiny": 1, "tiny-rope-gqa": 1 / 3}
 
