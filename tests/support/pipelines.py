@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from tests.reference import ReferenceGPT
+
 from .runs import NO_DROPOUT
 
 LAYERS, GROUPS, HIDDEN, SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 8, 4, 32, 16, 2, 8
@@ -136,15 +138,9 @@ SHARED = {"kv": ("key", "value"), "values": ("value",), "keys": ("key",)}
 
 
 def source(model: Model, layer: int, group: int) -> int:
-    """The layer whose K/V ``group`` takes in ``layer``, by the specification's formula; its own where it does not."""
-    k = model.num_skip_groups
-    chosen = [g for g in range(GROUPS) if (g + 1) * k // GROUPS > g * k // GROUPS]
-    if group not in chosen or (model.layers is not None and layer not in model.layers):
-        return layer
-    origins = model.sources or model.distances
-    origin = origins[chosen.index(group) % len(origins)]
-    found = origin if model.sources else layer - origin
-    return found if 1 <= found < layer else layer
+    """The layer whose K/V ``group`` takes in ``layer``; its own where it does not."""
+    shape, settings = (LAYERS, GROUPS, GROUPS, model.head_size), (model.distances, model.num_skip_groups, model.layers)
+    return ReferenceGPT(*shape, *settings, source_layers=model.sources).source(layer, group)
 
 
 def hop_elements(model: Model, layout: Layout, tensor_rank: int) -> list[int]:

@@ -1,26 +1,19 @@
-"""What may be shared and from where, as the specification says it, for what ``sla-plan`` says of any of it."""
+"""What may be shared and from where, by ``tests/reference.py``, for what ``sla-plan`` says of any of it."""
 
 from __future__ import annotations
 
 from sla_megatron.attention.sla_config import SLAConfig
+from tests.reference import ReferenceGPT
 
 TENSORS = {"kv": ("key", "value"), "values": ("value",), "keys": ("key",)}
 
 
 def source(sla: SLAConfig, layer: int, group: int, kind: str) -> int:
-    """The layer that a group's tensor is read from: section 1, word by word."""
-    total, count = sla.num_query_groups, sla.num_skip_groups
-    skip = [g for g in range(total) if (g + 1) * count // total > g * count // total]
-    if kind not in TENSORS[sla.share] or group not in skip:
-        return layer
-    if sla.layers is not None and layer not in sla.layers:
-        return layer
-    j = skip.index(group)
-    if sla.source_layers:
-        earlier = sla.source_layers[j % len(sla.source_layers)]
-    else:
-        earlier = layer - sla.skip_distances[j % len(sla.skip_distances)]
-    return earlier if 1 <= earlier < layer else layer
+    """The layer that a group's tensor is read from."""
+    shape = (sla.num_layers, sla.num_query_groups, sla.num_query_groups, 1)
+    settings = (sla.skip_distances, sla.num_skip_groups, sla.layers)
+    reference = ReferenceGPT(*shape, *settings, share=sla.share, source_layers=sla.source_layers)
+    return reference.source_of(layer, group, kind)
 
 
 def readers(sla: SLAConfig) -> dict[tuple[str, int, int], list[int]]:
