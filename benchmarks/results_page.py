@@ -136,7 +136,7 @@ SECTIONS = (
         "Equal tokens in equal order; a difference to dense is between runs of the same seed. Runs of a sweep may "
         "share their machine with other work: their tokens/s compare nothing. On a CPU: `examples/sweep/cpu.yaml`, and "
         "`examples/sweep/methods.yaml`: a family of methods at equal tokens, which begin with dense's weights, and, "
-        "pruned and with a wider MLP, at equal parameters, which do not. There, in three seeds of a short run and no "
+        "pruned and with a wider MLP, at equal parameters, which do not. There, in five seeds of a short run and no "
         "further, SkipV1Former is below dense in all, both ways; SLA, its values alone and CLA are at equal tokens, "
         "and at equal parameters spread around dense; the other reading, keys alone and what is half-shared differ "
         "from dense by no more than they spread.",
