@@ -30,7 +30,7 @@ from .mixing import mix
 from .mixing_plan import LayerPlan, OwnHeads, projection_plan
 from .numbering import LayerNumbers
 from .roles import LayerRole
-from .sla_config import KINDS, SLAConfig
+from .sla_config import SLAConfig
 
 _QUERY_KEY_VALUE = (
     "megatron.core.transformer.attention:SelfAttention.get_query_key_value_tensors",
@@ -79,8 +79,7 @@ class SLASelfAttention(SelfAttention):
         number = layer_number if numbers is None else numbers.among_attention(layer_number)
         pruned_away = 0
         if sla.kv_projection == "pruned":
-            dead = sum(sla.num_query_groups - len(sla.live_groups(number, kind)) for kind in KINDS)
-            pruned_away = config.kv_channels * dead
+            pruned_away = config.kv_channels * (2 * sla.num_query_groups - sla.num_live(number))
             submodules = replace(submodules, linear_qkv=_with_fewer_rows(submodules.linear_qkv, pruned_away))
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.linear_qkv_out_dim -= pruned_away

@@ -27,14 +27,19 @@ SHARES: dict[str, tuple[Kind, ...]] = {"kv": KINDS, "values": ("value",), "keys"
 DEFAULT_SHARE = 0.75
 
 
+def of_share(share: float, whole: int) -> int:
+    """A share of ``whole`` layers or groups, rounded (halves to even, as Python rounds), and at least 1."""
+    return max(1, round(share * whole))
+
+
 def default_skip_distance(num_layers: int) -> int:
     """``round(0.75 L)`` (halves to even, as Python rounds); 9 for the paper's 12 layers."""
-    return round(DEFAULT_SHARE * num_layers)
+    return of_share(DEFAULT_SHARE, num_layers)
 
 
 def default_num_skip_groups(num_query_groups: int) -> int:
     """``round(0.75 G)`` (halves to even, as Python rounds); 9 for the paper's 12 heads."""
-    return round(DEFAULT_SHARE * num_query_groups)
+    return of_share(DEFAULT_SHARE, num_query_groups)
 
 
 def evenly_spread(count: int, total: int) -> tuple[int, ...]:
@@ -88,6 +93,11 @@ class SLAConfig:
         for name, choices in (("kv_projection", KV_PROJECTIONS), ("share", tuple(SHARES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}: {getattr(self, name)}")
+
+    @property
+    def shared_name(self) -> str:
+        """What crosses layers, as tables and messages call it: K/V, values, or keys."""
+        return "K/V" if self.share == "kv" else self.share
 
     @property
     def shared_kinds(self) -> tuple[Kind, ...]:
@@ -144,6 +154,10 @@ class SLAConfig:
     def projected_groups(self, layer: int, kind: Kind) -> tuple[int, ...]:
         """The groups whose tensor ``layer`` projects: all of them, or with ``pruned`` the live ones."""
         return self.live_groups(layer, kind) if self.kv_projection == "pruned" else tuple(range(self.num_query_groups))
+
+    def num_live(self, layer: int) -> int:
+        """Keys and values of ``layer`` that are live, together."""
+        return sum(len(self.live_groups(layer, kind)) for kind in KINDS)
 
     @cached_property
     def consumer_layers(self) -> tuple[int, ...]:

@@ -11,9 +11,6 @@ from .skipping import sla_config_from_args
 
 _OPTIMIZERS = ("adam", "sgd")
 
-#: What is not all live with each ``--sla-share``.
-_SHARED = {"kv": "K/V groups", "values": "values", "keys": "keys"}
-
 
 def check_projection(args: Namespace) -> None:
     """Raise :class:`FlagError` where validated arguments cannot have pruned projections."""
@@ -24,6 +21,7 @@ def check_projection(args: Namespace) -> None:
     if args.optimizer not in _OPTIMIZERS:
         raise FlagError("--optimizer", args.optimizer, f"{' or '.join(_OPTIMIZERS)} with --sla-kv-projection pruned")
     sla, size = sla_config_from_args(args), args.tensor_model_parallel_size
+    what = f"{sla.shared_name} groups" if sla.share == "kv" else sla.shared_name
     for layer in range(1, sla.num_layers + 1):
         for kind in KINDS:
             live = sla.live_groups(layer, kind)
@@ -32,7 +30,7 @@ def check_projection(args: Namespace) -> None:
                 raise FlagError(
                     "--sla-kv-projection",
                     "pruned",
-                    f"full, or live {_SHARED[sla.share]} that are divisible by TP: layer {layer} has {len(live)}, "
+                    f"full, or live {what} that are divisible by TP: layer {layer} has {len(live)}, "
                     f"{'+'.join(map(str, shares))} on the {size} tensor-parallel ranks",
                 )
     _check_quantized_rows(args, sla)
@@ -48,7 +46,7 @@ def _check_quantized_rows(args: Namespace, sla: SLAConfig) -> None:
     multiple = get_fp8_align_size(args.fp8_recipe) if args.fp8 else 32
     numbers = layer_numbers(args)
     for layer in range(1, sla.num_layers + 1):
-        heads = args.num_attention_heads + sum(len(sla.live_groups(layer, kind)) for kind in KINDS)
+        heads = args.num_attention_heads + sla.num_live(layer)
         rows = heads // args.tensor_model_parallel_size * args.kv_channels
         if rows % multiple and not is_first_last_bf16_layer(args, numbers.in_stack(layer) - 1):
             recipe = f"--fp8-recipe {args.fp8_recipe}" if args.fp8 else f"--fp4-recipe {args.fp4_recipe}"

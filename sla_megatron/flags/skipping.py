@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 
-from ..attention.sla_config import SLAConfig, compact_ranges, default_num_skip_groups, default_skip_distance
+from ..attention.sla_config import SLAConfig, compact_ranges, default_num_skip_groups, default_skip_distance, of_share
 from ..common.errors import FlagError
 from .asked import hybrid_pattern, layer_numbers
 
@@ -96,7 +96,7 @@ def _check_number(args: Namespace, flag: str, values: list[int], what: str) -> N
 
 def _count(value: int | float, whole: int) -> int:
     """A count as it is, or a share of ``whole``, rounded as the defaults are."""
-    return max(1, round(value * whole)) if isinstance(value, float) else value
+    return of_share(value, whole) if isinstance(value, float) else value
 
 
 def _check_layers(args: Namespace) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ...flags.asked import hybrid_pattern
 from ...flags.skipping import SLA_SETTINGS, resolve_settings, sla_config_from_args
 from .architecture import sla_fields
 from .errors import ConvertError
-from .mapping import KEY, VALUE, entries, sla_of
-from .prune import live_rows
+from .mapping import sla_of
+from .prune import WithLiveRows
 from .source import Source
 
 
-class WithSLA:
+class WithSLA(WithLiveRows):
     """A dense source with skip-layer attention.
 
     Args:
@@ -31,8 +28,6 @@ class WithSLA:
         FlagError: for settings that are not this model's.
     """
 
-    args: Namespace | None
-
     def __init__(self, dense: Source, **settings: Any) -> None:
         if unknown := sorted(set(settings) - set(SLA_SETTINGS)):
             raise TypeError(f"{unknown[0]}: expected some of {', '.join(SLA_SETTINGS)}")
@@ -40,28 +35,7 @@ class WithSLA:
             raise ConvertError(f"{dense.path}: it is a skip-layer model already")
         chosen = _arguments(dense, settings)
         resolve_settings(chosen)
-        self.dense, self.path, self.args = dense, dense.path, dense.args
-        self.config: Mapping[str, Any] = {**dense.config, **sla_fields(sla_config_from_args(chosen))}
-        self._entries = {entry.hf: entry for entry in entries(self.config)}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dense tensor's."""
-        return self.dense.dtype(name)
-
-    def get(self, name: str) -> Tensor:
-        """The dense tensor; of a pruned model's keys and values, the rows of live groups."""
-        tensor, entry = self.dense.get(name), self._entries[name]
-        if entry.part not in (KEY, VALUE):
-            return tensor
-        return live_rows(tensor, self.config, entry)
-
-    def parts(self, name: str) -> Sequence[Tensor]:
-        """Likewise."""
-        return [self.get(name)] if self._entries[name].part in (KEY, VALUE) else self.dense.parts(name)
-
-    def padding(self, name: str) -> Tensor | None:
-        """The dense model's."""
-        return self.dense.padding(name)
+        super().__init__(dense, {**dense.config, **sla_fields(sla_config_from_args(chosen))})
 
 
 def _arguments(dense: Source, settings: Mapping[str, Any]) -> Namespace:

@@ -39,40 +39,52 @@ _NOT_COPIED = (
 )
 
 
-class Pruned:
+class WithLiveRows:
+    """A source that has all K/V rows, seen as a model that has those of the groups that it projects; else the same.
+
+    Args:
+        source: the weights.
+        config: the model's fields of ``config.json``.
+    """
+
+    args: Namespace | None
+
+    def __init__(self, source: Source, config: Mapping[str, Any]) -> None:
+        self._source, self.path, self.args = source, source.path, source.args
+        self.config: Mapping[str, Any] = config
+        self._of = {entry.hf: entry for entry in entries(config) if entry.part in (KEY, VALUE)}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The source's."""
+        return self._source.dtype(name)
+
+    def get(self, name: str) -> Tensor:
+        """The source's tensor; of keys and values, the rows of projected groups."""
+        tensor = self._source.get(name)
+        return live_rows(tensor, self.config, self._of[name]) if name in self._of else tensor
+
+    def parts(self, name: str) -> Sequence[Tensor]:
+        """Likewise."""
+        return [self.get(name)] if name in self._of else self._source.parts(name)
+
+    def padding(self, name: str) -> Tensor | None:
+        """The source's."""
+        return self._source.padding(name)
+
+
+class Pruned(WithLiveRows):
     """A ``full`` skip-layer source, seen as the ``pruned`` model that computes the same.
 
     Raises:
         ConvertError: if ``full`` is dense, or pruned already.
     """
 
-    args: Namespace | None
-
     def __init__(self, full: Source) -> None:
         if sla_of(full.config).is_dense:
             raise ConvertError(f"{full.path}: a dense model: expected one with skip-layer attention")
         if full.config["sla_kv_projection"] == "pruned":
             raise ConvertError(f"{full.path}: pruned already: expected sla_kv_projection full")
-        self.full, self.path, self.args = full, full.path, full.args
-        self.config: Mapping[str, Any] = dict(full.config) | {"sla_kv_projection": "pruned"}
-        self._of = {entry.hf: entry for entry in entries(self.config) if entry.part in (KEY, VALUE)}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The full tensor's."""
-        return self.full.dtype(name)
-
-    def get(self, name: str) -> Tensor:
-        """The full tensor; of keys and values, the rows of live groups."""
-        tensor = self.full.get(name)
-        return live_rows(tensor, self.config, self._of[name]) if name in self._of else tensor
-
-    def parts(self, name: str) -> Sequence[Tensor]:
-        """Likewise."""
-        return [self.get(name)] if name in self._of else self.full.parts(name)
-
-    def padding(self, name: str) -> Tensor | None:
-        """The full model's."""
-        return self.full.padding(name)
+        super().__init__(full, dict(full.config) | {"sla_kv_projection": "pruned"})
 
 
 def live_rows(tensor: Tensor, config: Mapping[str, Any], entry: Entry) -> Tensor:

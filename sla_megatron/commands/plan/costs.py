@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ...attention.sla_config import KINDS, SLAConfig
+from ...attention.sla_config import SLAConfig
 from .compute import stage_operations
 from .job import Job
 from .traffic import totals
@@ -42,18 +42,14 @@ def costs(job: Job) -> Costs:
     sums, known = totals(job), job.parameters
     dense, pruned = (None, None) if known is None else known
     full_sla, pruned_sla = (replace(job.sla, kv_projection=projection) for projection in ("full", "pruned"))
-    cache = live_tensors(job.sla) * job.work.head_size * job.element_bytes
+    live = sum(map(job.sla.num_live, range(1, job.sla.num_layers + 1)))
+    cache = live * job.work.head_size * job.element_bytes
     whole = 2 * job.sla.num_layers * job.sla.num_query_groups * job.work.head_size * job.element_bytes
     return Costs(
         Cost(dense, _operations(job, full_sla, dense=True), whole, sums.dense),
         Cost(dense, _operations(job, full_sla), cache, sums.payload),
         Cost(pruned, _operations(job, pruned_sla), cache, sums.payload),
     )
-
-
-def live_tensors(sla: SLAConfig) -> int:
-    """Keys and values of a (layer, group) that some layer reads, over the whole model."""
-    return sum(len(sla.live_groups(layer, kind)) for layer in range(1, sla.num_layers + 1) for kind in KINDS)
 
 
 def _operations(job: Job, sla: SLAConfig, dense: bool = False) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 from ...attention.roles import SharedTensor
-from ...attention.sla_config import SLAConfig, compact_ranges
+from ...attention.sla_config import compact_ranges
 from ...common.tables import table
 from .costs import Cost, Costs
 from .figures import Figures
@@ -18,13 +18,10 @@ from .traffic import HopTraffic, RankMemory, Totals
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
-#: What travels with each ``--sla-share``.
-_SHARED = {"kv": "K/V", "values": "values", "keys": "keys"}
-
 
 def report(figures: Figures) -> str:
     """Everything that ``sla-plan`` prints, as lines."""
-    job, what = figures.job, shared_name(figures.job.sla)
+    job, what = figures.job, figures.job.sla.shared_name
     parts = [summary(job)]
     if job.layout.num_stages == 1:
         parts.append("One pipeline stage: nothing crosses.")
@@ -65,14 +62,9 @@ def _kinds(job: Job) -> str:
     return f" {job.pattern}, {job.sla.num_layers} of attention" if job.pattern else ""
 
 
-def shared_name(sla: SLAConfig) -> str:
-    """What crosses layers, as tables call it: K/V, values, or keys."""
-    return _SHARED[sla.share]
-
-
 def hop_table(job: Job, hops: Sequence[HopTraffic]) -> str:
     """One row a hop."""
-    what = shared_name(job.sla)
+    what = job.sla.shared_name
     rows = [
         (
             str(hop.hop),
@@ -95,7 +87,7 @@ def hop_table(job: Job, hops: Sequence[HopTraffic]) -> str:
 
 
 def rank_table(ranks: Sequence[RankMemory], what: str) -> str:
-    """One row for neighbouring ranks that hold the same; ``what``: as :func:`shared_name`."""
+    """One row for neighbouring ranks that hold the same; ``what``: ``SLAConfig.shared_name``."""
 
     def row(one: RankMemory) -> tuple[str, ...]:
         return in_units(one.resident_bytes), str(one.arrival_buffers), in_units(one.arriving_kv_bytes)
@@ -107,7 +99,7 @@ def rank_table(ranks: Sequence[RankMemory], what: str) -> str:
 
 def totals_table(job: Job, totals: Totals) -> str:
     """Bytes of a pipeline over all hops, in both directions."""
-    microbatches, what = job.schedule.num_microbatches, shared_name(job.sla)
+    microbatches, what = job.schedule.num_microbatches, job.sla.shared_name
 
     def row(name: str, size: int) -> tuple[str, ...]:
         return name, in_units(size), in_units(size * microbatches), f"{size / totals.dense:.3f}"
@@ -125,7 +117,7 @@ def totals_table(job: Job, totals: Totals) -> str:
 
 def virtual_stage_table(job: Job, stages: Sequence[VirtualStages]) -> str:
     """Which numbers of virtual stages make what is shared local to its rank."""
-    size, what = job.layout.pipeline_size, shared_name(job.sla)
+    size, what = job.layout.pipeline_size, job.sla.shared_name
     if not stages:
         return f"Virtual stages: {job.layout.num_layers} layers do not split evenly over {size} ranks."
     rows = [
@@ -194,7 +186,7 @@ def step_lines(prediction: Prediction, rates: Rates) -> str:
 
 def layout_table(layouts: Sequence[Layout]) -> str:
     """The ranking of layouts."""
-    has_rates, what = layouts[0].prediction is not None, shared_name(layouts[0].job.sla)
+    has_rates, what = layouts[0].prediction is not None, layouts[0].job.sla.shared_name
     rows = []
     for place, one in enumerate(layouts, 1):
         layout = one.job.layout
@@ -221,7 +213,7 @@ def layout_table(layouts: Sequence[Layout]) -> str:
 
 def assumptions(job: Job, simulated: bool) -> str:
     """What the figures hold and what they do not."""
-    what = shared_name(job.sla)
+    what = job.sla.shared_name
     lines = [
         "Bytes are exact, and those of one GPU: the transport allocates by the same code.",
         f"Resident {what} include the gradients that wait to be collected for them.",

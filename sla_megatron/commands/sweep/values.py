@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ...attention.sla_config import of_share
 from .errors import GridError
 
 
@@ -20,7 +21,7 @@ def count(key: str, value: Any, accepted: str) -> int:
 def share(key: str, value: Any, whole: int) -> int:
     """A count as it is, a share of ``whole`` rounded as the flags' defaults are, and at least 1."""
     if isinstance(value, float) and 0 < value <= 1:
-        return max(1, round(value * whole))
+        return of_share(value, whole)
     return count(key, value, "a count of 1 or more, or a share such as 0.75")
 
 
