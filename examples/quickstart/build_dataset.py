@@ -1,5 +1,8 @@
 """Trains a SentencePiece tokenizer on a corpus and writes the corpus in Megatron's indexed format, with sla-data.
 
+    python -m examples.quickstart.build_dataset runs/code                  # Python's own sources
+    python -m examples.quickstart.build_dataset runs/prose --text prose    # English, of packages' docstrings
+
     DIR/corpus.jsonl            the text, a document a line
     DIR/tokenizer.model         for --tokenizer-type SentencePieceTokenizer --tokenizer-model
     DIR/corpus.bin, .idx, .json for --data-path DIR/corpus; settings and counts
@@ -10,21 +13,30 @@ An interrupted build goes on; nothing that is finished is made again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import sentencepiece
 
-from examples.quickstart import corpus
+from examples.quickstart import corpus, prose
 from sla_megatron.commands.data import cli
 from sla_megatron.common.files import flush, write_json
+from sla_megatron.common.flag_types import OneLineParser, count, number
 
 MANIFEST = "dataset.json"
+
+#: What a text is called -> what is said of it while it is read, and who reads it.
+TEXTS = {
+    "code": ("Python's own sources", corpus.read_documents),
+    "prose": ("the prose of packages' docstrings", prose.read_documents),
+}
 
 
 class DatasetError(RuntimeError):
@@ -64,16 +76,18 @@ def build(
     vocab_size: int,
     say: Callable[[str], None] = print,
     root: Path | None = None,
+    text: str = "code",
 ) -> Dataset:
     """The data set at `directory`, made, or finished, if it is not there yet.
 
-    `max_bytes` of text from `root` (default: this Python's standard library), `vocab_size` tokens. A data set
+    `max_bytes` of `text`, one of TEXTS, from `root` (default: this Python's own), `vocab_size` tokens. A data set
     made from the same text and settings is used as it is; anything else at `directory` raises DatasetError and
     is left alone. What sla-data cannot do it says in one line, and raises SystemExit. `say` receives lines of
     progress. Only one build of a directory may run at a time (the caller's lock).
     """
-    say(f"reading Python's own sources, up to {max_bytes / 1e6:g} MB")
-    documents = corpus.read_documents(max_bytes, root)
+    name, read_documents = TEXTS[text]
+    say(f"reading {name}, up to {max_bytes / 1e6:g} MB")
+    documents = read_documents(max_bytes, root)
     made_from = {
         "corpus_sha256": corpus.fingerprint(documents),
         "vocab_size": vocab_size,
@@ -127,3 +141,26 @@ def sla_data(argv: list[str], say: Callable[[str], None]) -> None:
     """Runs one of sla-data's commands in this process. Raises SystemExit, after its line on stderr, if it fails."""
     say(f"$ sla-data {shlex.join(argv)}")
     cli.main(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Builds one data set. One line and status 2 or 1 for what cannot be accepted, or made."""
+    parser = OneLineParser(
+        prog="build_dataset", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--text", choices=tuple(TEXTS), default="code", help="default: %(default)s")
+    size = number("--corpus-mb", float, "a number of megabytes, 1 or more", 1)
+    parser.add_argument("--corpus-mb", type=size, default=8.0, metavar="MB", help="text; default: 8 MB")
+    vocabulary = count("--vocab-size", 512)
+    parser.add_argument("--vocab-size", type=vocabulary, default=4096, metavar="N", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        dataset = build(args.directory, int(args.corpus_mb * 1e6), args.vocab_size, text=args.text)
+    except (DatasetError, corpus.CorpusError) as error:
+        sys.exit(f"build_dataset: error: {error}")
+    print(f"{dataset.documents:,} documents, {dataset.tokens:,} tokens in {dataset.directory}")
+
+
+if __name__ == "__main__":
+    main()

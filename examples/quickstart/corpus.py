@@ -32,10 +32,12 @@ def find_sources(root: Path) -> list[Path]:
         inside = path.relative_to(root)
         return not SKIPPED_DIRS.intersection(inside.parts) and path.stat().st_size in FILE_BYTES
 
-    def place(path: Path) -> bytes:
-        return hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+    return shuffled(filter(wanted, root.rglob("*.py")), root)
 
-    return sorted(filter(wanted, root.rglob("*.py")), key=place)
+
+def shuffled(files: Iterable[Path], root: Path) -> list[Path]:
+    """`files` in an order that depends on their names relative to `root` alone."""
+    return sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
 
 
 def read_documents(max_bytes: int, root: Path | None = None) -> list[str]:
