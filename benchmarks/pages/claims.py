@@ -17,6 +17,7 @@ from .sections import (
     DATATROVE,
     ENCODER,
     GENERATION,
+    LOSS,
     PIPELINES,
     PLAN,
     RECOVERY,
@@ -121,23 +122,22 @@ def lowest(value: float) -> float:
 
 
 def _loss(text: str, title: str, *files: str) -> Claim:
-    sources = {"sweep": partial(figures.loss_of_sweep, text=text)}
-    sources |= {"loss": figures.loss_of_run} if "gpu" in files else {}
-    return Claim(title, SWEEPS, sources, BELOW_DENSE, files=files)
+    return Claim(title, SWEEPS, {"sweep": partial(figures.loss_of_sweep, text=text)}, BELOW_DENSE, files=files)
 
 
 BRINGS = (
-    _loss("code", "loss less dense's, nats a token: code", "questions", "methods", "gpu"),
+    _loss("code", "loss minus dense's, nats a token: code", "questions", "methods"),
     _loss("prose", "the same: prose", "questions"),
     _loss("code", "the same: code, a larger model", "larger"),
     _loss("code", "the same: code, twice the tokens", "longer"),
+    Claim("the same: a short run of one seed", LOSS, {"loss": figures.loss_of_run}, BELOW_DENSE),
     Claim(
-        "an encoder's masked loss less dense's",
+        "an encoder's masked loss minus dense's",
         ENCODER,
         {"encoder": partial(figures.over_seeds, quantity="loss")},
     ),
     Claim(
-        "accuracy on images less dense's",
+        "accuracy on images minus dense's",
         VISION,
         {"vision": partial(figures.over_seeds, quantity="accuracy")},
         badness=lowest,

@@ -13,7 +13,7 @@ Result = dict[str, Any]
 FIELDS = ("benchmark", "command", "commit", "date", "machine", "settings", "rows")
 
 #: Of a machine; at least one version stands beside them.
-MACHINE = ("device", "processor", "cores", "python")
+MACHINE = ("device", "processor", "cores")
 VERSIONS = ("torch", "megatron-core", "transformers")
 
 #: Benchmarks that count: their figures are the same on every machine and in every run.

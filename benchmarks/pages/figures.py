@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sla_megatron.attention.sla_config import default_num_skip_groups, default_skip_distance
 from sla_megatron.commands.sweep.setting import Setting
+from sla_megatron.commands.sweep.summary import groups
 
+from ..paired import difference
 from ..record import shown
 from ..throughput import peak_over_dense
 from .evidence import Result
-
-Row = dict[str, Any]
 
 #: Of a figure that is counted, not timed.
 COUNTED = "counted"
@@ -131,27 +129,17 @@ def loss_of_sweep(result: Result, text: str) -> list[Figure]:
 
     Sizes are named by their text, ``code`` or ``prose``; of sweeps before there was prose, they are code.
     """
-    found: dict[tuple[str, int], list[float]] = {}
-    rows = [row for row in result["rows"] if (row["size"] if row["size"] == "prose" else "code") == text]
-    dense = {(r["size"], r["context"], r["seed"]): r["validation_loss"] for r in rows if Setting.of_row(r).is_dense}
-    for row in rows:
-        key = row["size"], row["context"]
-        if _is_default(row) and (*key, row["seed"]) in dense:
-            found.setdefault(key, []).append(row["validation_loss"] - dense[*key, row["seed"]])
-    return [_mean_difference(values) for values in found.values()]
-
-
-def _is_default(row: Row) -> bool:
-    """Whether it is trained with ``--sla`` and no other of its flags."""
-    distance, groups = default_skip_distance(row["num_layers"]), default_num_skip_groups(row["num_groups"])
-    return Setting.of_row(row) == Setting(distances=(distance,), skip_groups=groups)
-
-
-def _mean_difference(values: Sequence[float]) -> Figure:
-    from ..paired import difference
-
-    found = difference(values)
-    return Figure(found.mean, found.shown(), f"{found.n} seeds", most=found.high)
+    found = []
+    for group in groups(result["rows"]):
+        default = Setting(
+            distances=(default_skip_distance(group.num_layers),),
+            skip_groups=default_num_skip_groups(group.num_groups),
+        )
+        if group.setting == default and group.differences and (group.size == "prose") == (text == "prose"):
+            of_pairs = difference(list(group.differences.values()))
+            figure = Figure(of_pairs.mean, of_pairs.shown(), f"{of_pairs.n} seeds", most=of_pairs.high)
+            found.append(figure)
+    return found
 
 
 def loss_of_run(result: Result) -> list[Figure]:

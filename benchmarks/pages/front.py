@@ -25,7 +25,7 @@ leaves them out ([flags](../README.md#flags)).
 PARTS = (
     (
         "What it brings",
-        "A loss is better below 0: the mean over seeds, each less that of dense with the same seed, and its 95 %\n"
+        "A loss is better below 0: the mean over seeds, each minus that of dense with the same seed, and its 95 %\n"
         "interval (of the encoder and images: least to most). Equal tokens, small models, short runs.",
         BRINGS,
     ),
