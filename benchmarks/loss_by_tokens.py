@@ -10,6 +10,7 @@ from typing import Any
 from sla_megatron.commands.sweep.setting import Setting
 from sla_megatron.commands.sweep.summary import Group, groups
 
+from .comparisons import label_of
 from .record import save_figure
 
 Row = dict[str, Any]
@@ -63,14 +64,6 @@ def less(losses: dict[int, Losses], dense: dict[int, Losses]) -> dict[int, Losse
         for seed, of_seed in losses.items()
         if seed in dense
     }
-
-
-def label_of(group: Group) -> str:
-    """``dense``, or ``distance 6, 6 of 8 heads``."""
-    if group.is_dense:
-        return "dense"
-    read = f"distance {group.distance}" if group.setting.distances else group.distance
-    return ", ".join(filter(None, (read, f"{group.skip_heads} of {group.num_heads} heads", group.variant)))
 
 
 def draw(axis: Any, losses: dict[int, Losses], label: str, style: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from sla_megatron.commands.convert.commands import megatron_to_hf, open_megatron
 from sla_megatron.common.errors import StartError
 from sla_megatron.common.silence import without_announcements
 from sla_megatron.common.splits import split_ranges
+from sla_megatron.common.waiting import bar
 
 
 def held_out_windows(prefix: str, split: str, context: int) -> Tensor:
@@ -54,7 +54,10 @@ def losses_by_position(model: Any, windows: Tensor, batch: int) -> Tensor:
     ``batch`` windows at a time.
     """
     found = []
-    for part in tqdm(windows.split(batch), unit="batch", leave=False, mininterval=0.5):
-        logits = model(part[:, :-1], use_cache=False).logits
-        found.append(cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none").view(len(part), -1))
+    with bar("  windows", len(windows), " windows", leave=False) as drawn:
+        for part in windows.split(batch):
+            logits = model(part[:, :-1], use_cache=False).logits
+            losses = cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+            found.append(losses.view(len(part), -1))
+            drawn.n += len(part)
     return torch.cat(found)
