@@ -168,8 +168,8 @@ THEMES = (
     Theme("domains.md", "other domains", (ENCODER, VISION)),
 )
 
-#: Made by ``benchmarks.paper_page``, of the files of sweeps and of these.
-PAPER, PAPER_FILES = "paper.md", ("positions",)
+#: Made by ``benchmarks.paper_page``, of sweeps and of what it alone shows.
+PAPER = "paper.md"
 
 
 def page_of(section: Section) -> str:

@@ -197,6 +197,16 @@ def test_rows_that_were_changed_are_found(name: str, old: str, new: str) -> None
     assert count == 1 and untraced(page, broken) != []
 
 
+def test_the_paper_s_page_says_which_files_it_sums_up() -> None:
+    """Those that it links to: how many runs, when, and at which commits."""
+    found = re.findall(r"^\* \[.*?\]\((\S+\.json)\): (\d+) runs, (.*)$", PAPER.read_text(), re.MULTILINE)
+    assert found
+    for path, runs, rest in found:
+        result = json.loads((PAPER.parent / path).read_text())
+        commits = {result["commit"], *(row["commit"] for row in result["rows"] if "commit" in row)}
+        assert int(runs) == len(result["rows"]) and result["date"] in rest and all(each in rest for each in commits)
+
+
 def test_claims_are_traced_to_rows() -> None:
     text = FRONT.read_text()
     assert len(list(claimed(text))) >= 15

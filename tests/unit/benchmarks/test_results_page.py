@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import results_page, throughput
 from benchmarks.pages import claims, detail
-from benchmarks.pages.sections import PAPER_FILES, THEMES, TRAINING, page_of
+from benchmarks.pages.sections import THEMES, TRAINING, page_of
 
 
 def row(variant: str, ratio: float, peak: int, context: int = 512) -> dict[str, Any]:
@@ -99,11 +99,10 @@ def test_the_first_page_is_short_and_begins_with_what_is_brought_and_cost() -> N
 
 
 def test_every_file_is_on_a_page() -> None:
-    """With its rows; what the paper's page sums up is named there."""
     pages = [results_page.PAGE, *results_page.PAGE.with_suffix("").glob("*.md")]
     linked = set(re.findall(r"\(\S*/benchmarks/results/([^)]+\.json)\)", "".join(page.read_text() for page in pages)))
     there = {path.name for path in results_page.RESULTS.glob("*.json")}
-    assert {name for name in there if name.split("-")[0] not in PAPER_FILES} <= linked <= there
+    assert linked == there
 
 
 def test_what_has_no_file_is_not_measured(tmp_path: Path) -> None:
