@@ -14,8 +14,8 @@ CONFIDENCE = 0.95
 class Difference:
     """The mean of ``n`` differences; ``below`` of them are less than 0.
 
-    ``low`` and ``high`` bound the mean with :data:`CONFIDENCE`, and ``p`` is of the paired t test, two-sided, which takes
-    differences as normally distributed.  ``None`` of one difference alone.
+    ``low`` and ``high`` bound the mean with :data:`CONFIDENCE`, and ``p`` is of the paired t test, two-sided, which
+    takes differences as normally distributed.  ``None`` of one difference alone.
     """
 
     n: int

@@ -74,9 +74,7 @@ def take_turns(args: Namespace, seed: int, models: dict[str, torch.nn.Module], t
     }
 
 
-def _train_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Any, device: str
-) -> float:
+def _train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Any, device: str) -> float:
     """Forward, backward, update; the seconds that they took."""
     if device == "cuda":
         torch.cuda.synchronize()

