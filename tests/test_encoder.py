@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from examples.encoder import data
 from examples.encoder.report import plot, tables
 from examples.encoder.run import main
+from tests.support.launch import ROOT
 from tests.support.side_by_side import BAD_FLAGS, check_refusal, check_row, check_table, run_example
 
 
@@ -59,6 +61,9 @@ def test_the_example(tmp_path: Path) -> None:
         assert row["held_out_masked_tokens"] == held_out.is_masked.sum()
         assert row["without_attention"] == data.without_attention(held_out)
     assert rows[0]["curve"][0] != rows[1]["curve"][0]
+    committed = json.loads((ROOT / "benchmarks" / "results" / "encoder-cpu.json").read_text())
+    assert committed["settings"].keys() == result["settings"].keys()
+    assert committed["rows"][0].keys() == rows[0].keys()
 
     (table,) = tables(result)
     assert table.as_text() in printed

@@ -91,6 +91,15 @@ def test_another_number_of_processes(
     check_refusal(main, ["--tp", "2"], "--tp 2: expected 4, the number of processes that torchrun started", capsys)
 
 
+def test_more_processes_than_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("examples.side_by_side.ranks.choose_device", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_refusal(main, ["--tp", "2"], "--tp 2: expected at most 1, the number of GPUs, or --device cpu", capsys)
+
+
 def test_images_that_are_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

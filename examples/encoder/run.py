@@ -23,20 +23,10 @@ from .report import plot, tables
 
 NAME = "encoder"
 
-#: Flag, default, least, what it says.
-_SIZES = (
-    ("--layers", 8, 1, "of the encoder"),
-    ("--hidden", 64, 2, "hidden size"),
-    ("--heads", 8, 1, "attention heads, each with K/V of its own"),
-    ("--seq-length", 32, 4, "tokens of the longest sentence"),
-    ("--steps", 400, 1, "of each model with each seed"),
-    ("--seeds", 3, 1, "runs, of seed 1, 2, ..."),
-)
-
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The flags with SLA's defaults filled in.  Raises FlagError, or exits with one line and status 2."""
-    parser = example_parser(NAME, __doc__, _SIZES)
+    parser = example_parser(NAME, __doc__, 3, ("--seq-length", 32, 4, "tokens of the longest sentence"))
     args = with_sla_defaults(parser.parse_args(argv))
     check_output(parser, args)
     return args

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 
 from benchmarks.record import add_output_args
 from sla_megatron.attention.sla_config import default_num_skip_groups, default_skip_distance
@@ -14,13 +13,27 @@ from sla_megatron.cpu.device import add_device_arg, require_device_name
 #: Flag, default, least, what it says.
 Size = tuple[str, int, int, str]
 
+_SIZES: tuple[Size, ...] = (
+    ("--layers", 8, 1, "of each model"),
+    ("--hidden", 64, 2, "hidden size"),
+    ("--heads", 8, 1, "attention heads, each with K/V of its own"),
+    ("--steps", 400, 1, "of each model with each seed"),
+)
 
-def example_parser(name: str, description: str, sizes: Iterable[Size]) -> argparse.ArgumentParser:
-    """The parser of ``examples.NAME``: ``sizes``, what SLA is, where it runs and where the result goes."""
+
+def example_parser(name: str, description: str, seeds: int, further: Size) -> argparse.ArgumentParser:
+    """The parser of ``examples.NAME``: sizes, what SLA is, where it runs and where the result goes.
+
+    Args:
+        name: the example's.
+        description: for ``--help``.
+        seeds: how many are the default.
+        further: a size that is this example's alone.
+    """
     parser = OneLineParser(
         prog=f"examples.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for flag, default, least, meaning in sizes:
+    for flag, default, least, meaning in (*_SIZES, ("--seeds", seeds, 1, "runs, of seed 1, 2, ..."), further):
         convert = count(flag, least)
         parser.add_argument(flag, type=convert, default=default, metavar="N", help=f"{meaning} (default: {default})")
     distance = count("--distance")

