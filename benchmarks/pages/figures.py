@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from examples.side_by_side.report import pairs
 from sla_megatron.attention.sla_config import default_num_skip_groups, default_skip_distance
 from sla_megatron.commands.sweep.setting import Setting
 from sla_megatron.commands.sweep.summary import groups
@@ -150,7 +151,6 @@ def loss_of_run(result: Result) -> list[Figure]:
 
 
 def over_seeds(result: Result, quantity: str) -> list[Figure]:
-    """Of ``encoder`` and ``vision``: ``quantity`` at the end, SLA's less dense's, the mean over seeds."""
-    values = [row["curve"][-1]["sla"][quantity] - row["curve"][-1]["dense"][quantity] for row in result["rows"]]
-    mean, least, most = (f"{value:+.4f}" for value in (statistics.fmean(values), min(values), max(values)))
-    return [Figure(float(mean), f"{mean} ({least} to {most})", f"{len(values)} seeds", most=max(values))]
+    """Of ``encoder`` and ``vision``: ``quantity`` at the end, SLA's less dense's, with its 95 % interval."""
+    found = pairs(result["rows"], quantity)
+    return [Figure(found.mean, found.shown(), f"{found.n} seeds", most=found.high)]
