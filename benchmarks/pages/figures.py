@@ -125,10 +125,10 @@ def recovery(result: Result) -> list[Figure]:
     return found
 
 
-def loss_of_sweep(result: Result, text: str) -> list[Figure]:
+def loss_of_sweep(result: Result, text: str | None) -> list[Figure]:
     """Of ``sweep``: validation loss of the default setting less dense's of the same seed, with its 95 % interval.
 
-    Sizes are named by their text, ``code`` or ``prose``; of sweeps before there was prose, they are code.
+    Sizes are named by their text, ``code`` or ``prose``; of sweeps before there was prose, they are code.  ``None``: all.
     """
     found = []
     for group in groups(result["rows"]):
@@ -136,7 +136,8 @@ def loss_of_sweep(result: Result, text: str) -> list[Figure]:
             distances=(default_skip_distance(group.num_layers),),
             skip_groups=default_num_skip_groups(group.num_groups),
         )
-        if group.setting == default and group.differences and (group.size == "prose") == (text == "prose"):
+        is_chosen = text in (None, "prose" if group.size == "prose" else "code")
+        if group.setting == default and group.differences and is_chosen:
             of_pairs = difference(list(group.differences.values()))
             figure = Figure(of_pairs.mean, of_pairs.shown(), f"{of_pairs.n} seeds", most=of_pairs.high)
             found.append(figure)

@@ -25,8 +25,8 @@ leaves them out ([flags](../README.md#flags)).
 PARTS = (
     (
         "What it brings",
-        "Below 0 a loss is better, above 0 an accuracy: the mean over seeds, each minus dense's of the same seed, and its\n"
-        "95 % interval. Equal tokens, small models, short runs.",
+        "Below 0 a loss is better, above 0 an accuracy: the mean over seeds, each minus dense's of the same seed, and\n"
+        "its 95 % interval. Equal tokens, small models, short runs.",
         BRINGS,
     ),
     ("What it costs", "Speed above 1 is faster than dense; memory and bytes below 1 are less.", COSTS),
