@@ -134,7 +134,7 @@ def test_positions_are_paired_over_texts() -> None:
     for one in rows({"paper's": 0.0}):
         losses = [3.0 + one["seed"] + SPREAD[one["seed"]] * bool(one["distances"])] * 16
         late = [loss - 0.02 * bool(one["distances"]) for loss in losses]
-        made.append(positions.row_of(one, losses + late, [one["validation_loss"]], 1))
+        made.append(positions.row_of(one, losses + late, 1, one["validation_loss"]))
     answer = section(text_of(positions_cpu=made), "Loss by position")
     assert "difference to dense at 17-32 less that at 1-16: below 0 in 6 of 6 pairs, mean -0.0200" in answer
 
