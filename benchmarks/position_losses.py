@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,21 +53,24 @@ def drawn_windows(prefix: str, split: str, context: int, seed: int, samples: int
         from megatron.core.datasets.utils import Split
 
     data = IndexedDataset(prefix)
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=context,
-        blend=([prefix], None),
-        split=split,
-        # Of it, what a sample without masks is made with.
-        tokenizer=SimpleNamespace(vocab_size=None, eod=0, pad=-1, unique_identifiers={}),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
     part = numpy.array(split_ranges(split, len(data))["valid"], dtype=numpy.int32)
-    drawn = GPTDataset(data, prefix, part, (before + 1) * samples, Split.valid, config)
-    found = [drawn[i] for i in range(before * samples, (before + 1) * samples)]
+    # Without a folder for it, the index of samples would be written beside the data.
+    with tempfile.TemporaryDirectory(prefix="sla-positions-") as cache:
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=context,
+            blend=([prefix], None),
+            split=split,
+            path_to_cache=cache,
+            # Of it, what a sample without masks is made with.
+            tokenizer=SimpleNamespace(vocab_size=None, eod=0, pad=-1, unique_identifiers={}),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        drawn = GPTDataset(data, prefix, part, (before + 1) * samples, Split.valid, config)
+        found = [drawn[i] for i in range(before * samples, (before + 1) * samples)]
     return torch.stack([torch.cat([each["tokens"], each["labels"][-1:]]) for each in found])
 
 

@@ -107,6 +107,8 @@ def test_samples_of_an_evaluation(corpus: str) -> None:
     assert not {tuple(one) for one in first.tolist()} & {tuple(one) for one in second.tolist()}
     other = position_losses.drawn_windows(corpus, "75,25,0", 2, 2, 3, 0)
     assert other.tolist() != first.tolist()
+    # Megatron would leave its index there.
+    assert {path.name for path in Path(corpus).parent.iterdir()} == {"corpus.bin", "corpus.idx"}
 
 
 def rows() -> list[dict[str, Any]]:
