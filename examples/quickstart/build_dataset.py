@@ -29,6 +29,7 @@ from examples.quickstart import corpus, prose
 from sla_megatron.commands.data import cli
 from sla_megatron.common.files import flush, write_json
 from sla_megatron.common.flag_types import OneLineParser, count, number
+from sla_megatron.common.waiting import waiting_for
 
 MANIFEST = "dataset.json"
 
@@ -87,7 +88,8 @@ def build(
     """
     name, read_documents = TEXTS[text]
     say(f"reading {name}, up to {max_bytes / 1e6:g} MB")
-    documents = read_documents(max_bytes, root)
+    with waiting_for("text", "reads sources", quick=True):
+        documents = read_documents(max_bytes, root)
     made_from = {
         "corpus_sha256": corpus.fingerprint(documents),
         "vocab_size": vocab_size,
