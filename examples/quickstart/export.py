@@ -39,6 +39,7 @@ def export(checkpoints: Path, folder: Path, text: str) -> str:
     if run.returncode:
         raise TrainingFailed(f"quickstart: the export failed:\n{run.stdout}{run.stderr}")
     verdict = run.stdout.strip().splitlines()[-1].split(": ", 1)[1]
+    print(f"export: {verdict}", flush=True)
     prompt = PROMPTS[text]
     with Progress("export", "loaded by transformers, and asked for a few tokens"):
         written = generate(folder, prompt)

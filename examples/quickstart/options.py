@@ -119,7 +119,6 @@ def duration(args: argparse.Namespace) -> str:
     seconds = OTHER_SECONDS + ITERATION_SECONDS * iterations
     if args.text == "prose" and not (args.out / "data").exists():
         seconds += PROSE_SECONDS
-    minutes = max(1, round(seconds / 60))
-    cores = os.cpu_count() or 1
-    about = f"about {minutes} minutes" if minutes > 1 else "a minute or two"
+    minutes, cores = round(seconds / 60), os.cpu_count() or 1
+    about = f"about {minutes} {'minutes' if minutes > 1 else 'minute'}"
     return f"{about} on two idle cores, less with a GPU (here: {cores} {'cores' if cores > 1 else 'core'})"

@@ -17,10 +17,9 @@ class Progress:
         waits_for: what takes the time now, in words; may be changed whenever that changes.
     """
 
-    def __init__(self, name: str, waits_for: str, quiet: float = QUIET_SECONDS) -> None:
+    def __init__(self, name: str, waits_for: str) -> None:
         self.waits_for = waits_for
-        self._name, self._quiet = name, quiet
-        self._begun = time.monotonic()
+        self._name, self._begun = name, time.monotonic()
         self._spoken, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -40,7 +39,7 @@ class Progress:
 
     def _watch(self) -> None:
         while not self._over:
-            if self._spoken.wait(self._quiet):
+            if self._spoken.wait(QUIET_SECONDS):
                 self._spoken.clear()
             else:
                 print(f"{self._name:>6} {time.monotonic() - self._begun:4.0f} s, {self.waits_for}", flush=True)

@@ -83,7 +83,9 @@ def read_settings(out: Path) -> dict | None:
 
 def check_settings(out: Path, settings: dict) -> None:
     """Raises WorkdirError, naming the first difference, unless `out` is new or was made with `settings`."""
-    for name, before in (read_settings(out) or {}).items():
+    recorded = read_settings(out)
+    # Directories of before --text have code.
+    for name, before in ({"text": "code"} | recorded if recorded else {}).items():
         if settings.get(name) != before:
             raise WorkdirError(
                 f"{flag_of(name)} {settings.get(name)}: expected {before}, which the runs in {out} were made with; "
