@@ -43,6 +43,13 @@ def test_how_long(flags_given: list[str], said: str, tmp_path: Path, monkeypatch
     assert options.duration(args) == f"{said} on two idle cores, less with a GPU (here: 4 cores)"
 
 
+def test_the_readme_says_how_long() -> None:
+    """The same minutes as the quickstart itself."""
+    minutes = re.match(r"about \d+ minutes", options.duration(options.parse_args(["--out", "no/such", "--fresh"])))[0]
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    assert f"takes {minutes} on two cores" in " ".join(readme.split())
+
+
 def test_what_is_done_takes_no_time(tmp_path: Path) -> None:
     """Dense has ended: half of the iterations are left; with --fresh all are."""
     workdir.write_json(tmp_path / "dense" / "result.json", result().as_dict())
