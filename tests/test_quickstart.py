@@ -109,14 +109,14 @@ def test_terminal_lines() -> None:
 @pytest.mark.parametrize(
     ("line", "doing"),
     [
-        ("using world size: 2, data-parallel size: 1, context-parallel size: 1,", "the processes meet"),
-        ("sla-megatron: off; parameters 2110720", "data and optimizer are set up"),
-        ("[before the start of training step] datetime: 2026-11-27 12:53:50.871115 ", "the first iterations"),
-        (step_line(5, 20, 1200, " lm loss: 7.900000E+00 |"), "the next iterations"),
-        ("Evaluating on 160 samples", "the loss on held-out text"),
+        ("using world size: 2, data-parallel size: 1, context-parallel size: 1,", "meeting the other processes"),
+        ("sla-megatron: off; parameters 2110720", "setting up data and optimizer"),
+        ("[before the start of training step] datetime: 2026-11-27 12:53:50.871115 ", "training"),
+        (step_line(5, 20, 1200, " lm loss: 7.900000E+00 |"), "training"),
+        ("Evaluating on 160 samples", "measuring the loss on held-out text"),
         (
             "[2026-11-27 12:54:27.0] saving checkpoint at iteration      20 to out",
-            "a checkpoint is written",
+            "writing a checkpoint",
         ),
         ("Evaluating iter 1/10", None),
     ],

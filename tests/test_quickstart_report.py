@@ -73,7 +73,7 @@ def test_the_first_word_is_how_long(
     monkeypatch.setattr(run.build_dataset, "build", ended)
     assert run.main(["--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
     printed = capfd.readouterr()
-    assert re.match(r"quickstart: takes about 5 minutes on two idle cores, .*; torch is loaded, [01] s\n", printed.err)
+    assert re.match(r"quickstart: takes about 5 minutes on two idle cores, .*; loading torch, [01] s\n", printed.err)
     first = "quickstart: a dense and a skip-layer GPT, 160 iterations each: about 5 minutes on two idle cores, "
     assert printed.out.startswith(first) and printed.out.count("\n") == 1
 
@@ -84,7 +84,7 @@ def test_the_first_word_is_how_long(
 def test_training_is_never_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it waits for follows the log; a run that says enough itself is not interrupted."""
+    """What it does follows the log; a run that says enough itself is not interrupted."""
     script = """
 import time
 time.sleep(0.5)
@@ -101,14 +101,14 @@ for i in range(1, 9):
     assert begun.startswith("dense: starting 2 ranks") and re.fullmatch(r"dense: done in \d s", ended)
     steps = [line for line in lines if "loss 1.5000" in line]
     assert lines[-8:] == steps
-    said = [re.fullmatch(r" dense +\d s, (.*)", line)[1] for line in lines[:-8]]
-    assert list(dict.fromkeys(said)) == ["torch and Megatron are imported", "data and optimizer are set up"]
+    said = [re.fullmatch(r" dense +\d s: (.*)", line)[1] for line in lines[:-8]]
+    assert list(dict.fromkeys(said)) == ["importing torch and Megatron", "setting up data and optimizer"]
 
 
 def test_progress_ends_with_its_block(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """After an error too, at once."""
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.1)
-    with pytest.raises(KeyboardInterrupt), progress.Progress("export", "compared"):
+    with pytest.raises(KeyboardInterrupt), progress.Progress("export", "comparing"):
         raise KeyboardInterrupt
     time.sleep(0.3)
     assert capsys.readouterr().out == ""
@@ -202,6 +202,11 @@ def test_runs_of_other_lengths_do_not_compare() -> None:
     assert report.learned(result(iteration=320), result(4.0), 0.064) == (
         "The runs ended after 320 and 160 iterations: their losses do not compare."
     )
+
+
+def test_no_number_teaches_nothing() -> None:
+    said = report.learned(result(4.6), result(float("nan")), 0.064)
+    assert said == "The validation losses are 4.6 and nan: training went astray."
 
 
 def test_the_spread_is_that_of_dense_runs(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def export(checkpoints: Path, folder: Path, text: str) -> str:
         str(folder),
     ]
     # The folder is the quickstart's own: an earlier launch's export of fewer iterations.
-    with Progress("export", "converted, and compared with Megatron's own logits"):
+    with Progress("export", "converting, and comparing with Megatron's own logits"):
         run = subprocess.run([*command, "--overwrite", "--verify"], capture_output=True, text=True)
     if run.returncode == 2:
         # Flags after -- can ask for what the format cannot say; the comparison stands without the export.
@@ -41,7 +41,7 @@ def export(checkpoints: Path, folder: Path, text: str) -> str:
     verdict = run.stdout.strip().splitlines()[-1].split(": ", 1)[1]
     print(f"export: {verdict}", flush=True)
     prompt = PROMPTS[text]
-    with Progress("export", "loaded by transformers, and asked for a few tokens"):
+    with Progress("export", "loading it with transformers, to write a few tokens"):
         written = generate(folder, prompt)
     return f"As a Hugging Face model: {folder}, {verdict}\n  {prompt!r} goes on, greedily, with {written!r}"
 

@@ -50,8 +50,7 @@ def train(name: str, ranks: int, flags: list[str], log: Path) -> Records:
     # With earlier, interrupted launches of the same run.
     records, started = training_log.read(log), time.monotonic()
     print(f"\n{name}: starting {ranks} {'ranks' if ranks > 1 else 'rank'}; log in {log}", flush=True)
-    starting = "torch and Megatron are imported"
-    with log.open("a") as file, Progress(name, starting) as progress:
+    with log.open("a") as file, Progress(name, "importing torch and Megatron") as progress:
         file.write(f"{LAUNCH_MARK}{shlex.join(argv)}\n")
         file.flush()
         records.read(LAUNCH_MARK)
@@ -68,7 +67,7 @@ def train(name: str, ranks: int, flags: list[str], log: Path) -> Records:
             for line in process.stdout:
                 file.write(line)
                 file.flush()
-                progress.waits_for = stage(line) or progress.waits_for
+                progress.doing = stage(line) or progress.doing
                 if event := records.read(line):
                     progress.say(f"{name:>6} {describe(event)}")
             code = process.wait()

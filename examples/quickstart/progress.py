@@ -6,19 +6,19 @@ import threading
 import time
 from types import TracebackType
 
-#: Seconds without a line after which one says what is being waited for.
+#: Seconds without a line after which one says what is being done.
 QUIET_SECONDS = 5.0
 
 
 class Progress:
-    """Within the block, prints what it is given; while that is nothing, what is waited for, and since when.
+    """Within the block, prints what it is given; while that is nothing, what is being done, and since when.
 
     Attributes:
-        waits_for: what takes the time now, in words; may be changed whenever that changes.
+        doing: what takes the time now, in words; may be changed whenever that changes.
     """
 
-    def __init__(self, name: str, waits_for: str) -> None:
-        self.waits_for = waits_for
+    def __init__(self, name: str, doing: str) -> None:
+        self.doing = doing
         self._name, self._begun = name, time.monotonic()
         self._spoken, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -42,4 +42,4 @@ class Progress:
             if self._spoken.wait(QUIET_SECONDS):
                 self._spoken.clear()
             else:
-                print(f"{self._name:>6} {time.monotonic() - self._begun:4.0f} s, {self.waits_for}", flush=True)
+                print(f"{self._name:>6} {time.monotonic() - self._begun:4.0f} s: {self.doing}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def learned(dense: Result, sla: Result, spread: float) -> str:
     if dense.iteration != sla.iteration:
         return f"The runs ended after {dense.iteration} and {sla.iteration} iterations: their losses do not compare."
     difference = sla.validation_loss - dense.validation_loss
+    if not math.isfinite(difference):
+        return f"The validation losses are {dense.validation_loss} and {sla.validation_loss}: training went astray."
     where = f"{abs(difference):.4f} {'below' if difference < 0 else 'above'}" if difference else "equal to"
     seeds = f"the {spread:.3f} by which dense models that differ in their seed alone were apart (docs/results.md)"
     if abs(difference) <= spread:

@@ -55,7 +55,7 @@ def quickstart(args: argparse.Namespace) -> None:
     done = None if args.fresh else finished(args)
     takes = options.duration(args)
     # On a cold disk torch alone takes longer than anybody waits without a word.
-    with waiting_for("quickstart", "torch is loaded" if done else f"takes {takes}; torch is loaded", quick=True):
+    with waiting_for("quickstart", "loading torch" if done else f"takes {takes}; loading torch", quick=True):
         ranks = options.choose_ranks(args)
         options.check_sla(args, ranks)
     if not args.fresh:

@@ -12,16 +12,16 @@ VALIDATION = re.compile(r"\bvalidation loss at iteration (\d+)\b.*?\| *lm loss v
 # Precedes the command line at the start of each launch in a log.
 LAUNCH_MARK = "$ "
 PARAMETERS = re.compile(r"sla-megatron: (?:off; )?parameters (\d+)\b")
-# What a line holds -> what comes after it and may take a while.
+# What a line holds -> what training does then, and may take a while for.
 STAGES = {
-    "using world size": "the processes meet",
-    "compiling dataset index builder": "Megatron looks for its helper for data sets, which it compiles once",
-    "sla-megatron: off; parameters": "data and optimizer are set up",
-    "sla-megatron: parameters": "data and optimizer are set up",
-    "[before the start of training step]": "the first iterations",
-    "Evaluating on": "the loss on held-out text",
-    "saving checkpoint at iteration": "a checkpoint is written",
-    "successfully saved checkpoint": "the next iterations",
+    "using world size": "meeting the other processes",
+    "compiling dataset index builder": "compiling Megatron's helper for data sets, the first time",
+    "sla-megatron: off; parameters": "setting up data and optimizer",
+    "sla-megatron: parameters": "setting up data and optimizer",
+    "[before the start of training step]": "training",
+    "Evaluating on": "measuring the loss on held-out text",
+    "saving checkpoint at iteration": "writing a checkpoint",
+    "successfully saved checkpoint": "training",
 }
 
 
@@ -86,7 +86,7 @@ def read(log: Path) -> Records:
 def stage(line: str) -> str | None:
     """What training does after it has printed `line`, where that says so."""
     if ITERATION.search(line):
-        return "the next iterations"
+        return "training"
     return next((doing for said, doing in STAGES.items() if said in line), None)
 
 

@@ -16,12 +16,12 @@ from tests.support.launch import ROOT
 LINES = [
     Line(
         0.9,
-        "quickstart: takes about 5 minutes on two idle cores; torch is loaded, 0 s",
+        "quickstart: takes about 5 minutes on two idle cores; loading torch, 0 s",
     ),
     Line(3.0, "quickstart: a dense and a skip-layer GPT, 160 iterations each: about 5 minutes on two idle cores"),
     Line(3.1, "reading Python's own sources, up to 8 MB"),
     Line(11.0, "dense: starting 2 ranks; log in runs/quickstart/dense.log"),
-    Line(16.0, " dense    5 s, torch and Megatron are imported"),
+    Line(16.0, " dense    5 s: importing torch and Megatron"),
     Line(19.5, " dense      1/160    loss 8.5117   1972 ms/iteration"),
     Line(21.5, " dense      4/160    loss 7.9694   500 ms/iteration"),
     Line(24.0, " dense     50        validation loss 6.0943"),
