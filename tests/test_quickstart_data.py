@@ -189,7 +189,9 @@ def command(library: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("code", "Python's own sources"), ("prose", "the prose of packages' docstrings")]
+    ("text", "said"),
+    [("code", "Python's own sources"), ("prose", "the prose of packages' docstrings")],
+    ids=["code", "prose"],
 )
 def test_command_makes_either_text(
     command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
@@ -227,7 +229,8 @@ def test_bad_flags_of_the_command(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         build_dataset.main(words)
-    assert capsys.readouterr() == ("", f"build_dataset: error: {message}\n")
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.endswith(f" error: {message}\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -27,6 +27,7 @@ import sentencepiece
 
 from examples.quickstart import corpus, prose
 from sla_megatron.commands.data import cli
+from sla_megatron.common.errors import one_line_errors
 from sla_megatron.common.files import flush, write_json
 from sla_megatron.common.flag_types import OneLineParser, count, number
 from sla_megatron.common.waiting import waiting_for
@@ -156,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--corpus-mb", type=size, default=8.0, metavar="MB", help="text; default: 8 MB")
     vocabulary = count("--vocab-size", 512)
     parser.add_argument("--vocab-size", type=vocabulary, default=4096, metavar="N", help="default: %(default)s")
-    args = parser.parse_args(argv)
+    with one_line_errors():
+        args = parser.parse_args(argv)
     try:
         dataset = build(args.directory, int(args.corpus_mb * 1e6), args.vocab_size, text=args.text)
     except (DatasetError, corpus.CorpusError) as error:
