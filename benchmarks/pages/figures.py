@@ -128,7 +128,8 @@ def recovery(result: Result) -> list[Figure]:
 def loss_of_sweep(result: Result, text: str | None) -> list[Figure]:
     """Of ``sweep``: validation loss of the default setting less dense's of the same seed, with its 95 % interval.
 
-    Sizes are named by their text, ``code`` or ``prose``; of sweeps before there was prose, they are code.  ``None``: all.
+    Sizes are named by their text, ``code`` or ``prose``; of sweeps before there was prose, they are code.
+    Without a text: all.
     """
     found = []
     for group in groups(result["rows"]):
