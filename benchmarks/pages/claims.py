@@ -49,7 +49,7 @@ class Claim:
         sources: benchmark -> what its results have for the claim.
         aim: ``None`` if there is none.
         badness: of a figure's value: the row that has most of it is shown.
-        files: words of files' names, such as ``questions``: of the first that some file has, those alone.
+        files: words of files' names, such as ``questions``: of the first that has several seeds, those alone.
     """
 
     title: str
@@ -69,16 +69,22 @@ class Claim:
         aim = self.aim.text if self.aim else "none"
         return f"[{self.title}](results/{page_of(self.section)})", *shown, aim, "; ".join(filter(None, reached))
 
+    def is_measured(self, results: Mapping[Path, Result]) -> bool:
+        """Whether a result on a CPU has a figure."""
+        return bool(self._figures(results, on_gpu=False))
+
     def _figures(self, results: Mapping[Path, Result], on_gpu: bool) -> list[tuple[Figure, Result]]:
-        own = {
-            path: result
+        found = {
+            path: [(figure, result) for figure in self.sources[path.stem.split("-")[0]](result)]
             for path, result in results.items()
             if path.stem.split("-")[0] in self.sources and is_on_gpu(result) == on_gpu
         }
-        if self.files:
-            chosen = ({p: r for p, r in own.items() if word in p.stem.split("-")} for word in self.files)
-            own = next(filter(None, chosen), {})
-        return [(f, result) for path, result in own.items() for f in self.sources[path.stem.split("-")[0]](result)]
+        if not self.files:
+            return [each for its in found.values() for each in its]
+        by_word = [[e for p, its in found.items() if w in p.stem.split("-") for e in its] for w in self.files]
+        # A grid that has only begun has one seed.
+        with_interval = (its for its in by_word if any(figure.most is not None for figure, _ in its))
+        return next(with_interval, next(filter(None, by_word), []))
 
     def _worst(self, found: list[tuple[Figure, Result]]) -> str:
         """Figure, of how many, on what; of a counted one, whose rows are exact, the best too."""

@@ -80,16 +80,17 @@ def sample(result: Result) -> str:
     if result["benchmark"] in COUNTED:
         return "counted: exact"
     if seeds := {row["seed"] for row in rows if "seed" in row}:
-        return _plural(len(seeds), "seed")
+        return plural(len(seeds), "seed")
     if faults := [len(row["faults"]) for row in rows if "faults" in row]:
-        return _plural(sum(faults), "fault")
+        return plural(sum(faults), "fault")
     numbers = [int(spread["n"]) for spread in spreads(rows)]
     if not numbers:
         return "refused"
     return f"n {min(numbers)}" if min(numbers) == max(numbers) else f"n {min(numbers)}-{max(numbers)}"
 
 
-def _plural(count: int, what: str) -> str:
+def plural(count: int, what: str) -> str:
+    """``1 seed``, ``5 seeds``."""
     return f"{count} {what}" + ("s" if count != 1 else "")
 
 

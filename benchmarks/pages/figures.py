@@ -13,7 +13,7 @@ from sla_megatron.commands.sweep.summary import groups
 from ..paired import difference
 from ..record import shown
 from ..throughput import peak_over_dense
-from .evidence import Result
+from .evidence import Result, plural
 
 #: Of a figure that is counted, not timed.
 COUNTED = "counted"
@@ -121,7 +121,7 @@ def recovery(result: Result) -> list[Figure]:
             seconds = [fault["all_seconds"] for fault in row["faults"]]
             median = statistics.median(seconds)
             text = f"{median:.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
-            found.append(Figure(median, text, f"{len(seconds)} faults"))
+            found.append(Figure(median, text, plural(len(seconds), "fault")))
     return found
 
 
@@ -140,7 +140,7 @@ def loss_of_sweep(result: Result, text: str | None) -> list[Figure]:
         is_chosen = text in (None, "prose" if group.size == "prose" else "code")
         if group.setting == default and group.differences and is_chosen:
             of_pairs = difference(list(group.differences.values()))
-            figure = Figure(of_pairs.mean, of_pairs.shown(), f"{of_pairs.n} seeds", most=of_pairs.high)
+            figure = Figure(of_pairs.mean, of_pairs.shown(), plural(of_pairs.n, "seed"), most=of_pairs.high)
             found.append(figure)
     return found
 
@@ -155,4 +155,4 @@ def loss_of_run(result: Result) -> list[Figure]:
 def over_seeds(result: Result, quantity: str) -> list[Figure]:
     """Of ``encoder`` and ``vision``: ``quantity`` at the end, SLA's less dense's, with its 95 % interval."""
     found = pairs(result["rows"], quantity)
-    return [Figure(found.mean, found.shown(), f"{found.n} seeds", most=found.high)]
+    return [Figure(found.mean, found.shown(), plural(found.n, "seed"), most=found.high)]

@@ -125,10 +125,12 @@ def _not_measured(files: dict[Path, Result]) -> Iterator[str]:
 
 
 def _missing_sweeps(files: dict[Path, Result]) -> Iterator[str]:
-    """The commands of the grids that a claim asks for and no file has."""
-    for name in dict.fromkeys(claim.files[0] for claim in BRINGS if claim.files):
-        if not any(name in path.stem.split("-") for path in files):
-            yield f"sla-sweep run examples/sweep/{name}.yaml --out runs/{name} --device cpu"
+    """The commands of the grids that a claim asks for and that have no file, or not all of it."""
+    there = {word for path in files for word in path.stem.split("-")}
+    asked = (claim for claim in BRINGS if claim.files)
+    missing = (each.files[0] for each in asked if each.files[0] not in there or not each.is_measured(files))
+    for name in dict.fromkeys(missing):
+        yield f"sla-sweep run examples/sweep/{name}.yaml --out runs/{name} --device cpu"
 
 
 def _repeated(command: str) -> str:

@@ -149,7 +149,9 @@ def test_a_newcomer_s_times_are_a_line(tmp_path: Path) -> None:
 def test_grids_of_a_claim_that_have_no_file_are_listed(tmp_path: Path) -> None:
     """With the command of each, where other sweeps have files."""
     rows = [run(1, 5.0), run(1, 4.9, distances=[6], skip_groups=6)]
-    text = front.page({tmp_path / "sweep-cpu-larger.json": result(*rows)}, tmp_path, tmp_path)
+    files = {tmp_path / f"sweep-cpu-{name}.json": result(*rows) for name in ("larger", "questions")}
+    # Of questions prose is not there.
+    text = front.page(files, tmp_path, tmp_path)
     listed = re.findall(r"on a CPU: `sla-sweep run examples/sweep/(\w+).yaml", text)
     assert listed == ["questions", "longer"]
     assert all((ROOT / "examples" / "sweep" / f"{name}.yaml").is_file() for name in [*listed, "larger"])
@@ -227,6 +229,16 @@ def test_a_loss_is_that_of_the_default_setting_less_denses_of_its_seed() -> None
     assert loss.cells(files)[1:] == (
         *("-0.0200 (-0.0448 to +0.0048); 3 seeds; A", "not measured", "interval below 0", "CPU no"),
     )
+
+
+def test_a_grid_that_has_only_begun_gives_way_to_one_of_several_seeds() -> None:
+    best = {"distances": [6], "skip_groups": 6}
+    pairs = [[run(seed, 5.0), run(seed, 4.9, **best)] for seed in (1, 2)]
+    files = {Path("sweep-cpu-questions.json"): result(*pairs[0])}
+    loss = next(claim for claim in claims.BRINGS if claim.title.endswith(": code"))
+    assert loss.cells(files)[1:] == ("-0.1000; 1 seed; A", "not measured", "interval below 0", "")
+    files[Path("sweep-cpu-methods.json")] = result(*pairs[0], *pairs[1])
+    assert loss.cells(files)[1].startswith("-0.1000 (-0.1000 to -0.1000); 2 seeds")
 
 
 def test_one_seed_says_nothing_of_the_aim() -> None:
