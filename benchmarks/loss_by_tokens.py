@@ -24,7 +24,7 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
     Below each, differences to the dense run of the same seed.  Each evaluation draws samples of its own, the same ones
     for all settings of a seed: a curve's bends, and most of a loss's spread, are the samples'.
     """
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     found = groups([row for row in rows if len(row["validation_losses"]) > 1])
     longest = {group.size: max(g.context for g in found if g.size == group.size) for group in found}
@@ -43,6 +43,7 @@ def plot_losses(rows: Sequence[Row], path: Path) -> None:
         above.legend(fontsize="small")
         below.axhline(0, color="black", linestyle="--", linewidth=1)
         below.set(xlabel="tokens", ylabel="less dense")
+        below.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     figure.tight_layout()
     save_figure(figure, path)
     pyplot.close(figure)
