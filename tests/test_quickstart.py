@@ -229,7 +229,9 @@ def test_bad_options_end_with_one_line(
         code = end.code
     printed = capsys.readouterr()
     assert code not in (0, None)
-    assert printed.out == "" and printed.err.count("\n") == 1 and message in printed.err
+    # On a busy machine torch may take long enough for a word about it.
+    lines = [line for line in printed.err.splitlines() if "; loading torch, " not in line]
+    assert printed.out == "" and len(lines) == 1 and message in lines[0]
     assert not out.exists()
 
 

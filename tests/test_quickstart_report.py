@@ -19,7 +19,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def result(loss: float = 5.0, **changes: float) -> Result:
-    values = {"iteration": 160, "parameters": 1000, "train_loss": 4.0, "validation_loss": loss}
+    values = {"iteration": 120, "parameters": 1000, "train_loss": 4.0, "validation_loss": loss}
     return Result(**{**values, "tokens_per_second": 200.0, **changes})
 
 
@@ -29,10 +29,10 @@ def result(loss: float = 5.0, **changes: float) -> Result:
 @pytest.mark.parametrize(
     ("flags_given", "said"),
     [
-        # 80 s, and 0.65 s for each of twice as many iterations.
+        # 80 s, and 0.8 s for each of twice as many iterations.
         ([], "about 5 minutes"),
         (["--train-iters", "1"], "about 1 minute"),
-        (["--train-iters", "640"], "about 15 minutes"),
+        (["--train-iters", "640"], "about 18 minutes"),
         (["--text", "prose"], "about 6 minutes"),
     ],
     ids=["default", "short", "long", "prose"],
@@ -74,7 +74,7 @@ def test_the_first_word_is_how_long(
     assert run.main(["--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
     printed = capfd.readouterr()
     assert re.match(r"quickstart: takes about 5 minutes on two idle cores, .*; loading torch, [01] s\n", printed.err)
-    first = "quickstart: a dense and a skip-layer GPT, 160 iterations each: about 5 minutes on two idle cores, "
+    first = "quickstart: a dense and a skip-layer GPT, 120 iterations each: about 5 minutes on two idle cores, "
     assert printed.out.startswith(first) and printed.out.count("\n") == 1
 
 
@@ -118,13 +118,13 @@ def test_progress_ends_with_its_block(capsys: pytest.CaptureFixture[str], monkey
 
 
 def records_of(losses: list[float], held_out: list[float], every: int = 10) -> Records:
-    steps = [Step(every * (i + 1), 160, loss, 500.0, True) for i, loss in enumerate(losses)]
+    steps = [Step(every * (i + 1), 120, loss, 500.0, True) for i, loss in enumerate(losses)]
     return Records(10, steps, [Validation(20 * (i + 1), loss) for i, loss in enumerate(held_out)])
 
 
 def test_points_are_tokens_and_losses() -> None:
     """What was trained again after an interruption counts once, as it was last; what is no number is left out."""
-    again = Records(10, [*records_of([8.0, 7.0, float("nan")], []).steps, Step(20, 160, 6.5, 1.0, True)])
+    again = Records(10, [*records_of([8.0, 7.0, float("nan")], []).steps, Step(20, 120, 6.5, 1.0, True)])
     assert picture.points(again, 2048) == ([(20_480, 8.0), (40_960, 6.5)], [])
     assert picture.points(records_of([8.0, 7.0], [6.0]), 2048)[1] == [(40_960, 6.0)]
 
@@ -194,13 +194,13 @@ SEEDS = "the 0.064 by which dense models that differ in their seed alone were ap
 )
 def test_what_was_learned(dense: float, sla: float, said: str) -> None:
     sentence = report.learned(result(dense), result(sla), 0.064)
-    assert sentence.startswith(f"After 327,680 tokens the skip-layer model's validation loss is {said}")
+    assert sentence.startswith(f"After 245,760 tokens the skip-layer model's validation loss is {said}")
     assert sentence.count(". ") == 0 and sentence.endswith(".")
 
 
 def test_runs_of_other_lengths_do_not_compare() -> None:
-    assert report.learned(result(iteration=320), result(4.0), 0.064) == (
-        "The runs ended after 320 and 160 iterations: their losses do not compare."
+    assert report.learned(result(iteration=240), result(4.0), 0.064) == (
+        "The runs ended after 240 and 120 iterations: their losses do not compare."
     )
 
 
@@ -233,5 +233,5 @@ def test_table_has_differences_and_no_speed() -> None:
 def test_the_report_ends_with_the_sentence(tmp_path: Path) -> None:
     args = options.parse_args(["--out", str(tmp_path)])
     text = report.report(args, result(4.63), result(4.61), "exported", "picture      losses.svg")
-    assert text.strip().splitlines()[-1].startswith("After 327,680 tokens the skip-layer model's")
+    assert text.strip().splitlines()[-1].startswith("After 245,760 tokens the skip-layer model's")
     assert "  picture      losses.svg\n" in text and "tokens/s" not in text
