@@ -45,7 +45,7 @@ _CHOICES = {
     "transformer-impl": ("transformer_engine", "local"),
 }
 _SWITCHES = """
-    group-query-attention swiglu squared-relu add-qkv-bias qk-layernorm bf16 fp16 untie-embeddings-and-output-weights
+    group-query-attention swiglu add-qkv-bias qk-layernorm bf16 fp16 untie-embeddings-and-output-weights
     sequence-parallel account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
     overlap-p2p-communication-warmup-flush recompute-activations
 """

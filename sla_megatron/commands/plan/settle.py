@@ -77,7 +77,8 @@ def settled_job() -> Job:
         with silence(), megatron_refusals():
             config = core_transformer_config_from_args(args)
             parameters = counted_parameters(args, model_config_from_args)
-        return replace(job_of(args, config, args.sla_plan_overlap), parameters=parameters)
+            # Stages are counted last, and what does not divide into them is refused only there.
+            return replace(job_of(args, config, args.sla_plan_overlap), parameters=parameters)
 
 
 def job_of(args: Namespace, config: Any, overlap: bool) -> Job:

@@ -80,7 +80,6 @@ def _shape(args: Namespace) -> None:
     longest = args.max_position_embeddings
     _require(args, "max_position_embeddings", longest >= args.seq_length, f"{args.seq_length}, --seq-length, or more")
     _require(args, "fp16", not (args.fp16 and args.bf16), "no --bf16 beside it")
-    _require(args, "squared_relu", not (args.squared_relu and args.swiglu), "no --swiglu beside it")
     if args.ffn_hidden_size is None:
         args.ffn_hidden_size = int(4 * args.hidden_size * 2 / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size
     args.sequence_parallel = args.sequence_parallel and size > 1
