@@ -10,13 +10,14 @@ FOLDER = Path(__file__).parent
 PACKAGE = (FOLDER / "sla_megatron" / "__init__.py").read_text()
 VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[1]
 
+# What of these ranges was run, and where: docs/versions.md.
 INSTALL_REQUIRES = [
     "torch>=2.6",
     # The wheel carries megatron.training.  The names that are replaced are checked at run time: 0.18 lacks some.
     "megatron-core[training]>=0.19,<0.21",
     "datasets",
     "sentencepiece",
-    # Exports are models of transformers 5; tried with 5.4, 5.19, 5.23 and 5.24.
+    # Exports are models of transformers 5.
     "transformers>=5.4",
     "safetensors",
     "tqdm",
