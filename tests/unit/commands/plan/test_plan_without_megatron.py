@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -124,6 +126,13 @@ def with_megatron(monkeypatch: pytest.MonkeyPatch) -> Settled:
 @pytest.mark.parametrize("flags", PLANS.values(), ids=PLANS)
 def test_the_job_is_the_one_that_megatron_makes_of_the_flags(flags: str, with_megatron: Settled) -> None:
     argv = f"{SMALL} {flags}".split()
+    assert without_megatron.settled_job(argv) == with_megatron(argv)
+
+
+def test_so_it_is_of_the_readmes_command(with_megatron: Settled) -> None:
+    readme = (Path(__file__).resolve().parents[4] / "README.md").read_text()
+    (command,) = re.findall(r"^```sh\nsla-plan (.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    argv = command.replace("\\\n", "").split()
     assert without_megatron.settled_job(argv) == with_megatron(argv)
 
 
