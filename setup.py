@@ -5,17 +5,19 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+FOLDER = Path(__file__).parent
 # Read as text: importing the package before its dependencies are there would fail.
-PACKAGE = (Path(__file__).parent / "sla_megatron" / "__init__.py").read_text()
+PACKAGE = (FOLDER / "sla_megatron" / "__init__.py").read_text()
 VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[1]
 
+# What of these ranges was run, and where: docs/versions.md.
 INSTALL_REQUIRES = [
     "torch>=2.6",
     # The wheel carries megatron.training.  The names that are replaced are checked at run time: 0.18 lacks some.
     "megatron-core[training]>=0.19,<0.21",
     "datasets",
     "sentencepiece",
-    # Exports are models of transformers 5; tried with 5.4, 5.19, 5.23 and 5.24.
+    # Exports are models of transformers 5.
     "transformers>=5.4",
     "safetensors",
     "tqdm",
@@ -60,6 +62,20 @@ setup(
     name="sla-megatron",
     version=VERSION,
     description="Train GPTs with Skip-Layer Attention on NVIDIA Megatron, tensor-parallel, on GPUs or CPUs",
+    long_description=(FOLDER / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    keywords=["attention", "GPT", "KV cache", "LLM", "Megatron", "pipeline parallelism", "pretraining"],
+    project_urls={"Paper": "https://arxiv.org/abs/2406.11274"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.12",
     # sla-patch finds the patches beside it, wherever it is installed.
     packages=[*find_packages(include=["sla_megatron", "sla_megatron.*"]), "sla_megatron.commands.patch.patches"],

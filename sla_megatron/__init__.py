@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use: importing Megatron takes seconds, and must not happen before the CPU backend is entered.
 _HOME = {

@@ -327,5 +327,5 @@ def test_the_dockerfile_names_what_there_is() -> None:
     assert {f"!{name}" for name in copied} == {name for name in sent if name.startswith("!")}
     # What keeps the image's own is the tested script, and no pip beside it.
     assert [line for line in lines if "pip" in line or "constraints" in line] == [
-        "COPY setup.py pyproject.toml constraints.txt ./"
+        "COPY setup.py README.md pyproject.toml constraints.txt ./"
     ]

@@ -229,3 +229,27 @@ def test_scripts_can_be_run(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     shell = (ROOT / script).read_text().splitlines()[0].removeprefix("#!").split()[-1]
     subprocess.run([Path(shell).name, "-n", str(ROOT / script)], check=True)
+
+
+# CONTRIBUTING.md
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_contributing_is_one_page_that_the_readme_links_to() -> None:
+    assert len(CONTRIBUTING.splitlines()) <= 90
+    assert "](CONTRIBUTING.md)" in (ROOT / "README.md").read_text()
+
+
+def test_what_contributing_names_is_there() -> None:
+    """Files and folders, from the root or the package; targets of the Makefile; a test by its name."""
+    words = set(re.findall(r"[\w./-]+", " ".join(re.findall(r"`([^`\n]+)`", CONTRIBUTING))))
+    words |= set(re.findall(r" (tests/\S+)", CONTRIBUTING))
+    named = {word.strip("`") for word in words if re.search(r"\w/|\w\.(py|txt|toml|md)\b", word)}
+    missing = [name for name in named if not (ROOT / name).exists() and not (ROOT / "sla_megatron" / name).exists()]
+    # Placeholders, of what is to be added.
+    assert sorted(missing) == ["cli.py", "docs/NAME.md", "path/to/Megatron-LM"]
+    assert set(re.findall(r"\bmake ([a-z-]+)", CONTRIBUTING)) <= set(TARGETS)
+    (file, name) = re.search(r"pytest (\S+) -k (\w+)", CONTRIBUTING).groups()
+    assert f"def test_{name}(" in (ROOT / file).read_text()

@@ -209,3 +209,21 @@ def compact_ranges(layers: Sequence[int]) -> str:
         else:
             runs.append([layer, layer])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def describe(sla: SLAConfig | None, is_hybrid: bool = False) -> str:
+    """What skips, from where, in which layers, as one line; of a hybrid model these are attention layers."""
+    if sla is None:
+        return "off"
+    if sla.is_dense:
+        return "no head skips with these settings: this is the standard Transformer"
+    shares = {"kv": "", "values": " and share values alone", "keys": " and share keys alone"}[sla.share]
+    layers = "attention layers" if is_hybrid else "layers"
+    kept = "kept" if sla.kv_projection == "full" else "left out"
+    what = {"kv": "K/V", "values": "V", "keys": "K"}[sla.share]
+    dead = max(map(sla.num_dead, sla.shared_kinds))
+    return (
+        f"{sla.origin()}; {sla.num_skip_groups} of {sla.num_query_groups} K/V groups skip ({sla.pattern()}){shares}; "
+        f"in {layers} {compact_ranges(sla.consumer_layers)} of {sla.num_layers}; "
+        f"{dead} of {sla.num_layers * sla.num_query_groups} {what} projections are dead and {kept}"
+    )

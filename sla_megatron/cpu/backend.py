@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 
 from ..upstream.megatron_version import require_megatron
 from ..upstream.seams import replaced
-from .tensors import CudaMeansCpu
 
 #: Environment variables, set unless the user has set them.
 ENVIRONMENT = {
@@ -55,6 +54,7 @@ def cpu_backend() -> Iterator[None]:
         stack.enter_context(_environment(ENVIRONMENT))
         # Imported here: it imports Megatron, which takes seconds and is not needed to choose a device.
         from .replacements import SILENCED, replacements
+        from .tensors import CudaMeansCpu
 
         for entered in (_silenced(*SILENCED), replaced(replacements()), CudaMeansCpu()):
             stack.enter_context(entered)

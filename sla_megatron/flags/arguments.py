@@ -6,7 +6,6 @@ commands settle the flags of a run with the same function.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import traceback
@@ -205,12 +204,3 @@ def _command_line(argv: Sequence[str] | None) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-def fewest_gpus(args: Namespace) -> int:
-    """The smallest world size that the parallel sizes of parsed arguments divide."""
-    # Refused with --sla, in words of ours, once the world is as large as they ask for.
-    shards = getattr(args, "tensor_parallel_num_weight_shards", None) or 1
-    dense = math.lcm(args.tensor_model_parallel_size, shards) * args.context_parallel_size
-    experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
-    return math.lcm(dense, experts) * args.pipeline_model_parallel_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 
 from ..attention.numbering import LayerNumbers
@@ -40,3 +41,12 @@ def layer_numbers(args: Namespace) -> LayerNumbers:
     """Which layers of the stack are attention layers: those that the pattern says, or of a GPT all."""
     pattern = hybrid_pattern(args)
     return LayerNumbers.of_gpt(args.num_layers) if pattern is None else LayerNumbers.of_pattern(pattern)
+
+
+def fewest_gpus(args: Namespace) -> int:
+    """The smallest world size that the parallel sizes of parsed arguments divide."""
+    # Refused with --sla, in words of ours, once the world is as large as they ask for.
+    shards = getattr(args, "tensor_parallel_num_weight_shards", None) or 1
+    dense = math.lcm(args.tensor_model_parallel_size, shards) * args.context_parallel_size
+    experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+    return math.lcm(dense, experts) * args.pipeline_model_parallel_size

@@ -108,7 +108,8 @@ def refusal(flags: str) -> StartError | None:
     """What a run on GPUs says that has ``flags`` beside :data:`BASE`; ``None`` where they are accepted."""
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from .arguments import fewest_gpus, megatron_refusals, settled_args
+    from .arguments import megatron_refusals, settled_args
+    from .asked import fewest_gpus
     from .entry_point import require_pretraining
 
     def check(args: Namespace) -> None:

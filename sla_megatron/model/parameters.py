@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from ..common.patterns import ATTENTION, EXPERTS, MAMBA, MLP, kinds
-from .report import pruned_parameters
 from .weights import mlp_parameters, of_kinds
 
 
@@ -40,6 +39,18 @@ def model_parameters(model: Any) -> int:
     count += _gpt_layers(config) if pattern is None else _hybrid_layers(config, kinds(pattern))
     left_out = pruned_parameters(model) if getattr(model, "sla", None) is not None else 0
     return count + _norm_width(config) * hidden - left_out
+
+
+def pruned_parameters(model: Any) -> int:
+    """How many parameters ``pruned`` leaves out of the dense model: rows of K and V, their biases, unused key norms."""
+    sla, transformer = model.sla, model.transformer
+    if sla is None or sla.kv_projection != "pruned":
+        return 0
+    per_row = transformer.hidden_size + int(transformer.add_bias_linear or transformer.add_qkv_bias)
+    norm = 0
+    if transformer.qk_layernorm and not transformer.qk_l2_norm:
+        norm = transformer.kv_channels * (2 if transformer.normalization == "LayerNorm" else 1)
+    return sla.dead_parameters(transformer.kv_channels, per_row, norm)
 
 
 def _gpt_layers(config: Any) -> int:

@@ -13,27 +13,10 @@ from megatron.training import print_rank_0
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
-from ..attention.sla_config import SLAConfig, compact_ranges
+from ..attention.sla_config import describe
+from .parameters import pruned_parameters
 
 _to_repeat: list[str] = []
-
-
-def describe(sla: SLAConfig | None, is_hybrid: bool = False) -> str:
-    """What skips, from where, in which layers, as one line; of a hybrid model these are attention layers."""
-    if sla is None:
-        return "off"
-    if sla.is_dense:
-        return "no head skips with these settings: this is the standard Transformer"
-    shares = {"kv": "", "values": " and share values alone", "keys": " and share keys alone"}[sla.share]
-    layers = "attention layers" if is_hybrid else "layers"
-    kept = "kept" if sla.kv_projection == "full" else "left out"
-    what = {"kv": "K/V", "values": "V", "keys": "K"}[sla.share]
-    dead = max(map(sla.num_dead, sla.shared_kinds))
-    return (
-        f"{sla.origin()}; {sla.num_skip_groups} of {sla.num_query_groups} K/V groups skip ({sla.pattern()}){shares}; "
-        f"in {layers} {compact_ranges(sla.consumer_layers)} of {sla.num_layers}; "
-        f"{dead} of {sla.num_layers * sla.num_query_groups} {what} projections are dead and {kept}"
-    )
 
 
 def report_model(config: GPTModelConfig | HybridModelConfig) -> None:
@@ -58,18 +41,6 @@ def repeat_report() -> None:
     """Print the lines of the model that was reported last once more; nothing the next time."""
     while _to_repeat:
         print_rank_0(_to_repeat.pop(0))
-
-
-def pruned_parameters(config: GPTModelConfig | HybridModelConfig) -> int:
-    """How many parameters ``pruned`` leaves out of the dense model: rows of K and V, their biases, unused key norms."""
-    sla, transformer = config.sla, config.transformer
-    if sla is None or sla.kv_projection != "pruned":
-        return 0
-    per_row = transformer.hidden_size + int(transformer.add_bias_linear or transformer.add_qkv_bias)
-    norm = 0
-    if transformer.qk_layernorm and not transformer.qk_l2_norm:
-        norm = transformer.kv_channels * (2 if transformer.normalization == "LayerNorm" else 1)
-    return sla.dead_parameters(transformer.kv_channels, per_row, norm)
 
 
 def count_parameters(chunks: list[MegatronModule]) -> int:

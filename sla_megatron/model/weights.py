@@ -6,10 +6,12 @@ Layers count from 0; ``config`` is Megatron's ``TransformerConfig``.
 from __future__ import annotations
 
 import copy
-
-from megatron.core.transformer.transformer_config import TransformerConfig
+from typing import TYPE_CHECKING
 
 from ..common.patterns import EXPERTS
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def of_kinds(config: TransformerConfig, kinds: str) -> TransformerConfig:

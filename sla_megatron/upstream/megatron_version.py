@@ -22,6 +22,10 @@ RESILIENCY, OLDEST_RESILIENCY = "nvidia-resiliency-ext", (0, 6)
 VERSION_FILE = Path("megatron/core/package_info.py")
 
 
+#: How to have one that was checked.
+INSTALL = "pip install 'megatron-core[training]==0.19.*'"
+
+
 class MegatronVersionError(SeamError, StartError):
     """There is no Megatron, or one that this project was not checked with: one line."""
 
@@ -58,14 +62,18 @@ def megatron_flavour() -> Flavour:
     return _found()[1]
 
 
-def _found() -> tuple[str, Flavour]:
+def megatron_origin() -> Path | None:
+    """The file that Megatron's core would be imported from; ``None`` where there is no Megatron."""
     try:
         core = importlib.util.find_spec("megatron.core")
     except ModuleNotFoundError:
-        core = None
-    if core is None or core.origin is None:
-        raise MegatronVersionError("Megatron is not installed: pip install 'megatron-core[training]==0.19.*'")
-    origin = Path(core.origin)
+        return None
+    return None if core is None or core.origin is None else Path(core.origin)
+
+
+def _found() -> tuple[str, Flavour]:
+    if (origin := megatron_origin()) is None:
+        raise MegatronVersionError(f"Megatron is not installed: {INSTALL}")
     try:
         version = version_in(origin.with_name(VERSION_FILE.name))
         return version, flavour_of(version, origin.parent)

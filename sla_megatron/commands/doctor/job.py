@@ -23,7 +23,8 @@ def job_args(place: Place, num_gpus: int | None, on_cpu: bool) -> Namespace:
     Raises:
         Fault: for the first thing that Megatron or this project does not accept.
     """
-    from ...flags.arguments import fewest_gpus, settled_args
+    from ...flags.arguments import settled_args
+    from ...flags.asked import fewest_gpus
     from ...flags.entry_point import require_pretraining
     from ...flags.fused_kernels import switch_off_missing_kernels
 

@@ -22,10 +22,12 @@ from ...common.files import write_whole
 from ...common.flag_types import OneLineParser
 from ...common.waiting import waiting_for
 from ...flags.sla_flags import add_sla_args, refuse_unknown_sla_flags
-from . import draw
+from ...upstream.megatron_version import megatron_origin
+from . import draw, without_megatron
 from .as_json import as_json
 from .figures import Figures
 from .flags import STDOUT, add_plan_args, check_plan_args, rates
+from .job import Job
 from .plot import plot
 from .report import report
 from .settle import settled_job
@@ -54,8 +56,7 @@ def main() -> None:
 
 
 def _plan(asked: argparse.Namespace) -> None:
-    with waiting_for("sla-plan", "asking Megatron what the flags mean", quick=True):
-        job = settled_job()
+    job = _job()
     figures = Figures.of(job, rates(asked), asked.suggest, _progress())
     if asked.plot is not None:
         plot(figures.prediction, Path(asked.plot))
@@ -64,6 +65,15 @@ def _plan(asked: argparse.Namespace) -> None:
     if asked.json not in (None, STDOUT):
         write_whole(Path(asked.json), as_json(figures) + "\n")
     print(as_json(figures) if asked.json == STDOUT else draw.text(job) if asked.draw == STDOUT else report(figures))
+
+
+def _job() -> Job:
+    if megatron_origin() is None:
+        # Nobody is to take the plan for one that Megatron has accepted.
+        print("sla-plan: Megatron is not installed: what flags mean is said by a table of 0.19's", file=sys.stderr)
+        return without_megatron.settled_job(sys.argv[1:])
+    with waiting_for("sla-plan", "asking Megatron what the flags mean", quick=True):
+        return settled_job()
 
 
 def _progress() -> Callable[[str], None]:

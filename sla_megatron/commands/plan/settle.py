@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from warnings import catch_warnings
 
+from ...attention.sla_config import SLAConfig, describe
 from ...common.errors import StartError
 from ...common.patterns import EXPERTS, MLP, kinds
 from ...common.silence import silence
 from ...cpu.device import add_device_arg, megatron_device
+from ...flags.asked import fewest_gpus
+from ...flags.skipping import num_attention_layers, num_query_groups, sla_config_from_args
+from ...flags.validation import training_batch_sizes
+from ...model.parameters import Uncounted, model_parameters
+from ...model.weights import mlp_weights, of_kinds
+from ...pipeline.layout import PipelineLayout
 from ...pipeline.payload import MicrobatchShape
 from .compute import ModelWork
 from .flags import add_plan_args
@@ -21,6 +29,15 @@ from .program import Communication
 
 #: What the tokenizers that bring their own vocabulary hold, as far as a plan can know.
 _VOCABULARIES = {"GPT2BPETokenizer": 50257}
+
+#: The tokenizer of a run that names none.
+TOKENIZER = "GPT2BPETokenizer"
+
+
+def require_sla(args: Namespace) -> None:
+    """Raise :class:`PlanError` without ``--sla``."""
+    if not args.sla:
+        raise PlanError("without --sla only hidden states cross between pipeline stages: add --sla to plan for it")
 
 
 def settled_job() -> Job:
@@ -35,15 +52,13 @@ def settled_job() -> Job:
     with catch_warnings(action="ignore"), megatron_device(["--device", "cpu"]):
         from megatron.training.argument_utils import core_transformer_config_from_args
 
-        from ...flags.arguments import fewest_gpus, megatron_refusals, settled_args
+        from ...flags.arguments import megatron_refusals, settled_args
         from ...flags.hybrid import HYBRID
         from ...flags.rows import refuse_rows
+        from ...model.builder import model_config_from_args
 
         def check(args: Namespace) -> None:
-            if not args.sla:
-                raise PlanError(
-                    "without --sla only hidden states cross between pipeline stages: add --sla to plan for it"
-                )
+            require_sla(args)
             args.rank, args.world_size = 0, args.num_gpus or fewest_gpus(args)
             # Validation switches it off without virtual stages; layouts that have them are suggested too.
             args.sla_plan_overlap = args.overlap_p2p_comm
@@ -54,15 +69,16 @@ def settled_job() -> Job:
 
         args = settled_args(
             lambda parser: add_plan_args(add_device_arg(parser)),
-            args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+            args_defaults={"tokenizer_type": TOKENIZER},
             check=check,
             will_run_here=False,
             silent=True,
         )
         with silence(), megatron_refusals():
             config = core_transformer_config_from_args(args)
-            parameters = _parameters(args)
-        return replace(job_of(args, config, args.sla_plan_overlap), parameters=parameters)
+            parameters = counted_parameters(args, model_config_from_args)
+            # Stages are counted last, and what does not divide into them is refused only there.
+            return replace(job_of(args, config, args.sla_plan_overlap), parameters=parameters)
 
 
 def job_of(args: Namespace, config: Any, overlap: bool) -> Job:
@@ -71,24 +87,26 @@ def job_of(args: Namespace, config: Any, overlap: bool) -> Job:
     Without ``--sla`` it is a run in which nothing skips.  ``overlap`` is ``--overlap-p2p-communication`` as it was
     before validation, which switches it off without virtual stages.
     """
-    from ...attention.sla_config import SLAConfig
-    from ...flags.skipping import num_attention_layers, num_query_groups, sla_config_from_args
-    from ...flags.validation import training_batch_sizes
-    from ...model.report import describe
     from ...pipeline.megatron_layout import hybrid_layout, pipeline_layout
 
+    ends = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+    size, pattern = args.pipeline_model_parallel_size, args.hybrid_layer_pattern
+    layout = pipeline_layout(config) if pattern is None else hybrid_layout(pattern, size, *ends)
+    return job_in(layout, args, config, (config.pipeline_dtype or config.params_dtype).itemsize, overlap)
+
+
+def job_in(layout: PipelineLayout, args: Namespace, config: Any, element_bytes: int, overlap: bool) -> Job:
+    """:func:`job_of` where the layout, and the bytes of an element that crosses a hop, are known.  Pure Python."""
     sla, pattern = sla_config_from_args(args), args.hybrid_layer_pattern
     if sla is None:
         layers = num_attention_layers(args)
         sla = SLAConfig(layers, num_query_groups(args), (layers,), 0)
-    ends = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
-    size = args.pipeline_model_parallel_size
     return Job(
         sla=sla,
-        layout=pipeline_layout(config) if pattern is None else hybrid_layout(pattern, size, *ends),
+        layout=layout,
         shape=microbatch_shape(args),
         work=model_work(args, config),
-        element_bytes=(config.pipeline_dtype or config.params_dtype).itemsize,
+        element_bytes=element_bytes,
         num_gpus=args.world_size,
         global_batch_size=training_batch_sizes(args)[-1],
         group_size=args.microbatch_group_size_per_vp_stage,
@@ -112,8 +130,6 @@ def microbatch_shape(args: Namespace) -> MicrobatchShape:
 
 def model_work(args: Namespace, config: Any) -> ModelWork:
     """What decides a model's compute, of Megatron's validated arguments and the ``TransformerConfig`` made of them."""
-    from ...model.weights import mlp_weights, of_kinds
-
     recompute = "none"
     if args.recompute_granularity == "full":
         recompute = "full"
@@ -133,15 +149,15 @@ def model_work(args: Namespace, config: Any) -> ModelWork:
         recompute=recompute,
         recomputed_layers=args.recompute_num_layers if args.recompute_method == "block" else None,
         kinds=layers,
-        mixers=mixers(config),
+        mixers=mixers(config) if layers else {},
     )
 
 
-def _parameters(args: Namespace) -> Parameters | None:
-    """``None`` for a vocabulary that no flag tells, and a model that is not counted or not built here."""
-    from ...model.builder import model_config_from_args
-    from ...model.parameters import Uncounted, model_parameters
+def counted_parameters(args: Namespace, model_of: Callable[[Namespace], Any]) -> Parameters | None:
+    """``None`` for a vocabulary that no flag tells, and a model that is not counted or not built here.
 
+    ``model_of``: the model's configuration, of arguments.
+    """
     args = copy.copy(args)
     args.padded_vocab_size = _vocabulary(args)
     if not args.padded_vocab_size:
@@ -149,7 +165,7 @@ def _parameters(args: Namespace) -> Parameters | None:
 
     def counted(projection: str) -> int:
         args.sla_kv_projection = projection
-        return model_parameters(model_config_from_args(args))
+        return model_parameters(model_of(args))
 
     try:
         return Parameters(counted("full"), counted("pruned"))

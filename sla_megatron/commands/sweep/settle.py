@@ -36,7 +36,8 @@ def check_runs(runs: Sequence[Run], processes: int | None = None) -> None:
 
 
 def _settled(run: Run, processes: int | None) -> Namespace:
-    from ...flags.arguments import fewest_gpus, settled_args
+    from ...flags.arguments import settled_args
+    from ...flags.asked import fewest_gpus
     from ...flags.entry_point import require_pretraining
 
     def check(args: Namespace) -> None:

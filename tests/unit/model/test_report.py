@@ -45,7 +45,7 @@ LINES = {
 
 @pytest.mark.parametrize("sla", LINES, ids=list(map(str, range(len(LINES)))))
 def test_one_line(megatron: None, sla: SLAConfig) -> None:
-    from sla_megatron.model.report import describe
+    from sla_megatron.attention.sla_config import describe
 
     assert describe(sla) == LINES[sla]
     if not sla.is_dense:
@@ -73,7 +73,7 @@ def test_what_pruned_leaves_out(one_rank: None, name: str) -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from sla_megatron.model.builder import SLAGPTModelBuilder, SLAGPTModelConfig
-    from sla_megatron.model.report import pruned_parameters
+    from sla_megatron.model.parameters import pruned_parameters
 
     sla, changes = MODELS[name]
     elements, said = {}, {}
