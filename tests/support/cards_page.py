@@ -3,7 +3,7 @@
     python -m tests.support.cards_page            # writes them
     python -m tests.support.cards_page --check    # ends with status 1 where they are not what the files say
 
-What a card is, and which there are, is in ``cards``.
+What a card is, is in ``cards``; which there are, in ``workflows``.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import pytest
 from sla_megatron.common.files import read_json, write_json
 from tests.support import cards, cards_page, cards_run
 from tests.support.launch import ROOT
+from tests.support.workflows import Workflow
 
 COMMITTED = ROOT / cards.CARDS
 
@@ -192,9 +193,9 @@ def test_a_card_is_written_where_one_is_asked_for(tmp_path: Path, monkeypatch: p
     assert cards.faults(tmp_path) == [] and [path.name for path in tmp_path.iterdir()] == ["one.json"]
 
 
-def sample(test: str, **changes: Any) -> cards.Workflow:
+def sample(test: str, **changes: Any) -> Workflow:
     """A workflow that covers one file."""
-    workflow = cards.Workflow("One", "It runs.", "../pipeline.md", test, (ROUTES,), ("pytest",))
+    workflow = Workflow("One", "It runs.", "../pipeline.md", test, (ROUTES,), ("pytest",))
     return dataclasses.replace(workflow, **changes)
 
 
