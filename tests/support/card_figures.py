@@ -37,8 +37,8 @@ def differences(runs: Runs, name: str, reference: str, model: Model, layout: Lay
         passes = step["num_microbatches"], step["forward_only"]
         bounds.append(expected_wire(model, layout, rank // share, rank % layout.tensor, *passes)["sent"])
     return {
-        "loss of each step": found["loss"],
         "losses, largest relative difference": largest_difference(found["loss"], plain["loss"]),
+        "losses": found["loss"],
         "gradient norms, largest relative difference": largest_difference(found["grad_norm"], plain["grad_norm"]),
         "largest difference of a parameter's gradient, of the norm of all": max(apart) / norm,
         "bytes that each rank sends in a step": [

@@ -35,7 +35,7 @@ Comments, docstrings and line breaks of Python do not count.
 machine, vLLM or Slurm say, is named, and its card stays as it was. A card that was never written says "not run", and
 why. All ran on the CPU: what a GPU computes is in [results](../results.md).
 
-| workflow | ran on | commit | first of what came out |
+| workflow | ran on | commit | what came out, first of all |
 | :-- | :-- | :-- | :-- |
 """
 
@@ -99,7 +99,7 @@ def _page(name: str, card: Card) -> str:
         f"* Written by `{card['test']}`, {card['date']}, commit {card['commit']}.\n"
         f"* On {where['processor']}, {where['cores']} cores, {device}.\n"
         f"* With {', '.join(versions)}.\n"
-        f"* Covers {_covered(card['covers'])}.\n"
+        f"* Covers, by number of files: {_covered(card['covers'])}.\n"
     )
 
 
@@ -115,9 +115,9 @@ def _shown(value: Any) -> str:
         return ", ".join(f"{what} {_shown(each)}" for what, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
-    if isinstance(value, float):
-        return f"{value:.7g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2e}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.7g}" if abs(value) >= 1e-3 else f"{value:.2e}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
 
 
 if __name__ == "__main__":
