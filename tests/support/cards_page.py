@@ -9,7 +9,9 @@ What a card is, is in ``cards``; which there are, in ``workflows``.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -86,7 +88,7 @@ def _row(name: str, card: Card) -> str:
 
 def _page(name: str, card: Card) -> str:
     workflow = cards.WORKFLOWS[name]
-    head = f"# {workflow.title}\n\n{workflow.text} [How it is used]({workflow.page}).\n\n"
+    head = f"# {workflow.title}\n\n{_wrapped(f'{workflow.text} [How it is used]({workflow.page}).')}\n\n"
     if "not_run" in card:
         return f"{head}Not run: {card['not_run']}. `make cards CARDS={name}` runs it.\n"
     where = card["machine"]
@@ -94,13 +96,23 @@ def _page(name: str, card: Card) -> str:
     versions = [f"{package} {number}" for package, number in where.items() if package not in _MACHINE]
     results = "".join(f"| {what} | {_shown(value)} |\n" for what, value in card["results"].items())
     return (
-        f"{head}```\n{card['command']}\n```\n\n"
+        f"{head}```\n{_command(card['command'])}\n```\n\n"
         f"| what came out | |\n| :-- | :-- |\n{results}\n"
         f"* Written by `{card['test']}`, {card['date']}, commit {card['commit']}.\n"
         f"* On {where['processor']}, {where['cores']} cores, {device}.\n"
         f"* With {', '.join(versions)}.\n"
         f"* Covers, by number of files: {_covered(card['covers'])}.\n"
     )
+
+
+def _command(text: str) -> str:
+    """In several lines for a shell, each of which begins with a flag."""
+    return _wrapped(re.sub(" (?!-)", "\0", text), " \\\n    ").replace("\0", " ")
+
+
+def _wrapped(text: str, separator: str = "\n") -> str:
+    """In lines of at most 116 characters, but for longer words."""
+    return separator.join(textwrap.wrap(text, 116, break_long_words=False, break_on_hyphens=False))
 
 
 def _covered(files: Sequence[str]) -> str:
@@ -114,7 +126,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{what} {_shown(each)}" for what, each in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_shown, value))
+        return "; ".join(map(_shown, value))
     if isinstance(value, float) and not value.is_integer():
         return f"{value:.7g}" if abs(value) >= 1e-3 else f"{value:.2e}"
     return f"{value:,.0f}" if isinstance(value, int | float) else str(value)

@@ -174,7 +174,7 @@ def test_a_page_that_is_not_what_the_cards_say(copies: Copies, how: Callable[[Pa
 
 def test_a_page_has_what_was_run_and_came_out(copies: Copies) -> None:
     page = (copies.folder / "pipeline.md").read_text()
-    for text in ("sla-convert describe checkpoints", "1.25e-07", "4.5, 4.25", "2,048", "finished", "torch 2.15.0"):
+    for text in ("sla-convert describe checkpoints", "1.25e-07", "4.5; 4.25", "2,048", "finished", "torch 2.15.0"):
         assert text in page
     for text in ("A processor, 2 cores, no GPU", "2026-11-27", "0123456789ab", "`sla_megatron/pipeline` ("):
         assert text in page
