@@ -177,9 +177,9 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     assert re.match(r"Killed$|Signal 9 \(SIGKILL\)$|ended without a word: killed", killed["reason"]), killed
     assert killed["lost_iterations"] == killed["last_iteration"] - killed["ended_at"] >= 0
     same_result(run, undisturbed)
-    results = {"loss of the last iteration, both jobs": losses(log(run))[ITERATIONS], "requeues": known["Restarts"]}
-    results["attempts ended"] = [attempt["how"] for attempt in found["attempts"]]
-    results["iterations done again"] = [attempt["lost_iterations"] for attempt in found["attempts"]]
+    results = {"loss of the last iteration, both jobs": float(losses(log(run))[ITERATIONS])}
+    results |= {"requeues": int(known["Restarts"]), "attempts": [attempt["how"] for attempt in found["attempts"]]}
+    results["iterations done again"] = sum(attempt["lost_iterations"] or 0 for attempt in found["attempts"])
     card("slurm-job", f"NPROC=2 sbatch --nodes=2 launch/slurm.sbatch {shlex.join(FLAGS)}", results)
 
 

@@ -1,6 +1,6 @@
 """``make cards``: run the test of each workflow, which leaves its card in docs/cards, and write the pages.
 
-    python -m tests.support.cards_run                    # all of them, some six minutes on two cores
+    python -m tests.support.cards_run                    # all of them: minutes, most of them of the Slurm job
     python -m tests.support.cards_run pipeline sweep     # these
 
 A workflow that cannot run on this machine keeps the card that it has.  Ends with status 1 where a test failed.
