@@ -15,13 +15,16 @@ DIR ?=
 MINUTES ?= 10
 GPU_REPORT_ARGS ?=
 
+# Which of the workflows' cards `make cards` writes anew, such as CARDS="pipeline sweep"; empty means all.
+CARDS ?=
+
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 # The environment that vLLM is tested in, whose versions are not those of .venv.
 SERVING_VENV := .venv-serving
 
-.PHONY: help venv quickstart test test-upstream test-serving lint gpu-check gpu-report clean
+.PHONY: help venv quickstart test test-upstream test-serving cards lint gpu-check gpu-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +48,9 @@ test-serving: $(SERVING_VENV)/.installed ## test exports in vLLM, in an environm
 
 $(SERVING_VENV)/.installed: setup.py constraints-serving.txt
 	@PYTHON="$(PYTHON)" launch/make-serving-venv.sh $(SERVING_VENV)
+
+cards: $(STAMP) ## run each workflow's test, and write what came out to docs/cards (CARDS="pipeline": that one)
+	@$(RUN) tests.support.cards_run $(CARDS)
 
 lint: $(STAMP) ## check style, formatting, and which folder imports which
 	@$(RUN) ruff check .

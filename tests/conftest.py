@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
+from tests.support import cards
 from tests.support.slurm import Cluster, cluster
+
+
+@pytest.fixture
+def card(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``card(workflow, command, results)``, after all assertions: what ``make cards`` notes of the test."""
+    return partial(cards.leave, request.node.nodeid, os.environ.get(cards.VARIABLE))
 
 
 @pytest.fixture

@@ -159,13 +159,14 @@ def convert(convert_streams: Callable[..., tuple[int, str, str]]) -> Callable[..
     return lambda *words: convert_streams(*words)[:2]
 
 
-def test_the_command(trained: Path, tmp_path: Path, convert: Callable[..., tuple[int, str]]) -> None:
+def test_the_command(trained: Path, tmp_path: Path, convert: Callable[..., tuple[int, str]], card: Callable) -> None:
     """Export with verification, in shards and another type; describe; verify, which finds other weights."""
     name = "gqa-full-long-and-short"
     checkpoint = trained / name / "megatron"
     status, printed = convert("megatron-to-hf", checkpoint, tmp_path / "out", "--verify", "--max-shard-size", "20KB")
     assert status == 0
-    assert re.search(r"logits equal; relative error \d\.\d\de-0[678], largest difference", printed)
+    found = re.search(r"logits equal; relative error (\d\.\d\de-0[678]), largest difference", printed)
+    assert found
     assert len(list((tmp_path / "out").glob("model-0*.safetensors"))) > 5
 
     # Without dead rows, against Megatron's model, which has them.
@@ -190,6 +191,8 @@ def test_the_command(trained: Path, tmp_path: Path, convert: Callable[..., tuple
     status, printed = convert("verify", checkpoint, tmp_path / "half")
     assert status == 1
     assert "logits NOT equal (threshold 1e-05)" in printed
+    results = {"logits, relative error": float(found[1]), "bytes of weights": sizes[0], "pruned": sizes[1]}
+    card("conversion", "sla-convert megatron-to-hf checkpoints exported --verify --max-shard-size 20KB", results)
 
 
 MEMORY = """

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from sla_megatron.pipeline.layout import PipelineLayout
 from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.upstream.megatron_version import megatron_flavour
+from tests.support.card_figures import differences, launched
 from tests.support.launch import run_worker
 from tests.support.parity import FROM_ONE, parity_case, relative_errors
 from tests.support.pipelines import (
@@ -230,7 +233,7 @@ def test_a_stage_without_layers_hands_on_a_copy(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(("name", "layout"), SPLITS)
-def test_trains_as_without_a_pipeline(runs: Runs, name: str, layout: str) -> None:
+def test_trains_as_without_a_pipeline(runs: Runs, name: str, layout: str, card: Callable) -> None:
     """The same."""
     assert_same_figures(runs, f"{name}.{layout}", f"{name}.pp1", STEPS)
     gradients, expected = runs.gradients(f"{name}.{layout}"), runs.gradients(f"{name}.pp1")
@@ -239,6 +242,9 @@ def test_trains_as_without_a_pipeline(runs: Runs, name: str, layout: str) -> Non
         expected = {parameter: gradient for parameter, gradient in expected.items() if parameter in gradients}
         assert len(expected) > len(gradients) // 2
     assert_same_gradients(gradients, expected)
+    stages, _ = SPLITS[name, layout]
+    found = partial(differences, runs, f"{name}.{layout}", f"{name}.pp1", MODELS[name][1], stages)
+    card("hybrid-model", launched(2, flags_of(name, stages, load=name, finetune=True)), found)
 
 
 @pytest.mark.parametrize(("name", "layout"), SPLITS)

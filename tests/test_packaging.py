@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 from sla_megatron.upstream.flavours import FLAVOURS, SUPPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["help", "venv", "quickstart", "test", "test-upstream", "test-serving", "lint", "gpu-check", "gpu-report"]
-TARGETS += ["clean"]
+TARGETS = ["help", "venv", "quickstart", "test", "test-upstream", "test-serving", "cards", "lint", "gpu-check"]
+TARGETS += ["gpu-report", "clean"]
 
 
 def setup_constant(name: str) -> object:
@@ -178,7 +178,7 @@ def test_make_alone_lists_every_target() -> None:
     assert phony[1].split() == TARGETS
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "test-upstream", "lint", "gpu-check", "gpu-report"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "test-upstream", "cards", "lint", "gpu-check", "gpu-report"])
 def test_targets_make_the_environment_first(target: str, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     commands = make("--dry-run", target, f"VENV={venv}").splitlines()

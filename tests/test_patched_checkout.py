@@ -103,7 +103,9 @@ def test_the_revisions_are_those_that_are_stated() -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_patched_it_trains_as_our_entry_point_does(checkout: Path, launch: Callable, script: str) -> None:
+def test_patched_it_trains_as_our_entry_point_does(
+    checkout: Path, launch: Callable, script: str, card: Callable
+) -> None:
     """With --sla and without, tensor-parallel and in a pipeline; taken back, a clean tree."""
     model = SCRIPTS[script] | {"train_iters": STEPS}
     runs = {"dense": {}, "sla": SLA, "pipeline": SLA | PIPELINE}
@@ -121,6 +123,9 @@ def test_patched_it_trains_as_our_entry_point_does(checkout: Path, launch: Calla
         assert sla_patch("revert", checkout) == 0
     assert found["dense"] not in (found["sla"], found["pipeline"])
     assert git(checkout, "status", "--porcelain") == ""
+    results = {f"losses and gradient norms, {name}, of both": figures for name, figures in found.items()}
+    revision = git(checkout, "describe", "--tags", "--always").strip()
+    card("megatron-lm-checkout", f"sla-patch apply Megatron-LM  # {revision}", results)
 
 
 @needs_clone

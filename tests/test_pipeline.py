@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sla_megatron.pipeline.payload import MicrobatchShape
 from sla_megatron.pipeline.residency import residency
 from sla_megatron.pipeline.routes import RoutePlan
 from sla_megatron.pipeline.schedule import Schedule
+from tests.support.card_figures import differences, launched
 from tests.support.indexed_files import write_indexed
 from tests.support.pipelines import (
     FOUR_RANKS,
@@ -206,9 +208,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
-def test_trains_as_without_a_pipeline(runs: Runs, model: str, layout: str) -> None:
+def test_trains_as_without_a_pipeline(runs: Runs, model: str, layout: str, card: Callable) -> None:
     """Two steps: loss, gradient norm and evaluations; and every parameter's gradient in the first."""
     assert_trains_as(runs, f"{model}.{layout}", f"{model}.pp1")
+    found = partial(differences, runs, f"{model}.{layout}", f"{model}.pp1", MODELS[model], LAYOUTS[layout])
+    card("pipeline", launched(2, model_flags(model, Path("."), **LAYOUTS[layout].argv())), found)
 
 
 @pytest.mark.parametrize(("model", "layout"), DOCUMENT_CASES)
@@ -220,10 +224,13 @@ def test_every_stage_keeps_documents_apart(runs: Runs, model: str, layout: str) 
 
 
 @pytest.mark.parametrize(("model", "layout"), PACKED_CASES)
-def test_packed_documents_train_as_masked_ones(runs: Runs, model: str, layout: str) -> None:
+def test_packed_documents_train_as_masked_ones(runs: Runs, model: str, layout: str, card: Callable) -> None:
     """``--dataloader-inter-document-masking`` is what ``--reset-attention-mask`` is with Megatron's own attention."""
-    assert_trains_as(runs, f"packed.{model}.{layout}", f"documents.{model}.pp1")
-    assert all(answer["alive"] == 0 for answer in runs.answers[f"packed.{model}.{layout}"])
+    name, masked = f"packed.{model}.{layout}", f"documents.{model}.pp1"
+    assert_trains_as(runs, name, masked)
+    assert all(answer["alive"] == 0 for answer in runs.answers[name])
+    found = partial(differences, runs, name, masked, MODELS[PACKED_MODELS[model]], LAYOUTS.get(layout))
+    card("context-parallelism", launched(4, _documents(Path("."), [layout])[name]["argv"]), found)
 
 
 def assert_trains_as(

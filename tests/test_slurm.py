@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -108,7 +110,7 @@ def processes_on(node: str, run: Path, command: bytes) -> list[int]:
     return processes_with(command, SLURMD_NODENAME=node, RUN_DIR=str(run))
 
 
-def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Path) -> None:
+def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Path, card: Callable) -> None:
     """One job is told to leave, loses a node's processes, a node, its newest checkpoint, is preempted, and finishes."""
     run = slurm.folder / "runs" / "disturbed"
     job = submit(slurm, run, *FLAGS)
@@ -175,6 +177,10 @@ def test_whatever_happens_the_result_is_the_same(slurm: Cluster, undisturbed: Pa
     assert re.match(r"Killed$|Signal 9 \(SIGKILL\)$|ended without a word: killed", killed["reason"]), killed
     assert killed["lost_iterations"] == killed["last_iteration"] - killed["ended_at"] >= 0
     same_result(run, undisturbed)
+    results = {"loss of the last iteration, both jobs": float(losses(log(run))[ITERATIONS])}
+    results |= {"requeues": int(known["Restarts"]), "attempts": [attempt["how"] for attempt in found["attempts"]]}
+    results["iterations done again"] = sum(attempt["lost_iterations"] or 0 for attempt in found["attempts"])
+    card("slurm-job", f"NPROC=2 sbatch --nodes=2 launch/slurm.sbatch {shlex.join(FLAGS)}", results)
 
 
 def test_an_own_script_obeys_the_files_of_its_run(slurm: Cluster, undisturbed: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -95,7 +95,7 @@ def rows(out: Path) -> dict[str, dict]:
     return {row["name"]: row for row in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
 
 
-def test_a_sweep_that_was_killed_goes_on(finished: tuple[Path, str]) -> None:
+def test_a_sweep_that_was_killed_goes_on(finished: tuple[Path, str], card: Callable) -> None:
     out, printed = finished
     assert "sla-sweep: 1 of 2 runs are finished, 1 to do" in printed
     assert re.search(rf"{SLA}: going on from iteration (20|40|60)\n", printed), printed
@@ -114,6 +114,9 @@ def test_a_sweep_that_was_killed_goes_on(finished: tuple[Path, str]) -> None:
     assert sorted(p.name for p in (out / "runs" / DENSE).iterdir()) == [
         *("checkpoints", "lock", "row.json", "run.json", "train.log")
     ]
+    results = {f"validation loss of {name}": row["validation_loss"] for name, row in found.items()}
+    results["went on"] = re.search(rf"{SLA}: (going on from iteration \d+)\n", printed)[1]
+    card("sweep", "sla-sweep run grid.yaml --out out --device cpu", results)
 
 
 def test_dense_and_sla_see_the_same_batches(finished: tuple[Path, str]) -> None:

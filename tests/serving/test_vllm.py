@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,16 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Served(folder, load(folder), llm, live)
 
 
-def test_generates_what_transformers_does(served: Served) -> None:
+def test_generates_what_transformers_does(served: Served, card: Callable) -> None:
     """Together and alone, prompts in one step and in chunks, and of one token."""
     texts = prompts(1, 5, 31, 66, 100)
     expected = [generated(served.model, text) for text in texts]
     assert answers(served.llm, texts) == expected
     served.llm.reset_prefix_cache()
     assert [answers(served.llm, [text])[0] for text in texts] == expected
+    results = {"equal tokens": len(texts) * NEW_TOKENS, "cache, bytes a token": cache_bytes_per_token(served.llm)}
+    results["cache, the formula's"] = served.live * PAIR
+    card("engine", 'LLM("exported", dtype="float32", enforce_eager=True, max_num_batched_tokens=32)', results)
 
 
 def test_log_probabilities_of_a_prompt(served: Served) -> None:
