@@ -31,6 +31,8 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml",
 #: A link's or a picture's target in the repository, without its anchor.
 _TARGET = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
+_SHORT_CODE = re.compile(r"<code>([^<\n]{1,36})</code>")
+
 
 def on_config(config: MkDocsConfig) -> None:
     """Has ``nav``'s patterns stand for the pages that fit, sorted."""
@@ -85,6 +87,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[0]
 
     return _TARGET.sub(named, markdown)
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """A flag is not broken at its hyphens, nor any short code at a blank: ``site.css``."""
+    return _SHORT_CODE.sub(r'<code class="short">\1</code>', html)
 
 
 def _root(config: MkDocsConfig) -> Path:
