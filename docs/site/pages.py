@@ -31,7 +31,9 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml",
 #: A link's or a picture's target in the repository, without its anchor.
 _TARGET = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
-_SHORT_CODE = re.compile(r"<code>([^<\n]{1,36})</code>")
+_CODE = re.compile("<code>[^<]*</code>")
+_FLAG = re.compile(r"--[\w-]+")
+
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -90,8 +92,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """A flag is not broken at its hyphens, nor any short code at a blank: ``site.css``."""
-    return _SHORT_CODE.sub(r'<code class="short">\1</code>', html)
+    """In code within a line, a flag is not broken at its hyphens: ``site.css``."""
+    return _CODE.sub(lambda code: _FLAG.sub(r'<span class="flag">\g<0></span>', code[0]), html)
 
 
 def _root(config: MkDocsConfig) -> Path:
