@@ -12,9 +12,8 @@ import pytest
 import sla_megatron
 from tests.support.documented.flags import unknown_words
 from tests.support.documented.links import dead_links
-from tests.support.documented.markdown import markdown_files
 from tests.support.documented.names import wrong_names
-from tests.support.documented.site import build_site
+from tests.support.documented.site import build_site, in_site, misread_pages, own_pages
 from tests.support.launch import ROOT
 
 # Of Megatron's own making.
@@ -152,9 +151,19 @@ def test_a_name_without_an_entry_is_found(small: Path) -> None:
 
 def test_the_site_has_every_page(site: Path) -> None:
     """Of the repository, but for notes on test data."""
-    pages = {path.relative_to(ROOT) for path in markdown_files(ROOT) if not path.is_relative_to(ROOT / "tests")}
-    html = {path.relative_to(site) for path in site.rglob("*.html")}
-    assert {path.with_name("index.html") if path.name == "README.md" else path.with_suffix(".html") for path in pages} <= html
+    assert [page for page in own_pages(ROOT) if not in_site(ROOT, site, page).is_file()] == []
+
+
+def test_pages_are_as_in_a_view_of_the_repository(site: Path) -> None:
+    assert misread_pages(ROOT, site) == []
+
+
+def test_a_misread_page_is_found(small: Path, tmp_path: Path) -> None:
+    """A list right below a line: for git's views it is one, for the site's markdown it is not."""
+    with (small / "docs" / "page.md").open("a") as file:
+        file.write("\nSuch as\n* one\n* two\n")
+    assert build_site(small, tmp_path / "out", nav=NAV) == []
+    assert misread_pages(small, tmp_path / "out") == ["docs/page.md: 2 li in a view of the repository, 0 in the site"]
 
 
 def test_the_site_describes_every_public_name(site: Path) -> None:
@@ -194,7 +203,7 @@ def test_a_small_site(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "text", "fault"),
     [
-        ("docs/outside.md", "# Outside\n", "not included in the \"nav\""),
+        ("docs/outside.md", "# Outside\n", 'not included in the "nav"'),
         ("docs/page.md", "# Page\n", "does not contain an anchor '#two-words'"),
         ("docs/page.md", "# Page\n\n## Two words\n\n[gone](gone.md)\n", "gone.md"),
         ("docs/api.md", "# Names\n\n::: sla_megatron.common.errors.NoError\n", "NoError"),

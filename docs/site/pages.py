@@ -1,4 +1,4 @@
-"""The site's pages: those of the repository, each under its own path, and a page for each source file that one links to.
+"""The site's pages: those of the repository, each under its own path, and one for each source file that they link to.
 
 A hook of mkdocs (``mkdocs.yml``), which by itself knows the files of one folder.  So a relative link leads to the same
 place here as in a view of the repository, and nothing is copied by hand.
@@ -33,7 +33,6 @@ _TARGET = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 _CODE = re.compile("<code>[^<]*</code>")
 _FLAG = re.compile(r"--[\w-]+")
-
 
 
 def on_config(config: MkDocsConfig) -> None:

@@ -122,8 +122,6 @@ def _faults_of_make(words: Sequence[str]) -> Iterator[str]:
             yield f"make {word}: expected {', '.join(targets)}"
 
 
-
-
 def _unknown(shown: str, words: Sequence[str], known: frozenset[str] | None) -> Iterator[str]:
     for word in words:
         # Brackets are around what may be left out, and dots stand for more.

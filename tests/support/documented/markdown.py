@@ -15,6 +15,8 @@ from markdown_it.token import Token
 #: Folders that are made, not kept.
 _MADE = {"build", "dist", "runs"}
 
+_READER = MarkdownIt("commonmark").enable("table")
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -37,7 +39,12 @@ def markdown_files(root: Path) -> list[Path]:
 @cache
 def pieces(text: str) -> tuple[Piece, ...]:
     """Of a page, in order; a heading as the text that it shows, a link as its target."""
-    return tuple(_pieces(MarkdownIt("commonmark").enable("table").parse(text)))
+    return tuple(_pieces(_READER.parse(text)))
+
+
+def as_html(text: str) -> str:
+    """A page as a view of the repository shows it."""
+    return _READER.render(text)
 
 
 def _pieces(tokens: list[Token]) -> Iterator[Piece]:
