@@ -6,7 +6,8 @@
 Each variant is trained by Megatron's own trainer through the entry point, one after the other on one rank: the same
 seed, the same batches, no checkpoint.  The text is Python's own sources, as in the quickstart, tokenized by
 ``sla-data``.  One seed and few tokens: whether it trains, and whether losses are close; ``sla-sweep`` compares
-settings.  Tokens a second are those of the trainer's log, with whatever else the machine does: ``throughput`` measures.
+settings.  Speed is measured by ``throughput``, in turns.  ``benchmarks.loss_logs`` makes the same result of the logs of
+runs that were made elsewhere.
 """
 
 from __future__ import annotations
@@ -159,7 +160,6 @@ def row_of(args: argparse.Namespace, run: Run, variant: str, records: Records) -
         "parameters": result.parameters,
         "train_losses": [[step.iteration, step.loss] for step in records.steps],
         "validation_loss": result.validation_loss,
-        "tokens_a_second": result.tokens_per_second,
     }
 
 
@@ -174,10 +174,7 @@ def device_name(device: str) -> str:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """One line a variant."""
-    header = (
-        *("model", "context", "attention", "parameters", "tokens", "train loss", "validation loss", "to dense"),
-        "tokens/s",
-    )
+    header = ("model", "context", "attention", "parameters", "tokens", "train loss", "validation loss", "less dense")
     dense = next(row for row in result["rows"] if row["variant"] == "dense")
     cells = [
         (
@@ -189,11 +186,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{row['train_losses'][-1][1]:.4f}",
             f"{row['validation_loss']:.4f}",
             "" if row is dense else f"{row['validation_loss'] - dense['validation_loss']:+.4f}",
-            f"{row['tokens_a_second']:.0f}",
         )
         for row in result["rows"]
     ]
-    note = f"Nats a token, one run of each, seed {dense['seed']}; train loss: the mean since the log's line before."
+    note = (
+        "Nats a token, one run of each, all from one seed: no spread, and no interval. Train loss: the mean since the "
+        "log's line before."
+    )
     return [Table("Loss of a short run", header, cells, left=(0, 2), note=note)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -36,10 +37,11 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def as_markdown(self) -> str:
-        """For ``docs/results.md``."""
+        """For ``docs/results.md`` and the pages below it."""
         rule = [":--" if column in self.left else "--:" for column in range(len(self.header))]
         rows = ["| " + " | ".join(cells) + " |" for cells in (self.header, rule, *self.rows)]
-        return "\n".join([f"**{self.title}**", "", *rows, *(["", self.note] if self.note else [])]) + "\n"
+        title = [f"**{self.title}**", ""] if self.title else []
+        return "\n".join([*title, *rows, *(["", self.note] if self.note else [])]) + "\n"
 
 
 def add_output_args(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
@@ -135,7 +137,7 @@ def command_line() -> str:
     """The command that is running, as it can be repeated from the repository's root."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", spec.name] if spec else ["python", os.path.relpath(sys.argv[0], ROOT)]
-    return " ".join([*program, *sys.argv[1:]])
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import logging
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from .allocations import allocations
 from .heap import keep_freed_memory
 from .ranks import answer_of_ranks
 from .record import Table, add_output_args, check_output, save_figure, shown, spread, write_result
-from .targets import peak_over_dense
 from .training_steps import VARIANTS, TrainingSteps, model_flags, settle
 
 NAME = "throughput"
@@ -252,6 +252,13 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "1" if is_dense else f"{peak_over_dense(row, rows):.3f}",
         f"{row['seconds']['n']}",
     ]
+
+
+def peak_over_dense(row: dict[str, Any], rows: Iterable[dict[str, Any]]) -> float:
+    """Peak memory of a row over that of the dense model among ``rows``."""
+    same = ("model", "context", "layout")
+    dense = next(r for r in rows if r["variant"] == "dense" and all(r[what] == row[what] for what in same))
+    return row["peak_bytes"] / dense["peak_bytes"]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -152,7 +152,9 @@ def test_a_sweep_becomes_a_result(
     monkeypatch.setattr(sys, "argv", ["sweep", str(finished[0]), "--out", str(out)])
     sweep_result.main()
     result = json.loads(out.read_text())
+    losses = {row["name"]: row.pop("validation_losses") for row in result["rows"]}
     assert {row["name"]: row for row in result["rows"]} == rows(finished[0])
+    assert all(losses[row["name"]][-1] == [row["tokens"], row["validation_loss"]] for row in result["rows"])
     assert (result["benchmark"], result["machine"]["device"]) == ("sweep", "cpu")
     assert [cells[2] for cells in sweep_result.tables(result)[0].rows] == ["dense", "4"]
     assert {path.name for path in tmp_path.iterdir()} == {out.name, "sweep-here.svg", "sweep-here-heads.svg"}

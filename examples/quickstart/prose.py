@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from examples.quickstart.corpus import FILE_BYTES, SPACE_MARK, CorpusError, shuffled
+from sla_megatron.common.waiting import bar
 
 #: With the longest docstrings; all come with what the project needs.
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "networkx", "sympy", "huggingface_hub", "datasets", "megatron")
@@ -35,14 +36,17 @@ def read_documents(max_bytes: int, root: Path | None = None) -> list[str]:
     files = [path for name in PACKAGES for path in (root / name).rglob("*.py") if path.stat().st_size in FILE_BYTES]
     documents: list[str] = []
     total, seen = 0, set[str]()
-    for path in shuffled(files, root):
-        document = "\n\n".join(_new_paragraphs(path, seen))
-        if not document:
-            continue
-        total += len(document.encode())
-        if total > max_bytes:
-            break
-        documents.append(document)
+    # Some hundred seconds for 8 MB: most files have little prose.
+    with bar("prose", max_bytes, leave=False) as drawn:
+        for path in shuffled(files, root):
+            document = "\n\n".join(_new_paragraphs(path, seen))
+            if not document:
+                continue
+            total += len(document.encode())
+            if total > max_bytes:
+                break
+            documents.append(document)
+            drawn.n = total
     if len(documents) < 20:
         raise CorpusError(f"only {len(documents)} files with prose within {max_bytes} bytes in {root}")
     return documents

@@ -47,8 +47,9 @@ class Group:
         dense_parameters: of the dense run that it is compared with; ``None`` without one, and of dense runs.
         validation_loss, training_loss: in nats a token.
         perplexity: of the validation set.
-        difference: validation loss less that of the dense run of the same size, context and seed, over the seeds that
-            have both; ``None`` without one, and of dense runs.
+        differences: seed -> validation loss less that of the dense run of the same size, context and seed, for seeds
+            that have both; none of dense runs.
+        difference: over them; ``None`` without one.
         tokens_per_second: the median over seeds.
     """
 
@@ -65,6 +66,7 @@ class Group:
     validation_loss: Spread
     training_loss: Spread
     perplexity: Spread
+    differences: dict[int, float]
     difference: Spread | None
     tokens_per_second: float
 
@@ -124,7 +126,7 @@ def _group(rows: Sequence[Row], dense: dict[tuple[str, int, int], Row]) -> Group
     compared = [] if setting.is_dense else rows
     found = [(row, dense.get((row["size"], row["context"], row["seed"]))) for row in compared]
     pairs = [(row, other) for row, other in found if other is not None]
-    differences = [row["validation_loss"] - other["validation_loss"] for row, other in pairs]
+    differences = {row["seed"]: row["validation_loss"] - other["validation_loss"] for row, other in pairs}
     return Group(
         size=first["size"],
         context=first["context"],
@@ -139,6 +141,7 @@ def _group(rows: Sequence[Row], dense: dict[tuple[str, int, int], Row]) -> Group
         validation_loss=spread("validation_loss"),
         training_loss=spread("training_loss"),
         perplexity=spread("perplexity"),
-        difference=Spread.of(differences),
+        differences=differences,
+        difference=Spread.of(list(differences.values())),
         tokens_per_second=statistics.median(row["tokens_per_second"] for row in rows),
     )

@@ -17,6 +17,8 @@ LAUNCH_MARK = "$ "
 LAST_INTERVALS = 10
 
 _VALIDATION = re.compile(r"\bvalidation loss at iteration (\d+) on validation set \| lm loss value: (\S+)")
+#: The same of ``--eval-interval``.
+_DURING = re.compile(r"\bvalidation loss at iteration (\d+) \| lm loss value: (\S+)")
 _PARAMETERS = re.compile(r"sla-megatron: (?:off; )?parameters (\d+)\b")
 _WORLD_SIZE = re.compile(r"\busing world size: (\d+)")
 _NO_GPU = "sla-megatron: no GPU:"
@@ -38,10 +40,14 @@ class Step:
 
 @dataclass
 class TrainingLog:
-    """What was read so far."""
+    """What was read so far.
+
+    ``validation`` and ``during``: the loss after an iteration, of the evaluation that ends a run, and of those in it.
+    """
 
     steps: list[Step] = field(default_factory=list)
     validation: dict[int, float] = field(default_factory=dict)
+    during: dict[int, float] = field(default_factory=dict)
     parameters: int | None = None
     processes: int | None = None
     on_cpu: bool = False
@@ -59,6 +65,8 @@ class TrainingLog:
             self.on_cpu = True
         elif found := _VALIDATION.search(line):
             self.validation[int(found[1])] = float(found[2])
+        elif found := _DURING.search(line):
+            self.during[int(found[1])] = float(found[2])
         elif printed := progress_line(line):
             self._progress(printed.iteration, printed.values)
 
@@ -99,6 +107,10 @@ class TrainingLog:
         if not math.isfinite(self.validation[iterations]) or not math.isfinite(self.steps[-1].loss):
             return "its loss is not a number"
         return None
+
+    def validation_losses(self) -> dict[int, float]:
+        """Iteration -> loss, ascending: at an iteration that has both, that of the run's end."""
+        return dict(sorted((self.during | self.validation).items()))
 
     def training_loss(self, log_interval: int) -> float:
         """The mean over the iterations of the last :data:`LAST_INTERVALS` progress lines.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -149,6 +150,13 @@ def test_a_result_says_where_it_comes_from(tmp_path: Path, capsys: pytest.Captur
     assert written["machine"]["device"] == "some device" and written["machine"]["torch"]
     assert {"command", "commit", "date"} <= set(written)
     assert "Title" in capsys.readouterr().out
+
+
+def test_the_command_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a shell, words with spaces included."""
+    words = ["--note", "shared with other work", "--flags=--bf16 --sla"]
+    monkeypatch.setattr("sys.argv", ["some_script.py", *words])
+    assert shlex.split(record.command_line())[-3:] == words
 
 
 @pytest.mark.parametrize("module", ROWS, ids=lambda module: module.__name__)

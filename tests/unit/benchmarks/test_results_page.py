@@ -1,15 +1,18 @@
-"""``docs/results.md``: what the committed files say, and nothing else."""
+"""``docs/results.md`` and the pages below it: what the committed files say, and nothing else."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import results_page, throughput
-from benchmarks.targets import before_and_after, targets
+from benchmarks.pages import claims, detail
+from benchmarks.pages.sections import THEMES, TRAINING, page_of
 
 
 def row(variant: str, ratio: float, peak: int, context: int = 512) -> dict[str, Any]:
@@ -29,15 +32,15 @@ def row(variant: str, ratio: float, peak: int, context: int = 512) -> dict[str, 
     }
 
 
-def result(*rows: dict[str, Any], device: str = "cpu", commit: str = "abc") -> dict[str, Any]:
+def result(*rows: dict[str, Any], device: str = "cpu", commit: str = "0123456789ab") -> dict[str, Any]:
     """A result of throughput."""
-    machine = {"device": device, "processor": "A processor", "cores": 2, "torch": "2.15.0", "megatron-core": "0.19.2"}
+    machine = {"device": device, "processor": "A(R) Processor", "cores": 2, "python": "3.12.1", "torch": "2.15.0"}
     return {
         "benchmark": "throughput",
         "command": "python -m benchmarks.throughput",
         "commit": commit,
         "date": "2026-11-20",
-        "machine": machine,
+        "machine": machine | {"megatron-core": "0.19.2"},
         "settings": {"contexts": [512]},
         "rows": list(rows),
     }
@@ -46,90 +49,177 @@ def result(*rows: dict[str, Any], device: str = "cpu", commit: str = "abc") -> d
 DENSE, FULL, PRUNED = row("dense", 1.0, 1000), row("full", 0.98, 1010), row("pruned", 1.03, 990)
 
 
-def test_the_committed_page_is_what_the_committed_files_say() -> None:
+def lines(claimed: Iterable[claims.Claim], **results: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Title -> the cells beside it, of results by their benchmark."""
+    files = {Path(f"{name}-{number}.json"): one for name, each in results.items() for number, one in enumerate(each)}
+    return {claim.title: claim.cells(files)[1:] for claim in claimed}
+
+
+def test_the_committed_pages_are_what_the_committed_files_say() -> None:
     results_page.main(["--check"])
 
 
 def test_a_page_that_differs_is_found(tmp_path: Path) -> None:
-    page = tmp_path / "results.md"
-    results_page.main(["--out", str(page)])
-    page.write_text(page.read_text().replace("not measured", "measured", 1))
-    with pytest.raises(SystemExit, match="run python -m benchmarks.results_page"):
-        results_page.main(["--check", "--out", str(page)])
+    """A figure that was changed, in the first page or in another; and a page that none of these files makes."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "throughput-cpu.json").write_text(json.dumps(result(DENSE, FULL, PRUNED)))
+    out = tmp_path / "results.md"
+    command = ["--results", str(tmp_path / "results"), "--out", str(out)]
+    results_page.main(command)
+    training = tmp_path / "results" / "training.md"
+    for page in (out, training):
+        text = page.read_text()
+        assert text.count("0.980 (0.970-0.990)") == 1
+        page.write_text(text.replace("0.980", "0.990"))
+        with pytest.raises(SystemExit, match=f"{page.name} is not what .*: run python -m benchmarks.results_page"):
+            results_page.main([*command, "--check"])
+        page.write_text(text)
+    results_page.main([*command, "--check"])
+    (tmp_path / "results" / "earlier.md").touch()
+    with pytest.raises(SystemExit, match="earlier.md is no page .*: remove it"):
+        results_page.main([*command, "--check"])
+
+
+def test_a_file_that_cannot_be_traced_makes_no_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "throughput-cpu.json").write_text(json.dumps(result(DENSE, commit="0123456789ab+changes")))
+    with pytest.raises(SystemExit) as ended:
+        results_page.main(["--results", str(tmp_path), "--out", str(tmp_path / "results.md")])
+    assert ended.value.code == 2
+    expected = "throughput-cpu.json: commit 0123456789ab+changes: expected 12 hexadecimal digits"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["throughput-cpu.json"]
+
+
+def test_the_first_page_is_short_and_begins_with_what_is_brought_and_cost() -> None:
+    text = results_page.PAGE.read_text().splitlines()
+    assert len(text) <= 120
+    costs = text.index("## What it costs")
+    assert text.index("## What it brings") < costs and "training speed" in "".join(text[costs : costs + 7])
+    assert costs < 30
+
+
+def test_every_file_is_on_a_page() -> None:
+    pages = [results_page.PAGE, *results_page.PAGE.with_suffix("").glob("*.md")]
+    linked = set(re.findall(r"\(\S*/benchmarks/results/([^)]+\.json)\)", "".join(page.read_text() for page in pages)))
+    there = {path.name for path in results_page.RESULTS.glob("*.json")}
+    assert linked == there
 
 
 def test_what_has_no_file_is_not_measured(tmp_path: Path) -> None:
-    text = results_page.page(tmp_path, tmp_path)
-    for section in results_page.SECTIONS:
-        assert f"## {section.title}" in text
-    assert text.count("not measured") >= 8 + len([s for s in results_page.SECTIONS if s.on_gpu])
-    (tmp_path / "throughput-gpu.json").write_text(json.dumps(result(DENSE, FULL, PRUNED, device="A GPU")))
-    text = results_page.page(tmp_path, tmp_path)
-    assert "A GPU, 2 cores; torch 2.15.0, megatron-core 0.19.2; commit abc, 2026-11-20" in text
-    throughput_gpu = next(section.on_gpu for section in results_page.SECTIONS if section.name == "throughput")
-    assert throughput_gpu not in text
+    """Each benchmark, with its commands; one that has a file on a GPU no longer."""
+    out = tmp_path / "results.md"
+    front = results_page.pages({}, tmp_path, out)[out]
+    sections = [section for theme in THEMES for section in theme.sections]
+    listed = front[front.index("## Not measured") :].splitlines()
+    for section in sections:
+        own = [line for line in listed if f"](results/{page_of(section)})" in line]
+        assert len(own) == 1 + bool(section.on_gpu)
+        assert f"on a CPU: `{section.command}`" in own[0] and section.on_gpu in own[-1]
+    rows = [line for line in front.splitlines() if re.match(r"\| \[.*\]\(results/\S+\) \|", line)]
+    assert len(rows) > 15 and all("| not measured | " in line for line in rows)
+    on_gpu = {tmp_path / "throughput-gpu.json": result(DENSE, FULL, PRUNED, device="A GPU")}
+    pages = results_page.pages(on_gpu, tmp_path, out)
+    origin = "A GPU, 2 cores; torch 2.15.0, megatron-core 0.19.2; commit 0123456789ab, 2026-11-20; n 3; "
+    assert f"{origin}[throughput-gpu.json](../throughput-gpu.json)" in pages[tmp_path / "results" / "training.md"]
+    assert all(TRAINING.on_gpu not in text for text in pages.values())
+
+
+def test_a_row_that_was_refused_is_listed(tmp_path: Path) -> None:
+    """With its reason, and without where its result went."""
+    refused = {"launch": "srun", "async_saves": True, "refused": "no --async-save without a GPU"}
+    one = result(refused) | {"command": "python -m benchmarks.recovery --out x.json --overwrite --async-saves"}
+    out = tmp_path / "results.md"
+    text = results_page.pages({tmp_path / "recovery-cpu.json": one}, tmp_path, out)[out]
+    assert "`python -m benchmarks.recovery --async-saves`: no --async-save without a GPU" in text
+
+
+def test_the_picture_is_on_the_page_where_it_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "docs" / "results.md"
+    assert "examples/sweep/longer.yaml" in results_page.pages({}, tmp_path, out)[out]
+    (tmp_path / "sweep-cpu-longer-tokens.svg").touch()
+    text = results_page.pages({}, tmp_path, out)[out]
+    assert "](../sweep-cpu-longer-tokens.svg)" in text and "examples/sweep/longer.yaml" not in text
 
 
 def test_each_picture_stands_once_below_the_longest_name_that_it_begins_with(tmp_path: Path) -> None:
-    for stem, commit in (("throughput-cpu", "first"), ("throughput-cpu-4k", "second")):
-        (tmp_path / f"{stem}.json").write_text(json.dumps(result(DENSE, FULL, PRUNED, commit=commit)))
-    for stem in ("throughput-cpu", "throughput-cpu-more", "throughput-cpu-4k"):
+    stems = {"throughput-cpu": "a" * 12, "throughput-cpu-4k": "b" * 12}
+    files = {tmp_path / f"{stem}.json": result(DENSE, FULL, PRUNED, commit=commit) for stem, commit in stems.items()}
+    pictures = ("throughput-cpu", "throughput-cpu-more", "throughput-cpu-4k")
+    for stem in pictures:
         (tmp_path / f"{stem}.svg").touch()
-    text = results_page.page(tmp_path, tmp_path)
-    parts = {commit: text[text.index(f"commit {commit},") :].split("`python -m")[0] for commit in ("first", "second")}
-    assert "(throughput-cpu.svg)" in parts["first"] and "(throughput-cpu-more.svg)" in parts["first"]
-    assert "(throughput-cpu-4k.svg)" in parts["second"]
-    for stem in ("throughput-cpu", "throughput-cpu-more", "throughput-cpu-4k"):
-        assert text.count(f"({stem}.svg)") == 1
+    text = detail.page(THEMES[0], files, tmp_path)
+    first, second = (text[text.index(f"commit {commit},") :].split("`python -m")[0] for commit in stems.values())
+    assert "(throughput-cpu.svg)" in first and "(throughput-cpu-more.svg)" in first
+    assert "(throughput-cpu-4k.svg)" in second
+    assert all(text.count(f"({stem}.svg)") == 1 for stem in pictures)
 
 
-def test_targets_are_the_worst_row() -> None:
+def test_a_claim_is_its_worst_row() -> None:
+    """By its median; of what is counted, the best beside it; and how many rows reach the aim."""
     slower = row("full", 0.90, 1200, context=1024)
-    found = targets({"throughput": [result(DENSE, FULL, PRUNED, row("dense", 1.0, 1000, 1024), slower)]})
-    by_name = {cells[0]: cells for cells in found.rows}
-    assert by_name["training, `pruned`, tokens/s"][2:] == ("1.030 (1.020-1.040); 1 of 1", "not measured")
-    assert by_name["training, `full`, tokens/s"][2] == "0.900 (0.890-0.910); 0 of 2"
-    assert by_name["training, peak memory"][2] == "1.200; 2 of 3"
-    assert by_name["generation, decoded tokens/s"][2:] == ("not measured", "not measured")
+    on_cpu = result(DENSE, FULL, PRUNED, row("dense", 1.0, 1000, 1024), slower)
+    found = lines(claims.COSTS, throughput=[on_cpu, result(DENSE, FULL, PRUNED, device="A GPU")])
+    pruned = found["training speed / dense's, `pruned`"]
+    assert pruned[:2] == ("1.030 (1.020-1.040); n 3; A", "1.030 (1.020-1.040); n 3; A GPU")
+    assert pruned[2:] == ("≥ 1.00", "CPU yes; GPU yes")
+    full = found["training speed / dense's, `full`"]
+    assert (full[0], full[3]) == ("0.900 (0.890-0.910); n 3; A", "CPU no, 0 of 2 rows; GPU no")
+    assert found["peak memory of training / dense's"] == (
+        *("1.200, best 0.990; counted; A", "1.010, best 0.990; counted; A GPU", "≤ 1.02"),
+        "CPU no, 2 of 3 rows; GPU yes, 2 of 2 rows",
+    )
+    assert found["the same, a tiny model"] == ("not measured", "not measured", "≥ 1.00", "")
 
 
-def test_decoding_has_a_target_for_each_kind() -> None:
-    """By model and by whether it is compiled; results of before that was asked are not."""
-    kinds = {
-        ("narrow", None): 0.9,
-        ("narrow", False): 0.95,
-        ("narrow", True): 0.98,
-        ("gpt2-124m", None): 1.02,
-        ("gpt2-124m", True): 1.01,
-    }
+def test_decoding_is_claimed_of_tiny_models_and_of_others() -> None:
+    """And of a dense model against transformers' own, where a result has that."""
     results = []
-    for (model, compiled), median in kinds.items():
-        row = {"model": model, "decode_ratio": {"full": {"n": 3, "median": median, "min": 0.8, "max": 1.1}}}
-        row |= {} if compiled is None else {"compiled": compiled}
-        results.append({"machine": {"device": "cpu"}, "rows": [row]})
-    spread = "(0.800-1.100)"
-    assert [cells[2] for cells in targets({"generation": results}).rows[-4:]] == [
-        *(f"1.020 {spread}; 1 of 1", f"1.010 {spread}; 1 of 1"),
-        *(f"0.900 {spread}; 0 of 2", f"0.980 {spread}; 0 of 1"),
-    ]
+    for model, median in (("narrow", 0.9), ("narrow-llama", 0.95), ("gpt2-124m", 1.02), ("gpt2-124m", 1.01)):
+        spread = {"n": 4, "median": median, "min": 0.8, "max": 1.1}
+        own = {"model": model, "decode_ratio": {"full": spread}, "cache_ratio": {}}
+        peer = {"decode_over_peer": {"dense": spread, "full": spread}} if model == "narrow-llama" else {}
+        results.append(result(own | peer))
+    found = lines([*claims.COSTS, *claims.TOOLS], generation=results)
+    expected = ("1.010 (0.800-1.100); n 4; A", "not measured", "≥ 1.00", "CPU yes, 2 of 2 rows")
+    assert found["decoding speed / dense's, GPT-2 124M"] == expected
+    assert found["the same, a tiny model"][0] == "0.900 (0.800-1.100); n 4; A"
+    assert found["the same, a tiny model"][3] == "CPU no, 0 of 2 rows"
+    assert found["decoding speed of a dense export / transformers' own model"][0] == "0.950 (0.800-1.100); n 4; A"
 
 
-def test_decoding_has_a_target_against_transformers_own_model() -> None:
-    """Of results that have a peer."""
-    old = {"model": "narrow", "decode_ratio": {}}
-    new = old | {"decode_over_peer": {"dense": {"n": 3, "median": 1.2, "min": 0.8, "max": 1.1}, "full": {}}}
-    found = targets({"generation": [{"machine": {"device": "cpu"}, "rows": [old, new]}]})
-    by_name = {cells[0]: cells for cells in found.rows}
-    assert by_name["generation, dense against transformers' own model"][2] == "1.200 (0.800-1.100); 1 of 1"
+def run(seed: int, loss: float, **setting: Any) -> dict[str, Any]:
+    """A row of a sweep: dense, or with the setting that is given."""
+    shape = {"size": "h64-l8", "context": 128, "num_layers": 8, "num_heads": 8, "num_groups": 8, "parameters": 1000}
+    others = dict.fromkeys(("tokens", "training_loss", "perplexity", "tokens_per_second"), 1.0)
+    return shape | others | {"seed": seed, "validation_loss": loss, "distances": [], "skip_groups": 0} | setting
 
 
-def test_before_and_after_pairs_the_rows_that_both_have() -> None:
-    before = result(DENSE, row("full", 0.95, 1100), commit="old")
-    found = before_and_after("throughput", before, result(DENSE, FULL, PRUNED, commit="new"))
-    assert found.title == "throughput: commit old and new"
-    assert [tuple(cells) for cells in found.rows] == [
-        ("small", "512", "full", "1x1", "0.950 (0.940-0.960)", "1.100", "0.980 (0.970-0.990)", "1.010")
-    ]
+def test_a_loss_is_that_of_the_default_setting_less_denses_of_its_seed() -> None:
+    """Of -0.01, -0.02 and -0.03 the standard error is 0.0057735, and t of 2 degrees of freedom is 4.3027."""
+    best = {"distances": [6], "skip_groups": 6}
+    rows = [run(1, 5.0), run(2, 4.9), run(3, 5.1), run(1, 4.99, **best), run(2, 4.88, **best), run(3, 5.07, **best)]
+    # None of these is --sla by itself.
+    others = [run(1, 1.0, **best | {key: value}) for key, value in (("share", "values"), ("skip_groups", 8))]
+    files = {Path("sweep-cpu-questions.json"): result(*rows, *others), Path("sweep-cpu.json"): result(*rows[:2])}
+    loss = next(claim for claim in claims.BRINGS if claim.title.endswith(": code"))
+    assert loss.cells(files)[1:] == (
+        *("-0.0200 (-0.0448 to +0.0048); 3 seeds; A", "not measured", "interval below 0", "CPU no"),
+    )
+
+
+def test_one_seed_says_nothing_of_the_aim() -> None:
+    run = result({"variant": "dense", "validation_loss": 4.5}, {"variant": "full", "validation_loss": 4.25})
+    found = lines(claims.BRINGS, loss=[run])["the same: a short run of one seed"]
+    assert found == ("-0.2500; 1 seed; A", "not measured", "interval below 0", "")
+
+
+def test_bytes_that_are_not_the_formulas_miss_the_aim() -> None:
+    hop = {"hidden_bytes": 100, "kv_bound_bytes": 60, "sent_bytes": {"sla": {"forward": [160], "backward": [160]}}}
+    more = hop | {"sent_bytes": {"sla": {"forward": [160], "backward": [164]}}}
+    row = {"sent_bytes": {"dense": 200, "sla": 320}, "hops": [hop]}
+    found = lines(claims.COSTS, transport=[result(row, row | {"hops": [hop, more]})])
+    title = "bytes between a pipeline's stages / dense's"
+    assert found[title] == ("1.600; counted; A", "not measured", "exactly the formula's", "CPU no, 1 of 2 rows")
 
 
 def test_throughput_tables_and_plot_come_from_the_file_alone(tmp_path: Path) -> None:

@@ -26,6 +26,15 @@ def test_a_log() -> None:
     assert log.missing(10) is None
 
 
+def test_validation_within_a_run() -> None:
+    """Of ``--eval-interval``; at its last iteration the evaluation that ends a run counts, and the test set never."""
+    within = "validation loss at iteration 5 | lm loss value: 3.0E+00 | lm loss PPL: 2.0E+01 | "
+    log = read_log([*HEAD, *launch(1, 5), within, *launch(6, 10), *END])
+    assert list(log.validation_losses().items()) == [(5, 3.0), (10, 2.5)]
+    # One alone is not the end.
+    assert read_log([*HEAD, *launch(1, 10), END[0]]).missing(10) == "it has no validation loss at the end"
+
+
 def test_a_log_of_two_launches_is_that_of_one() -> None:
     """Killed at 7, gone on from the checkpoint of 4; and begun anew."""
     whole = read_log([*HEAD, *launch(1, 10), *END])
@@ -78,6 +87,7 @@ def test_statistics_by_hand() -> None:
     assert dense.validation_loss == Spread(3, pytest.approx(3.3), 3.0, 3.7, pytest.approx(0.13**0.5))
     assert dense.difference is None and dense.is_dense and dense.tokens_per_second == 200
     # Of seeds 1 and 2 alone: -0.1 and +0.2; of independent means it would be 5.1 - 3.3.
+    assert six.differences == {1: pytest.approx(-0.1), 2: pytest.approx(0.2)} and dense.differences == {}
     assert six.difference.n == 2 and six.difference.mean == pytest.approx(0.05)
     assert six.difference.deviation == pytest.approx(0.045**0.5)
     assert (six.skip_heads, several.skip_heads) == (4, 8)
