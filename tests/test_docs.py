@@ -175,13 +175,20 @@ def test_the_site_describes_every_public_name(site: Path) -> None:
 
 
 def test_words_are_found(site: Path) -> None:
-    """What the search of the site looks into: a word of a page, its place, and no page that shows a source."""
+    """What the search of the site looks into: a word of a page, its place, and no page that shows a source.
+
+    In a folder of files, too, which has the same as a script, and no worker.
+    """
     documents = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     assert any(
         "docs/slurm.html#resuming" == document["location"] and "incomplete_iter_" in document["text"]
         for document in documents
     )
     assert not [document for document in documents if ".py.html" in document["location"]]
+    script = (site / "search" / "search_index.js").read_text()
+    assert json.loads(script.removeprefix("var __index = "))["docs"] == documents
+    assert '<script src="../docs/site/iframe-worker.js">' in (site / "docs" / "slurm.html").read_text()
+    assert (site / "docs" / "site" / "iframe-worker.js").is_file()
 
 
 def test_nothing_comes_from_elsewhere(site: Path) -> None:
