@@ -187,7 +187,7 @@ def test_words_are_found(site: Path) -> None:
     assert not [document for document in documents if ".py.html" in document["location"]]
     script = (site / "search" / "search_index.js").read_text()
     assert json.loads(script.removeprefix("var __index = "))["docs"] == documents
-    assert '<script src="../docs/site/iframe-worker.js">' in (site / "docs" / "slurm.html").read_text()
+    assert '<script src="site/iframe-worker.js">' in (site / "docs" / "slurm.html").read_text()
     assert (site / "docs" / "site" / "iframe-worker.js").is_file()
 
 
