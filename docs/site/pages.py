@@ -111,11 +111,12 @@ def _targets(page: Path, root: Path) -> Iterator[Path]:
 def _source_page(path: Path, name: str) -> str:
     """Markdown that shows a file, or each file of a folder; searches do not look into it."""
     shown = [path] if path.is_file() else sorted(inner for inner in path.iterdir() if inner.is_file())
-    parts = [f"---\ntitle: {name}\nsearch:\n  exclude: true\n---\n\n# {name}\n"]
+    hidden = "hide: [toc]\n" if path.is_file() else ""
+    parts = [f"---\ntitle: {name}\nsearch:\n  exclude: true\n{hidden}---\n\n# {name}\n"]
     for file in shown:
         text = file.read_text()
         # Longer than any fence within.
-        fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", text)), 3)
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         heading = "" if file == path else f"## {file.name}\n\n"
         parts.append(f"{heading}{fence}{LANGUAGES.get(file.suffix, 'text')}\n{text}{fence}\n")
     return "\n".join(parts)
