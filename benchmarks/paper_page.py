@@ -83,8 +83,8 @@ def _counted(ledger: Ledger) -> str:
         return "No comparison has an interval yet."
     low, chance, kept = sum(p < 0.05 for p in p_values), len(p_values) / 20, holm(p_values)
     return (
-        f"This page makes {len(p_values)} comparisons, many of them of the same runs. Were there no difference anywhere, "
-        f"about {chance:.0f} would have p < 0.05; {low} have. By Holm's correction for all of them {kept} stay below 0.05."
+        f"This page makes {len(p_values)} comparisons, many of them of the same runs. Were there no difference at all, "
+        f"about {chance:.0f} would have p < 0.05; {low} have. By Holm's correction for all of them, {kept} do."
     )
 
 

@@ -127,8 +127,9 @@ def readings(files: Files, ledger: Ledger) -> str:
             answers.append(apart.difference.verdict if apart else "one pair, no interval")
     if not rows:
         return NOT_MEASURED
-    verdicts = ", ".join(f"{answers.count(verdict)} times {verdict}" for verdict in dict.fromkeys(answers))
-    answer = f"The reading in which each of many layers skips a short way, less the long distance: {verdicts}.\n\n"
+    places = len(answers)
+    verdicts = "; ".join(f"{verdict} in {answers.count(verdict)} of {places}" for verdict in dict.fromkeys(answers))
+    answer = f"The reading in which each layer skips a short way, less the long distance: {verdicts}.\n\n"
     header = ("layers", "context", "tokens", "setting", *_CELLS)
     return answer + Table(f"Both readings, {BOTH} together", header, rows, (3,)).as_markdown()
 
@@ -285,7 +286,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Files, Ledger], str]], ...] = (
         readings,
     ),
     ("Several distances", "The paper leaves it open.", several),
-    ("Other methods", "At equal tokens; pruned, with a wider MLP, at equal parameters.", methods),
+    ("Other methods", "At equal tokens; pruned, at equal parameters, where weights do not begin as dense's.", methods),
     ("Longer contexts", "The paper's gain grows with the context.", contexts),
     ("Loss by position", "Is the gain where the context is long?", positions),
     ("Larger models", "The paper goes from 124M to 774M; this is a step of another size.", sizes),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -35,6 +37,41 @@ def held_out_windows(prefix: str, split: str, context: int) -> Tensor:
         raise StartError(f"{prefix}: {len(tokens)} held-out tokens: expected more than the context of {context}")
     kept = torch.from_numpy(tokens[: number * context + 1].astype(numpy.int64))
     return kept.unfold(0, context + 1, context)
+
+
+def drawn_windows(prefix: str, split: str, context: int, seed: int, samples: int, before: int) -> Tensor:
+    """``[samples, context + 1]`` tokens: those of one of training's evaluations, by Megatron's own data set.
+
+    Args:
+        prefix, split, context, seed: of the run.
+        samples: that each evaluation draws.
+        before: evaluations before this one, which is the last.
+    """
+    with without_announcements():
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        from megatron.core.datasets.utils import Split
+
+    data = IndexedDataset(prefix)
+    part = numpy.array(split_ranges(split, len(data))["valid"], dtype=numpy.int32)
+    # Without a folder for it, the index of samples would be written beside the data.
+    with tempfile.TemporaryDirectory(prefix="sla-positions-") as cache:
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=context,
+            blend=([prefix], None),
+            split=split,
+            path_to_cache=cache,
+            # Of it, what a sample without masks is made with.
+            tokenizer=SimpleNamespace(vocab_size=None, eod=0, pad=-1, unique_identifiers={}),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        drawn = GPTDataset(data, prefix, part, (before + 1) * samples, Split.valid, config)
+        found = [drawn[i] for i in range(before * samples, (before + 1) * samples)]
+    return torch.stack([torch.cat([each["tokens"], each["labels"][-1:]]) for each in found])
 
 
 def exported_model(checkpoints: Path, folder: Path) -> Any:

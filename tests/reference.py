@@ -86,6 +86,11 @@ class ReferenceGPT:
         return x if self.rope else x + w["embedding.position_embeddings.weight"][: tokens.shape[1]]
 
     def _block(self, w: dict[str, Tensor], name: str, x: Tensor, is_hidden: Tensor) -> Tensor:
+        """All layers, and the norm behind the last one."""
+        x = self._layers(w, name, x, is_hidden)
+        return self._norm(w, name + ("final_norm" if self.pattern else "final_layernorm"), x)
+
+    def _layers(self, w: dict[str, Tensor], name: str, x: Tensor, is_hidden: Tensor) -> Tensor:
         """All layers on ``[b, s, h]``; ``is_hidden`` (query, key) is True where the key is not to be seen."""
         projected: dict[tuple[str, int, int], Tensor] = {}
         attention = 0
@@ -99,7 +104,7 @@ class ReferenceGPT:
                 else:
                     inner = {"-": self._mlp, "E": self._experts}[kind]
                     x = x + inner(w, p + "mlp.", self._norm(w, p + "pre_mlp_layernorm", x))
-        return self._norm(w, name + ("final_norm" if self.pattern else "final_layernorm"), x)
+        return x
 
     def _attention(
         self, w: dict[str, Tensor], p: str, layer: int, x: Tensor, projected: dict, is_hidden: Tensor

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy
 import pytest
 
-from examples.quickstart import build_dataset, flags, launch, run, workdir
-from examples.quickstart.training_log import Records, Result, Step, Validation, describe, summarise, table
+from examples.quickstart import build_dataset, flags, launch, options, run, workdir
+from examples.quickstart.training_log import Records, Result, Step, Validation, describe, stage, summarise
 
 
 def step_line(iteration: int, total: int, ms: float, loss: str) -> str:
@@ -106,13 +106,24 @@ def test_terminal_lines() -> None:
     assert describe(Validation(10, 6.4)) == "    10        validation loss 6.4000"
 
 
-def test_table_ratios() -> None:
-    lines = table(result(), result(parameters=900, train_loss=3.0, tokens_per_second=250.0)).splitlines()
-    assert lines[0].split() == ["dense", "SLA", "SLA/dense"]
-    assert lines[1].split() == ["parameters", "1,000", "900", "0.900"]
-    assert lines[2].split() == ["final", "train", "loss", "4.0000", "3.0000", "0.750"]
-    assert lines[3].split() == ["final", "validation", "loss", "5.0000", "5.0000", "1.000"]
-    assert lines[4].split() == ["tokens/s", "200", "250", "1.250"]
+@pytest.mark.parametrize(
+    ("line", "doing"),
+    [
+        ("using world size: 2, data-parallel size: 1, context-parallel size: 1,", "meeting the other processes"),
+        ("sla-megatron: off; parameters 2110720", "setting up data and optimizer"),
+        ("[before the start of training step] datetime: 2026-11-27 12:53:50.871115 ", "training"),
+        (step_line(5, 20, 1200, " lm loss: 7.900000E+00 |"), "training"),
+        ("Evaluating on 160 samples", "measuring the loss on held-out text"),
+        (
+            "[2026-11-27 12:54:27.0] saving checkpoint at iteration      20 to out",
+            "writing a checkpoint",
+        ),
+        ("Evaluating iter 1/10", None),
+    ],
+    ids=lambda value: value and "_".join(value.split()[:2]).strip("[]"),
+)
+def test_what_training_does_next(line: str, doing: str | None) -> None:
+    assert stage(line) == doing
 
 
 def test_failure_tail_is_the_cause() -> None:
@@ -135,10 +146,18 @@ def test_new_directory_has_no_settings(tmp_path: Path) -> None:
 
 def test_settings_that_differ_are_named(tmp_path: Path) -> None:
     with workdir.locked(tmp_path / "out"):
-        workdir.write_json(tmp_path / "out" / workdir.SETTINGS, {"tp": 2, "vocab_size": 4096})
-    workdir.check_settings(tmp_path / "out", {"tp": 2, "vocab_size": 4096})
+        workdir.write_json(tmp_path / "out" / workdir.SETTINGS, {"tp": 2, "text": "code", "vocab_size": 4096})
+    workdir.check_settings(tmp_path / "out", {"tp": 2, "text": "code", "vocab_size": 4096})
     with pytest.raises(workdir.WorkdirError, match="^--vocab-size 512: expected 4096, which"):
-        workdir.check_settings(tmp_path / "out", {"tp": 2, "vocab_size": 512})
+        workdir.check_settings(tmp_path / "out", {"tp": 2, "text": "code", "vocab_size": 512})
+
+
+def test_a_directory_of_before_texts_had_names(tmp_path: Path) -> None:
+    """It has code, and goes on with code alone."""
+    workdir.write_json(tmp_path / workdir.SETTINGS, {"tp": 2})
+    workdir.check_settings(tmp_path, {"tp": 2, "text": "code"})
+    with pytest.raises(workdir.WorkdirError, match="^--text prose: expected code, which"):
+        workdir.check_settings(tmp_path, {"tp": 2, "text": "prose"})
 
 
 def test_foreign_directory_is_refused(tmp_path: Path) -> None:
@@ -185,6 +204,7 @@ BAD_OPTIONS = [
     (["--corpus-mb", "0.1"], "--corpus-mb 0.1: expected a number from 1 to 1000"),
     (["--corpus-mb", "nan"], "--corpus-mb nan: expected a number from 1 to 1000"),
     (["--vocab-size", "100"], "--vocab-size 100: expected an integer from 512 to 32000"),
+    (["--text", "verse"], "--text verse: expected one of code, prose"),
     (["--tp", "3"], "--tp 3: expected 1, 2, 4 or 8"),
     (["--sla-skip-distance", "0"], "--sla-skip-distance 0: expected one or more integers >= 1"),
     (["--sla-source-layer", "9"], "--sla-source-layer 9: expected one or more layers within 1-8"),
@@ -214,12 +234,12 @@ def test_bad_options_end_with_one_line(
 
 
 def test_megatron_flags_follow_a_double_dash() -> None:
-    args = run.parse_args(["--sla-skip-distance", "3", "6", "--", "--bf16", "--lr", "1e-3"])
+    args = options.parse_args(["--sla-skip-distance", "3", "6", "--", "--bf16", "--lr", "1e-3"])
     assert args.megatron == ["--bf16", "--lr", "1e-3"]
-    assert run.sla_flags(args) == ["--sla", "--sla-skip-distance", "3", "6"]
-    args = run.parse_args(["--sla-share", "values", "--sla-source-layer", "1"])
-    assert run.sla_flags(args) == ["--sla", "--sla-source-layer", "1", "--sla-share", "values"]
-    run.check_sla(args, 2)
+    assert options.sla_flags(args) == ["--sla", "--sla-skip-distance", "3", "6"]
+    args = options.parse_args(["--sla-share", "values", "--sla-source-layer", "1"])
+    assert options.sla_flags(args) == ["--sla", "--sla-source-layer", "1", "--sla-share", "values"]
+    options.check_sla(args, 2)
 
 
 def test_both_runs_have_the_same_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +251,7 @@ def test_both_runs_have_the_same_flags(tmp_path: Path, monkeypatch: pytest.Monke
         return read_log(LOG)
 
     monkeypatch.setattr(launch, "train", train)
-    args = run.parse_args(["--out", str(tmp_path), "--device", "cpu", "--train-iters", "20"])
+    args = options.parse_args(["--out", str(tmp_path), "--device", "cpu", "--train-iters", "20"])
     dataset = build_dataset.Dataset(tmp_path / "data", 10, 1000, 512)
     for model in workdir.MODELS:
         run.train_one(model, args, 2, dataset)
@@ -239,14 +259,16 @@ def test_both_runs_have_the_same_flags(tmp_path: Path, monkeypatch: pytest.Monke
     assert [flag.replace("/sla/", "/dense/") for flag in sla] == [*dense, "--sla"]
     assert dense[dense.index("--tensor-model-parallel-size") + 1] == "2"
     assert flags.TOKENS_PER_ITERATION == 128 * 16
+    # Transformer Engine is no part of .venv, on a GPU neither.
+    assert dense[dense.index("--transformer-impl") + 1] == "local"
 
 
 def test_finished_run_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--out", str(tmp_path), "--device", "cpu", "--train-iters", "20"]
-    args = run.parse_args(argv)
-    workdir.write_json(tmp_path / workdir.SETTINGS, run.settings(args, 2))
+    args = options.parse_args(argv)
+    workdir.write_json(tmp_path / workdir.SETTINGS, options.settings(args, 2))
     for model in workdir.MODELS:
         (tmp_path / model).mkdir()
         workdir.write_json(tmp_path / model / "result.json", result().as_dict())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import pytest
 
-from examples.quickstart import build_dataset, corpus
+from examples.quickstart import build_dataset, corpus, prose
 from sla_megatron.commands.data import tokenizing
 from sla_megatron.commands.data.training_tokenizer import EOS_ID, PAD_ID
 from sla_megatron.common.silence import without_announcements
@@ -63,6 +64,15 @@ def test_corpus_of_this_python() -> None:
 def test_fingerprint_sees_text_order_and_boundaries() -> None:
     prints = [corpus.fingerprint(documents) for documents in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"])]
     assert len(set(prints)) == 4 and corpus.fingerprint(["ab", "c"]) == prints[0]
+
+
+def test_order_is_that_of_names_below_the_root(tmp_path: Path) -> None:
+    """Wherever the text is, and however it is listed."""
+    names = [f"pkg/module_{i}.py" for i in range(20)]
+    here, there = ([root / name for name in names] for root in (tmp_path / "here", tmp_path / "there"))
+    found = [path.name for path in corpus.shuffled(here, tmp_path / "here")]
+    assert found == [path.name for path in corpus.shuffled(reversed(there), tmp_path / "there")]
+    assert found != sorted(found) and sorted(found) == sorted(path.name for path in here)
 
 
 # Data set
@@ -164,3 +174,68 @@ def test_build_after_a_killed_one(library: Path, tmp_path: Path) -> None:
     (stale / "unknown").write_bytes(b"of a killed build")
     dataset = build_dataset.build(tmp_path / "data", 10**7, 512, say=lambda line: None, root=library)
     assert not stale.exists() and not (dataset.directory / "unknown").exists()
+
+
+# The command
+
+
+@pytest.fixture
+def command(library: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """build_dataset's, whose texts are the stand-in's, and say which is read."""
+    for name, (said, _) in build_dataset.TEXTS.items():
+        text = (said, lambda max_bytes, root: corpus.read_documents(max_bytes, library))
+        monkeypatch.setitem(build_dataset.TEXTS, name, text)
+    return lambda *argv: build_dataset.main([str(word) for word in argv])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("code", "Python's own sources"), ("prose", "the prose of packages' docstrings")],
+    ids=["code", "prose"],
+)
+def test_command_makes_either_text(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    """With its counts in the last line; nothing is made twice."""
+    words = (tmp_path / "data", "--text", text, "--vocab-size", 512)
+    for _ in range(2):
+        command(*words)
+        lines = capsys.readouterr().out.splitlines()
+        manifest = build_dataset.load_manifest(tmp_path / "data")
+        assert lines[0] == f"reading {said}, up to 8 MB"
+        assert lines[-1] == f"30 documents, {manifest['tokens']:,} tokens in {tmp_path / 'data'}"
+    assert lines[-2] == f"using the data set in {tmp_path / 'data'}"
+
+
+def test_each_text_has_its_reader() -> None:
+    readers = {name: read for name, (_, read) in build_dataset.TEXTS.items()}
+    assert readers == {"code": corpus.read_documents, "prose": prose.read_documents}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: DIR"),
+        (["data", "--text", "verse"], "--text verse: expected one of code, prose"),
+        (["data", "--corpus-mb", "0.5"], "--corpus-mb 0.5: expected a number of megabytes, 1 or more"),
+        (["data", "--vocab-size", "100"], "--vocab-size 100: expected an integer of 512 or more"),
+        (["data", "--txt", "code"], "--txt code: expected a known flag, such as --text"),
+    ],
+    ids=["no_folder", "text", "corpus_mb", "vocab_size", "unknown"],
+)
+def test_bad_flags_of_the_command(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        build_dataset.main(words)
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.endswith(f" error: {message}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_leaves_others_files_alone(command: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("keep")
+    with pytest.raises(SystemExit, match="^build_dataset: error: .* is not a data set of the quickstart"):
+        command(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "lib"] == ["thesis.txt"]

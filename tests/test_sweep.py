@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import positions
 from benchmarks import sweep as sweep_result
 from sla_megatron.commands.sweep.cli import main
 from sla_megatron.commands.sweep.training_log import LAUNCH_MARK
@@ -162,6 +163,27 @@ def test_a_sweep_becomes_a_result(
     with pytest.raises(SystemExit, match="2"):
         sweep_result.main()
     assert f"FOLDER {tmp_path}: expected a sweep's folder" in capsys.readouterr().err
+
+
+def test_loss_by_position(
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Exported, each run has on the samples of its last evaluation the loss that training printed.
+
+    And a distance of all layers, the dense function, has dense's losses at every position.
+    """
+    out = tmp_path / "positions-here.json"
+    monkeypatch.setattr(sys, "argv", ["positions", str(finished[0]), "--out", str(out)])
+    positions.main()
+    found = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(found) == {DENSE, SLA}
+    for name, row in found.items():
+        assert row["again"] == pytest.approx(
+            rows(finished[0])[name]["validation_loss"], abs=positions.LARGEST_DIFFERENCE
+        )
+        assert [one[:2] for one in row["bins"]] == [[1, 16], [17, 32]]
+    assert [one[2] for one in found[SLA]["bins"]] == pytest.approx([one[2] for one in found[DENSE]["bins"]], abs=1e-5)
+    assert "Loss by position" in capsys.readouterr().out
 
 
 def test_nothing_is_done_twice_or_mixed(

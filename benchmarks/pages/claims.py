@@ -121,15 +121,16 @@ def lowest(value: float) -> float:
     return -value
 
 
-def _loss(text: str, title: str, *files: str) -> Claim:
+def _loss(title: str, text: str | None, *files: str) -> Claim:
+    """Of the default setting in sweeps of ``text``, or of all."""
     return Claim(title, SWEEPS, {"sweep": partial(figures.loss_of_sweep, text=text)}, BELOW_DENSE, files=files)
 
 
 BRINGS = (
-    _loss("code", "loss minus dense's, nats a token: code", "questions", "methods"),
-    _loss("prose", "the same: prose", "questions"),
-    _loss("code", "the same: code, a larger model", "larger"),
-    _loss("code", "the same: code, twice the tokens", "longer"),
+    _loss("loss minus dense's, nats a token: code", "code", "questions", "methods"),
+    _loss("the same: prose", "prose", "questions"),
+    _loss("the same: a larger model, either text", None, "larger"),
+    _loss("the same: twice the tokens, a longer context too", None, "longer"),
     Claim("the same: a short run of one seed", LOSS, {"loss": figures.loss_of_run}, BELOW_DENSE),
     Claim(
         "an encoder's masked loss minus dense's",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from examples.side_by_side.report import pairs
 from sla_megatron.attention.sla_config import default_num_skip_groups, default_skip_distance
 from sla_megatron.commands.sweep.setting import Setting
 from sla_megatron.commands.sweep.summary import groups
@@ -124,10 +125,11 @@ def recovery(result: Result) -> list[Figure]:
     return found
 
 
-def loss_of_sweep(result: Result, text: str) -> list[Figure]:
+def loss_of_sweep(result: Result, text: str | None) -> list[Figure]:
     """Of ``sweep``: validation loss of the default setting less dense's of the same seed, with its 95 % interval.
 
     Sizes are named by their text, ``code`` or ``prose``; of sweeps before there was prose, they are code.
+    Without a text: all.
     """
     found = []
     for group in groups(result["rows"]):
@@ -135,7 +137,8 @@ def loss_of_sweep(result: Result, text: str) -> list[Figure]:
             distances=(default_skip_distance(group.num_layers),),
             skip_groups=default_num_skip_groups(group.num_groups),
         )
-        if group.setting == default and group.differences and (group.size == "prose") == (text == "prose"):
+        is_chosen = text in (None, "prose" if group.size == "prose" else "code")
+        if group.setting == default and group.differences and is_chosen:
             of_pairs = difference(list(group.differences.values()))
             figure = Figure(of_pairs.mean, of_pairs.shown(), f"{of_pairs.n} seeds", most=of_pairs.high)
             found.append(figure)
@@ -150,7 +153,6 @@ def loss_of_run(result: Result) -> list[Figure]:
 
 
 def over_seeds(result: Result, quantity: str) -> list[Figure]:
-    """Of ``encoder`` and ``vision``: ``quantity`` at the end, SLA's less dense's, the mean over seeds."""
-    values = [row["curve"][-1]["sla"][quantity] - row["curve"][-1]["dense"][quantity] for row in result["rows"]]
-    mean, least, most = (f"{value:+.4f}" for value in (statistics.fmean(values), min(values), max(values)))
-    return [Figure(float(mean), f"{mean} ({least} to {most})", f"{len(values)} seeds", most=max(values))]
+    """Of ``encoder`` and ``vision``: ``quantity`` at the end, SLA's less dense's, with its 95 % interval."""
+    found = pairs(result["rows"], quantity)
+    return [Figure(found.mean, found.shown(), f"{found.n} seeds", most=found.high)]

@@ -10,7 +10,7 @@ from ..record import Table, shown
 from .claims import BRINGS, COSTS, TOOLS, table
 from .detail import link, of_benchmark
 from .evidence import Result, device, is_on_gpu
-from .sections import ENCODER, NEWCOMER, OPERATIONS, PAPER, THEMES, VISION, page_of
+from .sections import ENCODER, NEWCOMER, OPERATIONS, PAPER, SWEEPS, THEMES, VISION, page_of
 
 HEAD = """\
 # Results
@@ -25,8 +25,8 @@ leaves them out ([flags](../README.md#flags)).
 PARTS = (
     (
         "What it brings",
-        "A loss is better below 0: the mean over seeds, each minus that of dense with the same seed, and its 95 %\n"
-        "interval (of the encoder and images: least to most). Equal tokens, small models, short runs.",
+        "Below 0 a loss is better, above 0 an accuracy: the mean over seeds, each minus dense's of the same seed, and\n"
+        "its 95 % interval. Equal tokens, small models, short runs.",
         BRINGS,
     ),
     ("What it costs", "Speed above 1 is faster than dense; memory and bytes below 1 are less.", COSTS),
@@ -112,6 +112,8 @@ def _not_measured(files: dict[Path, Result]) -> Iterator[str]:
         title = f"[{section.title}](results/{page_of(section)})"
         if all(map(is_on_gpu, own)):
             yield f"* {title}, on a CPU: `{section.command}`"
+        elif section is SWEEPS:
+            yield from (f"* {title}, on a CPU: `{command}`" for command in _missing_sweeps(files))
         if section.on_gpu and not any(map(is_on_gpu, own)):
             yield f"* {title}, on a GPU: `{section.on_gpu}`"
         for result in own:
@@ -120,6 +122,13 @@ def _not_measured(files: dict[Path, Result]) -> Iterator[str]:
                 refused = row.get("refused") if section is not OPERATIONS else None
                 if reason := row.get("not_measured", refused):
                     yield f"* {title}: `{_repeated(result['command'])}`: {reason}"
+
+
+def _missing_sweeps(files: dict[Path, Result]) -> Iterator[str]:
+    """The commands of the grids that a claim asks for and no file has."""
+    for name in dict.fromkeys(claim.files[0] for claim in BRINGS if claim.files):
+        if not any(name in path.stem.split("-") for path in files):
+            yield f"sla-sweep run examples/sweep/{name}.yaml --out runs/{name} --device cpu"
 
 
 def _repeated(command: str) -> str:

@@ -27,8 +27,10 @@ import sentencepiece
 
 from examples.quickstart import corpus, prose
 from sla_megatron.commands.data import cli
+from sla_megatron.common.errors import one_line_errors
 from sla_megatron.common.files import flush, write_json
 from sla_megatron.common.flag_types import OneLineParser, count, number
+from sla_megatron.common.waiting import waiting_for
 
 MANIFEST = "dataset.json"
 
@@ -87,7 +89,8 @@ def build(
     """
     name, read_documents = TEXTS[text]
     say(f"reading {name}, up to {max_bytes / 1e6:g} MB")
-    documents = read_documents(max_bytes, root)
+    with waiting_for("text", "reads sources", quick=True):
+        documents = read_documents(max_bytes, root)
     made_from = {
         "corpus_sha256": corpus.fingerprint(documents),
         "vocab_size": vocab_size,
@@ -154,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--corpus-mb", type=size, default=8.0, metavar="MB", help="text; default: 8 MB")
     vocabulary = count("--vocab-size", 512)
     parser.add_argument("--vocab-size", type=vocabulary, default=4096, metavar="N", help="default: %(default)s")
-    args = parser.parse_args(argv)
+    with one_line_errors():
+        args = parser.parse_args(argv)
     try:
         dataset = build(args.directory, int(args.corpus_mb * 1e6), args.vocab_size, text=args.text)
     except (DatasetError, corpus.CorpusError) as error:

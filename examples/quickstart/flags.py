@@ -18,7 +18,9 @@ GLOBAL_BATCH = 16
 TOKENS_PER_ITERATION = SEQ_LENGTH * GLOBAL_BATCH
 EVAL_INTERVAL = SAVE_INTERVAL = 50
 
+# Megatron's own layers: its default ones are Transformer Engine's, which not every machine with a GPU has.
 MODEL = f"""
+    --transformer-impl local
     --num-layers {LAYERS} --hidden-size 128 --ffn-hidden-size 512
     --num-attention-heads {HEADS}
     --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} --position-embedding-type rope
@@ -44,6 +46,6 @@ def training_flags(dataset: Dataset, run_dir: Path, cache_dir: Path, train_iters
     data = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(dataset.tokenizer_model)]
     data += ["--data-path", str(dataset.prefix), "--split", "95,5,0", "--data-cache-path", str(cache_dir)]
     length = ["--train-iters", str(train_iters), "--eval-iters", str(eval_iters)]
-    length += ["--log-interval", str(max(1, train_iters // 20))]
+    length += ["--log-interval", str(max(1, train_iters // 40))]
     output = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", str(run_dir / "tensorboard")]
     return [*MODEL.split(), *TRAINING.split(), *data, *length, *output]

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from examples.quickstart.training_log import LAUNCH_MARK, Records, describe
+from examples.quickstart import training_log
+from examples.quickstart.progress import Progress
+from examples.quickstart.training_log import LAUNCH_MARK, Records, describe, stage
 from sla_megatron.common.launchers import stop
 
 TAIL_LINES = 30
@@ -45,12 +47,10 @@ def train(name: str, ranks: int, flags: list[str], log: Path) -> Records:
     training processes too; the last checkpoint remains.
     """
     argv = command(ranks, flags)
-    records, started = Records(), time.monotonic()
-    if log.exists():  # earlier, interrupted launches of the same run
-        for line in log.read_text(errors="replace").splitlines():
-            records.read(line)
+    # With earlier, interrupted launches of the same run.
+    records, started = training_log.read(log), time.monotonic()
     print(f"\n{name}: starting {ranks} {'ranks' if ranks > 1 else 'rank'}; log in {log}", flush=True)
-    with log.open("a") as file:
+    with log.open("a") as file, Progress(name, "importing torch and Megatron") as progress:
         file.write(f"{LAUNCH_MARK}{shlex.join(argv)}\n")
         file.flush()
         records.read(LAUNCH_MARK)
@@ -67,8 +67,9 @@ def train(name: str, ranks: int, flags: list[str], log: Path) -> Records:
             for line in process.stdout:
                 file.write(line)
                 file.flush()
+                progress.doing = stage(line) or progress.doing
                 if event := records.read(line):
-                    print(f"{name:>6} {describe(event)}", flush=True)
+                    progress.say(f"{name:>6} {describe(event)}")
             code = process.wait()
         except BaseException:
             stop(process)

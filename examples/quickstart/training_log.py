@@ -1,10 +1,10 @@
-"""Reads the lines that training prints and sums a run up: losses, speed, parameters, a table of two runs."""
+"""Reads the lines that training prints and sums a run up: losses, speed, parameters."""
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 
 ITERATION = re.compile(r"\biteration +(\d+)/ *(\d+) \|(.*)")
@@ -12,6 +12,17 @@ VALIDATION = re.compile(r"\bvalidation loss at iteration (\d+)\b.*?\| *lm loss v
 # Precedes the command line at the start of each launch in a log.
 LAUNCH_MARK = "$ "
 PARAMETERS = re.compile(r"sla-megatron: (?:off; )?parameters (\d+)\b")
+# What a line holds -> what training does then, and may take a while for.
+STAGES = {
+    "using world size": "meeting the other processes",
+    "compiling dataset index builder": "compiling Megatron's helper for data sets, the first time",
+    "sla-megatron: off; parameters": "setting up data and optimizer",
+    "sla-megatron: parameters": "setting up data and optimizer",
+    "[before the start of training step]": "training",
+    "Evaluating on": "measuring the loss on held-out text",
+    "saving checkpoint at iteration": "writing a checkpoint",
+    "successfully saved checkpoint": "training",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,21 @@ class Records:
         return None
 
 
+def read(log: Path) -> Records:
+    """What all launches of a run have printed to `log`; nothing where there is none yet."""
+    records = Records()
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+        records.read(line)
+    return records
+
+
+def stage(line: str) -> str | None:
+    """What training does after it has printed `line`, where that says so."""
+    if ITERATION.search(line):
+        return "training"
+    return next((doing for said, doing in STAGES.items() if said in line), None)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a finished run measured."""
@@ -111,18 +137,3 @@ def describe(event: Step | Validation) -> str:
         return f"{event.iteration:6d}        validation loss {event.loss:.4f}"
     progress = f"{event.iteration:6d}/{event.train_iters:<6d}"
     return f"{progress} loss {event.loss:.4f}   {event.ms_per_iteration:.0f} ms/iteration"
-
-
-def table(dense: Result, sla: Result) -> str:
-    """The comparison that ends the quickstart: one row per quantity, and SLA's value over dense's."""
-    rows = [
-        ("parameters", dense.parameters, sla.parameters, ",d"),
-        ("final train loss", dense.train_loss, sla.train_loss, ".4f"),
-        ("final validation loss", dense.validation_loss, sla.validation_loss, ".4f"),
-        ("tokens/s", dense.tokens_per_second, sla.tokens_per_second, ",.0f"),
-    ]
-    lines = [f"{'':22}{'dense':>12}{'SLA':>12}{'SLA/dense':>12}"]
-    for name, left, right, style in rows:
-        ratio = right / left if left else math.nan
-        lines.append(f"{name:22}{left:>12{style}}{right:>12{style}}{ratio:>12.3f}")
-    return "\n".join(lines)

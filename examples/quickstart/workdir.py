@@ -4,7 +4,8 @@ OUT/settings.json            what the runs in it were made with; marks the direc
 OUT/data, OUT/cache          the data set, and Megatron's sample order
 OUT/{dense,sla}/             checkpoints, tensorboard, result.json once finished
 OUT/{dense,sla}.log          everything training printed, every launch appended
-OUT/summary.txt              the table
+OUT/losses.svg               the picture of both, where matplotlib is installed
+OUT/summary.txt              the table, and what was learned
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sla_megatron.flags.skipping import SLA_SETTINGS
 MODELS = ("dense", "sla")
 SETTINGS = "settings.json"
 LOCK = ".lock"
+PICTURE = "losses.svg"
 # Removed in this order: as long as the settings are there, the rest is known to be the quickstart's.
 MADE_HERE = (
     "dense",
@@ -35,6 +37,7 @@ MADE_HERE = (
     "data",
     ".data.partial",
     "cache",
+    PICTURE,
     "summary.txt",
     SETTINGS,
 )
@@ -48,7 +51,7 @@ _MADE_INSIDE = re.compile(
     r"|cache/.*"
 )
 # A file of this name may be anybody's.
-_SETTINGS_KEYS = {"tp", "device", "eval_iters", "corpus_mb", "vocab_size", "megatron", *SLA_SETTINGS}
+_SETTINGS_KEYS = {"tp", "device", "text", "eval_iters", "corpus_mb", "vocab_size", "megatron", *SLA_SETTINGS}
 
 
 class WorkdirError(RuntimeError):
@@ -80,7 +83,9 @@ def read_settings(out: Path) -> dict | None:
 
 def check_settings(out: Path, settings: dict) -> None:
     """Raises WorkdirError, naming the first difference, unless `out` is new or was made with `settings`."""
-    for name, before in (read_settings(out) or {}).items():
+    recorded = read_settings(out)
+    # Directories of before --text have code.
+    for name, before in ({"text": "code"} | recorded if recorded else {}).items():
         if settings.get(name) != before:
             raise WorkdirError(
                 f"{flag_of(name)} {settings.get(name)}: expected {before}, which the runs in {out} were made with; "

@@ -97,10 +97,11 @@ def torch_attention_block(config: TransformerConfig, spec: Spec, *args: Any, blo
 #: Where Megatron's models are that name their block's class, as ``TransformerBlock``.
 GPT_MODEL = "megatron.core.models.gpt.gpt_model"
 BERT_MODEL = "megatron.core.models.bert.bert_model"
+VISION_MODEL = "megatron.core.models.vision.clip_vit_model"
 
 
 def transformer_block_seam(sla: SLAConfig | None, module: str = GPT_MODEL, torch_attention: bool = False) -> Seam:
-    """Have the model of ``module`` build its block, a GPT's decoder or a BERT's encoder, for ``sla``.
+    """Have the model of ``module`` build its block, such as a GPT's decoder or a BERT's encoder, for ``sla``.
 
     Args:
         sla: what skip-layer attention means in the model; ``None``: it is dense.
@@ -151,7 +152,8 @@ def sla_transformer_blocks(
 
     Args:
         sla: what skip-layer attention means in the model; ``None``: it is dense.
-        model: another of Megatron's models, in place of ``GPTModel``: ``BertModel``, whose attention looks both ways.
+        model: another of Megatron's models, in place of ``GPTModel``: ``BertModel`` or ``CLIPViTModel``, whose
+            attention looks both ways.
         torch_attention: whether its core attention is torch's, as with ``--core-attention sdpa``.
 
     Raises:

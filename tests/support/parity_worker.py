@@ -212,22 +212,12 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from sla_megatron.attention.sla_config import SLAConfig
     from sla_megatron.model import builder
     from tests.support import sharding
 
     transformer, pattern = transformer_config(case), case.get("pattern", "")
     num_layers = pattern.count("*") or LAYERS
-    sla = SLAConfig(
-        num_layers=num_layers,
-        num_query_groups=case["groups"],
-        skip_distances=tuple(case["distances"]),
-        num_skip_groups=case["skip_groups"],
-        layers=tuple(case["layers"]) if "layers" in case else None,
-        kv_projection=case["projection"],
-        share=case.get("share", "kv"),
-        source_layers=tuple(case.get("source_layers", ())),
-    )
+    sla = sla_config(case, num_layers)
     kind = "Hybrid" if pattern else "GPT"
     config = getattr(builder, f"SLA{kind}ModelConfig")(
         transformer=transformer,
@@ -253,12 +243,30 @@ def build(case: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     return reference_gpt(case, num_layers), wrapped, sharding.full_shapes(wrapped)
 
 
-def reference_gpt(case: dict[str, Any], num_layers: int) -> Any:
-    """Of the case's model, or of another one: what ``mistake`` says of it is a mistake that a test is to find."""
+def sla_config(case: dict[str, Any], num_layers: int) -> Any:
+    from sla_megatron.attention.sla_config import SLAConfig
+
+    return SLAConfig(
+        num_layers=num_layers,
+        num_query_groups=case["groups"],
+        skip_distances=tuple(case["distances"]),
+        num_skip_groups=case["skip_groups"],
+        layers=tuple(case["layers"]) if "layers" in case else None,
+        kv_projection=case["projection"],
+        share=case.get("share", "kv"),
+        source_layers=tuple(case.get("source_layers", ())),
+    )
+
+
+def reference_gpt(case: dict[str, Any], num_layers: int, kind: type | None = None) -> Any:
+    """Of the case's model, or of another one: what ``mistake`` says of it is a mistake that a test is to find.
+
+    ``kind`` is another model of those fields than a GPT.
+    """
     from tests.reference import ReferenceGPT
 
     asked = case | case.get("mistake", {})
-    return ReferenceGPT(
+    return (kind or ReferenceGPT)(
         num_layers=num_layers,
         num_heads=HEADS,
         num_groups=asked["groups"],

@@ -22,7 +22,7 @@ from ...model import builder, hybrid_stack, transformer_block
 from ...model.mamba_parts import MAMBA_PARTS
 from ...model.recomputation import CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD
 from ...model.schedule_plan import BUILD_SCHEDULE_PLAN, SCHEDULE_NODES
-from ...model.transformer_block import BERT_MODEL, transformer_block_seam
+from ...model.transformer_block import BERT_MODEL, VISION_MODEL, transformer_block_seam
 from ...pipeline.communicator import COMMUNICATOR
 from ...pipeline.exchange import NEIGHBOURS
 from ...pipeline.pass_timers import TIMERS
@@ -40,7 +40,7 @@ BLOCK = "with --sla or --core-attention sdpa, while a model is built"
 SLA = "with --sla"
 HYBRID = "with --hybrid-layer-pattern and --sla, or on the CPU without"
 MAMBA = "with Mamba layers in --hybrid-layer-pattern and without mamba_ssm or einops, while a model is built"
-ENCODER = "while a script of one's own builds a BertModel inside sla_transformer_blocks(sla, BertModel)"
+ENCODER = "while a script of one's own builds that model inside sla_transformer_blocks, such as with BertModel"
 RECOMPUTATION = "with --sla, while a block runs under --recompute-granularity full"
 PLANS = "with --sla, from when the first block with --overlap-moe-expert-parallel-comm is built"
 PIPELINE = "with --sla, from when the first pipeline stage with K/V to move is built"
@@ -103,7 +103,7 @@ def registry() -> list[Entry]:
         *_entries(BLOCK, [transformer_block_seam(sla), *builder.OVERRIDDEN]),
         *_entries(SLA, [QUERY_KEY_VALUE, ROLE, *transformer_block.OVERRIDDEN]),
         *_entries(HYBRID, hybrid_stack.OVERRIDDEN),
-        *_entries(ENCODER, [transformer_block_seam(sla, BERT_MODEL)]),
+        *_entries(ENCODER, [transformer_block_seam(sla, model) for model in (BERT_MODEL, VISION_MODEL)]),
         *_entries(RECOMPUTATION, [CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD]),
         *(_entries(PLANS, [BUILD_SCHEDULE_PLAN, *SCHEDULE_NODES]) if has_schedule_nodes() else ()),
         *_entries(PIPELINE, [*SCHEDULES, *COMMUNICATOR, *SCHEDULE_HELPERS]),

@@ -83,7 +83,7 @@ def test_answers_follow_from_the_figures() -> None:
     assert "| 6 | 6/8 | -0.0200 (-0.0225 to -0.0175) | -0.0200 (-0.0225 to -0.0175) |" in shares
     # Pair by pair there is no spread between two settings.
     assert "+0.0200 (+0.0200 to +0.0200)" in shares
-    assert "less the long distance: 1 times above" in section(text, "Both readings")
+    assert "less the long distance: above in 1 of 1" in section(text, "Both readings")
     assert "distance 2+6, 6 of 8 heads: below dense in 6 of 6 pairs" in section(text, "Several distances")
     assert "Not measured." in section(text, "Larger models")
 
@@ -94,7 +94,7 @@ def test_other_figures_make_other_answers() -> None:
     shares = section(text, "Shares of layers and of heads")
     assert "Of 2 shares 0 are below dense with an interval that excludes 0, 1 above" in shares
     assert "above dense, below it in 0 of 6 pairs, mean +0.0200" in shares
-    assert "less the long distance: 1 times below" in section(text, "Both readings")
+    assert "less the long distance: below in 1 of 1" in section(text, "Both readings")
 
 
 def test_what_does_not_hold_is_listed() -> None:
@@ -134,7 +134,7 @@ def test_positions_are_paired_over_texts() -> None:
     for one in rows({"paper's": 0.0}):
         losses = [3.0 + one["seed"] + SPREAD[one["seed"]] * bool(one["distances"])] * 16
         late = [loss - 0.02 * bool(one["distances"]) for loss in losses]
-        made.append(positions.row_of(one, losses + late, [one["validation_loss"]], 1))
+        made.append(positions.row_of(one, losses + late, 1, one["validation_loss"]))
     answer = section(text_of(positions_cpu=made), "Loss by position")
     assert "difference to dense at 17-32 less that at 1-16: below 0 in 6 of 6 pairs, mean -0.0200" in answer
 

@@ -39,19 +39,26 @@ def test_losses_of_a_model_that_is_known() -> None:
     assert found[2].tolist() == pytest.approx([math.log(p + 6) for p in range(1, 6)])
 
 
-def test_windows_are_the_held_out_documents(tmp_path: Path) -> None:
-    """Joined, each token but the first predicted once; the split is Megatron's: 5 of 20 documents from the 15th."""
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twenty documents of three tokens: 100 * i and the next two."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(tmp_path / "corpus.bin"), dtype=numpy.int32)
+    prefix = str(tmp_path_factory.mktemp("data") / "corpus")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
     for i in range(20):
         builder.add_document(torch.tensor([100 * i, 100 * i + 1, 100 * i + 2]), [3])
-    builder.finalize(str(tmp_path / "corpus.idx"))
-    found = position_losses.held_out_windows(str(tmp_path / "corpus"), "75,25,0", 4)
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def test_windows_are_the_held_out_documents(corpus: str) -> None:
+    """Joined, each token but the first predicted once; the split is Megatron's: 5 of 20 documents from the 15th."""
+    found = position_losses.held_out_windows(corpus, "75,25,0", 4)
     tokens = [100 * i + j for i in range(15, 20) for j in range(3)]
     assert found.tolist() == [tokens[0:5], tokens[4:9], tokens[8:13]]
     with pytest.raises(positions.StartError, match="15 held-out tokens: expected more than the context of 15"):
-        position_losses.held_out_windows(str(tmp_path / "corpus"), "75,25,0", 15)
+        position_losses.held_out_windows(corpus, "75,25,0", 15)
 
 
 @pytest.mark.parametrize(
@@ -78,26 +85,40 @@ def run(seed: int = 1, distances: tuple[int, ...] = (), loss: float = 2.0) -> di
 
 
 def test_a_row_has_the_mean_of_each_bin() -> None:
-    row = positions.row_of(run(), [3.0] * 16 + [1.0] * 16, [2.0, 2.0], drawn=4)
-    assert row["bins"] == [[1, 16, 3.0], [17, 32, 1.0]] and row["loss"] == 2.0 and row["agrees"]
+    row = positions.row_of(run(), [3.0] * 16 + [1.0] * 16, windows=4, again=2.0)
+    assert row["bins"] == [[1, 16, 3.0], [17, 32, 1.0]] and row["loss"] == 2.0 and row["windows"] == 4
 
 
-def test_the_loss_that_training_printed_is_that_of_a_draw() -> None:
-    """Windows of 1 and 3: s = 2 / sqrt(3) of four, over sqrt(16) drawn: an error of 0.2887 each."""
-    for printed, agrees in ((2.0 + 3.9 * 0.2887, True), (2.0 - 4.1 * 0.2887, False)):
-        row = positions.row_of(run(loss=printed), [2.0] * 32, [1.0, 3.0, 1.0, 3.0], drawn=16)
-        assert row["agrees"] is agrees
-        assert abs(row["error"]) == pytest.approx(abs(printed - 2.0) / 0.2887, rel=1e-3)
+@pytest.mark.parametrize("again", [2.0 + 2e-4, 2.0 - 2e-4, math.nan], ids=["above", "below", "no number"])
+def test_another_loss_than_training_printed(again: float) -> None:
+    """Rounding is far below 1e-4."""
+    positions.check(positions.row_of(run(), [2.0] * 32, 1, 2.0 + 5e-5))
+    with pytest.raises(
+        positions.StartError, match=r"code-s1: training printed 2.000000, and on the same samples it is"
+    ):
+        positions.check(positions.row_of(run(), [2.0] * 32, 1, again))
+
+
+def test_samples_of_an_evaluation(corpus: str) -> None:
+    """Windows of the held-out documents in some order; no two evaluations of an epoch have one in common."""
+    first, second = (position_losses.drawn_windows(corpus, "75,25,0", 2, 1, 3, before) for before in (0, 1))
+    assert first.shape == second.shape == (3, 3)
+    assert all(1500 <= token < 2000 for token in [*first.flatten().tolist(), *second.flatten().tolist()])
+    assert not {tuple(one) for one in first.tolist()} & {tuple(one) for one in second.tolist()}
+    other = position_losses.drawn_windows(corpus, "75,25,0", 2, 2, 3, 0)
+    assert other.tolist() != first.tolist()
+    # Megatron would leave its index there.
+    assert {path.name for path in Path(corpus).parent.iterdir()} == {"corpus.bin", "corpus.idx"}
 
 
 def rows() -> list[dict[str, Any]]:
     """Two seeds; SLA is 0.1 and 0.3 below dense late, and the same early."""
     made = []
     for seed, late in ((1, 0.1), (2, 0.3)):
-        made.append(positions.row_of(run(seed), [3.0] * 16 + [1.0] * 16, [2.0], drawn=1))
-        made.append(positions.row_of(run(seed, (6,)), [3.0] * 16 + [1.0 - late] * 16, [2.0 - late / 2], drawn=1))
+        made.append(positions.row_of(run(seed), [3.0] * 16 + [1.0] * 16, 1, 2.0))
+        made.append(positions.row_of(run(seed, (6,)), [3.0] * 16 + [1.0 - late] * 16, 1, 2.0))
     # Without a dense run it is compared with nothing.
-    return [*made, positions.row_of(run(9, (6,)), [1.0] * 32, [1.0], drawn=1)]
+    return [*made, positions.row_of(run(9, (6,)), [1.0] * 32, 1, 2.0)]
 
 
 def test_differences_are_of_one_seed() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from benchmarks import results_page, throughput
-from benchmarks.pages import claims, detail
+from benchmarks.pages import claims, detail, front
 from benchmarks.pages.sections import THEMES, TRAINING, page_of
+from benchmarks.record import ROOT
 
 
 def row(variant: str, ratio: float, peak: int, context: int = 512) -> dict[str, Any]:
@@ -131,6 +132,27 @@ def test_a_row_that_was_refused_is_listed(tmp_path: Path) -> None:
     out = tmp_path / "results.md"
     text = results_page.pages({tmp_path / "recovery-cpu.json": one}, tmp_path, out)[out]
     assert "`python -m benchmarks.recovery --async-saves`: no --async-save without a GPU" in text
+
+
+def test_a_newcomer_s_times_are_a_line(tmp_path: Path) -> None:
+    """Where they were measured."""
+    steps = {"first_loss": 20.4, "export": 301.0, "plan": 3.2}
+    rows = [{"step": step, "seconds": {"n": 2, "median": s, "min": s - 1, "max": s + 1}} for step, s in steps.items()]
+    text = front.page({tmp_path / "newcomer-cpu.json": result(*rows)}, tmp_path, tmp_path)
+    assert "20 (19-21) s to the first loss, 301 (300-302) s to an export that was compared, 3 (2-4) s to" in text
+    assert "; n 2; A." in text and "newcomer's path](" in text
+    assert (
+        "newcomer" not in front.page({}, tmp_path, tmp_path).replace("newcomers-path", "").split("## Not measured")[0]
+    )
+
+
+def test_grids_of_a_claim_that_have_no_file_are_listed(tmp_path: Path) -> None:
+    """With the command of each, where other sweeps have files."""
+    rows = [run(1, 5.0), run(1, 4.9, distances=[6], skip_groups=6)]
+    text = front.page({tmp_path / "sweep-cpu-larger.json": result(*rows)}, tmp_path, tmp_path)
+    listed = re.findall(r"on a CPU: `sla-sweep run examples/sweep/(\w+).yaml", text)
+    assert listed == ["questions", "longer"]
+    assert all((ROOT / "examples" / "sweep" / f"{name}.yaml").is_file() for name in [*listed, "larger"])
 
 
 def test_the_picture_is_on_the_page_where_it_is_there(tmp_path: Path) -> None:

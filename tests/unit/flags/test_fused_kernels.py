@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from examples.quickstart import flags as quickstart
 from sla_megatron.cpu.backend import cpu_backend
 
 from .flag_tables import MODEL
@@ -155,6 +156,13 @@ def test_only_what_is_used_is_switched_off(
     given |= {"gradient_accumulation_fusion"} if "--no-gradient" in flags else set()
     assert {name for name, value in OFF.items() if getattr(found, name) == value} >= off
     assert {name for name in OFF if f"{name}=" in said} == off - given
+
+
+def test_the_quickstart_needs_no_kernel(settled: Callable[..., Namespace]) -> None:
+    """On a GPU its flags are the same as without one, and what they ask for by default is off there too."""
+    found = settled(f"{quickstart.MODEL} {quickstart.TRAINING} --sla")
+    assert {name: getattr(found, name) for name in OFF} == OFF
+    assert (found.transformer_impl, found.num_layers) == ("local", 8)
 
 
 def test_what_upstream_found_stays_on(

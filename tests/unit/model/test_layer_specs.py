@@ -101,18 +101,25 @@ def test_whose_block_is_swapped() -> None:
     """GPT's, or the one of the model that is given, for the length of the block; a class of no model's is refused."""
     from megatron.core.models.bert import bert_model
     from megatron.core.models.gpt import gpt_model
+    from megatron.core.models.vision import clip_vit_model
 
     from sla_megatron import sla_transformer_blocks
     from sla_megatron.model.transformer_block import SLATransformerBlock
     from sla_megatron.upstream.seams import SeamError
 
     upstream = gpt_model.TransformerBlock
-    for model, swapped in ((None, gpt_model), (gpt_model.GPTModel, gpt_model), (bert_model.BertModel, bert_model)):
+    models = {
+        None: gpt_model,
+        gpt_model.GPTModel: gpt_model,
+        bert_model.BertModel: bert_model,
+        clip_vit_model.CLIPViTModel: clip_vit_model,
+    }
+    for model, swapped in models.items():
         with sla_transformer_blocks(SLA, model):
-            for module in (gpt_model, bert_model):
+            for module in models.values():
                 found = getattr(module.TransformerBlock, "func", module.TransformerBlock)
                 assert found is (SLATransformerBlock if module is swapped else upstream)
-        assert gpt_model.TransformerBlock is bert_model.TransformerBlock is upstream
+        assert all(module.TransformerBlock is upstream for module in models.values())
     with pytest.raises(SeamError, match="bert_lm_head:TransformerBlock does not exist"):
         with sla_transformer_blocks(SLA, bert_model.BertLMHead):
             pass

@@ -135,6 +135,7 @@ def as_before(wrappings: Sequence[Wrapping | OneOf]) -> Iterator[None]:
 def test_what_is_really_replaced_is_listed(entries: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every attribute of Megatron and torch that changes in a run on the CPU with all of --sla, and no other."""
     from megatron.core.models.bert.bert_model import BertModel
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 
     from sla_megatron.attention.sla_config import SLAConfig
     from sla_megatron.flags.checkpoint_settings import CHECKED_ON_LOADING, check_settings_on_loading
@@ -170,7 +171,8 @@ def test_what_is_really_replaced_is_listed(entries: list[Any], monkeypatch: pyte
             heed_save_file(Namespace(save="checkpoints", exit_signal_handler=True))
             # Each is installed for a while, at a time of its own.
             briefly = [CHECKPOINTED_FORWARD, HYBRID_CHECKPOINTED_FORWARD, *MAMBA_PARTS, COMPILE_HELPERS, results_here()]
-            with sla_transformer_blocks(sla, BertModel), replaced(briefly):
+            encoders = [sla_transformer_blocks(sla, model) for model in (BertModel, CLIPViTModel)]
+            with encoders[0], encoders[1], replaced(briefly):
                 return attributes()
 
     monkeypatch.setenv(RUN_FOLDER, "runs/gpt")
