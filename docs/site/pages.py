@@ -36,7 +36,7 @@ _FLAG = re.compile(r"--[\w-]+")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Has ``nav``'s patterns stand for the pages that fit, sorted."""
+    """Has ``nav``'s patterns stand for the pages that fit, sorted, an index first."""
     config.nav = _expanded(config.nav, _root(config))
 
 
@@ -48,7 +48,8 @@ def _expanded(item: Any, root: Path) -> Any:
     found = []
     for inner in item:
         if isinstance(inner, str) and "*" in inner:
-            found += sorted(path.relative_to(root).as_posix() for path in root.glob(inner))
+            paths = sorted(root.glob(inner), key=lambda path: (path.name != "index.md", path))
+            found += [path.relative_to(root).as_posix() for path in paths]
         elif (entry := _expanded(inner, root)) and not (isinstance(entry, dict) and [] in entry.values()):
             found.append(entry)
     return found
