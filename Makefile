@@ -24,7 +24,7 @@ RUN := $(VENV)/bin/python -m
 # The environment that vLLM is tested in, whose versions are not those of .venv.
 SERVING_VENV := .venv-serving
 
-.PHONY: help venv quickstart test test-upstream test-serving cards lint gpu-check gpu-report clean
+.PHONY: help venv quickstart test test-upstream test-serving cards lint docs gpu-check gpu-report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ lint: $(STAMP) ## check style, formatting, and which folder imports which
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(VENV)/bin/lint-imports --no-cache
+
+docs: $(STAMP) ## check links and commands of every page, then build them as a site, with search (build/site)
+	@$(RUN) tests.support.documented
 
 gpu-check: $(STAMP) ## run the tests that need a CUDA GPU
 	@$(RUN) pytest -m gpu -rA $(PYTEST_ARGS)

@@ -48,8 +48,9 @@ EXTRAS_REQUIRE = {
         "peft",
         "torchao",
         "trl",
-        # What the wheel is built with, and the pages of docs/ as a site.
+        # What the wheel is built with, and the pages as a site; what reads them as git's views do.
         "build",
+        "markdown-it-py",
         "mkdocs-material",
         "mkdocstrings[python]",
         # The images of examples/vision: digits, and 5,000 of MNIST.

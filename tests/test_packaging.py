@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 from sla_megatron.upstream.flavours import FLAVOURS, SUPPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["help", "venv", "quickstart", "test", "test-upstream", "test-serving", "cards", "lint", "gpu-check"]
-TARGETS += ["gpu-report", "clean"]
+TARGETS = ["help", "venv", "quickstart", "test", "test-upstream", "test-serving", "cards", "lint", "docs"]
+TARGETS += ["gpu-check", "gpu-report", "clean"]
 
 
 def setup_constant(name: str) -> object:

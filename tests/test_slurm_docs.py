@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sla_megatron.commands.job.resources import OVERRIDES
+from tests.support.documented.parsers import sbatch_flags
 from tests.support.launch import ROOT
 
 SCRIPT = (ROOT / "launch" / "slurm.sbatch").read_text()
@@ -58,10 +59,7 @@ def login_node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shown(login_node: Path, command: str, folder: Path = ROOT) -> str:
     """The command that a documented one would have every node run, its line ends undone."""
-    options = ""
-    if (sbatch := shutil.which("sbatch")) is not None:
-        listed = subprocess.run([sbatch, "--help"], capture_output=True, text=True).stdout
-        options = " ".join(re.findall(r"--[a-z][a-z-]+", listed))
+    options = " ".join(sorted(sbatch_flags() or ()))
     own = {"NPROC": "8", "DRY_RUN": "1", "OPTIONS": options, "SLURM_NNODES": "4"}
     own["PATH"] = f"{login_node}/bin{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -149,17 +147,3 @@ def test_settings_are_named_as_slurm_names_them() -> None:
     assert [name for name in sorted(settings) if name.encode() + b"\0" not in words] == []
     # No word of it stands there that it would not know.
     assert b"PreemptSignal\0" not in words
-
-
-def test_links_lead_somewhere() -> None:
-    """Of these pages, to files of this repository, and to headings in them."""
-    for name, page in PAGES.items():
-        folder = ROOT / ("launch" if name == "launch" else "docs")
-        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page):
-            path, _, heading = target.partition("#")
-            file = folder / path if path else folder / f"{name}.md"
-            assert file.exists(), (name, target)
-            if heading:
-                titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-                slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
-                assert heading in slugs, (name, target)
