@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from tests.support import cards
+from tests.support.parsed_sources import parsed_once
 from tests.support.slurm import Cluster, cluster
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sources_read_once() -> Iterator[None]:
+    """Whoever parses a command line of Megatron's has it read these sources."""
+    with parsed_once(trees=False):
+        yield
 
 
 @pytest.fixture

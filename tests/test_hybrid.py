@@ -149,7 +149,7 @@ OF_SLA = ("sla", "sla_skip_distance", "sla_num_skip_groups", "sla_kv_projection"
 
 def flags_of(name: str, layout: Layout, **flags: Any) -> list[str]:
     """Two steps, of which the first has learning rate 0: what is saved after it are the weights that it began with."""
-    base = {"train_iters": STEPS, "lr": 1e-3, "eval_interval": STEPS, "no_load_optim": True, "no_load_rng": True}
+    base = {"train_iters": STEPS, "lr": 1e-3, "no_load_optim": True, "no_load_rng": True}
     model = MODELS[name][1].argv() | FLAGS.get(name, {})
     return argv(**model | base | {"lr_warmup_iters": 1} | layout.argv() | flags)
 

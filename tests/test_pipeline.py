@@ -123,7 +123,7 @@ def _documents(folder: Path, layouts: Iterable[str]) -> dict[str, dict[str, Any]
 
 
 def model_flags(model: str, folder: Path, **flags: Any) -> list[str]:
-    base = {"train_iters": STEPS, "lr": 1e-3, "eval_interval": STEPS, "no_load_optim": True, "no_load_rng": True}
+    base = {"train_iters": STEPS, "lr": 1e-3, "no_load_optim": True, "no_load_rng": True}
     return argv(**MODELS[model].argv() | base | {"load": folder / model, "finetune": True} | flags)
 
 

@@ -16,7 +16,7 @@ from tests.support.runs import argv
 
 pytestmark = pytest.mark.distributed
 
-SAVE_INTERVAL, KILLED_AFTER, LAST = 10, 14, 20
+SAVE_INTERVAL, KILLED_AFTER, LAST = 8, 10, 16
 
 MODEL = MODELS["gqa-full-long-and-short"]
 

@@ -13,7 +13,7 @@ from tests.support.runs import argv
 
 pytestmark = pytest.mark.distributed
 
-SAVE_INTERVAL, KILLED_AFTER, LAST = 20, 30, 40
+SAVE_INTERVAL, KILLED_AFTER, LAST = 12, 14, 24
 # Dropout stays on, at Megatron's 0.1: its random state must come back as well.
 SLA = {"sla": True, "sla_skip_distance": 2, "train_iters": LAST, "eval_iters": 0, "save_interval": SAVE_INTERVAL}
 
@@ -23,7 +23,7 @@ def _steps(file: Path) -> list[dict]:
 
 
 def test_sigkill_between_saves(tmp_path: Path) -> None:
-    """SIGKILL of every rank after step 30; the relaunch starts at step 21 and repeats the exact losses and norms."""
+    """SIGKILL of every rank after step 14; the relaunch starts at step 13 and repeats the exact losses and norms."""
     saved = {"save": tmp_path / "killed", "load": tmp_path / "killed"}
     killed = {"argv": argv(**SLA, **saved)}
     folder = tmp_path / "first"

@@ -16,6 +16,7 @@ from typing import Any
 
 from sla_megatron.commands.doctor import cli
 
+from .parsed_sources import parsed_once
 from .trainer_worker import open_servers
 
 RANK = int(os.environ["RANK"])
@@ -56,7 +57,8 @@ def captured(argv: list[str]) -> dict[str, Any]:
 
 def run(argv: list[str]) -> None:
     sys.argv = ["sla-doctor", *argv]
-    cli.main()
+    with parsed_once():
+        cli.main()
 
 
 def hang_in_the_layout() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluation import evaluated, generated, log_likelihoods
+from .parsed_sources import parsed_once
 from .trainer_worker import open_servers
 
 
@@ -23,7 +24,8 @@ def main(folder: Path) -> None:
     for port, (name, arguments) in zip(request["ports"], request["models"].items(), strict=True):
         # Each makes its process group anew, on a port of its own.
         os.environ.update(MASTER_PORT=str(port), LOCAL_RANK=local_rank)
-        model = SLAMegatronLM(**arguments, batch_size=3)
+        with parsed_once():
+            model = SLAMegatronLM(**arguments, batch_size=3)
         if name in request["tasks"]:
             answers[name] = evaluated(model, request["tasks"][name])
         else:

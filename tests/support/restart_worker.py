@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .parsed_sources import parsed_once
 from .pipeline_listener import PipelineListener
 from .trainer_worker import forget_megatron, open_servers
 
@@ -29,7 +30,7 @@ def main(folder: Path) -> None:
     logging.disable(logging.WARNING)
     from sla_megatron.cpu.device import megatron_device
 
-    with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]):
+    with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]), parsed_once():
         from megatron.core.datasets import gpt_dataset
 
         # As the trainer's worker.

@@ -7,11 +7,8 @@ outlive a killed process.
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import functools
 import gc
-import inspect
 import io
 import json
 import logging
@@ -25,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .parsed_sources import parsed_once
+
 
 def main(folder: Path) -> None:
     requests = json.loads((folder / "request.json").read_text())
@@ -32,7 +31,7 @@ def main(folder: Path) -> None:
     # Imported here: Megatron's checkpoint writer starts a helper process that imports this module again.
     from sla_megatron.cpu.device import megatron_device
 
-    with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]):
+    with megatron_device(["--device", os.environ.get("SLA_TEST_DEVICE", "cpu")]), parsed_once():
         from megatron.core.datasets import gpt_dataset
 
         from sla_megatron.training import save_file
@@ -41,8 +40,6 @@ def main(folder: Path) -> None:
         save_file._SECONDS = 0.0
         # Shuffling the 25 million samples of upstream's mock corpus would take a third of a run.
         gpt_dataset.MockGPTLowLevelDataset.size = 200
-        # For its flags' help Megatron parses its own source files, twice a run.
-        inspect.getsource, ast.parse = functools.cache(inspect.getsource), functools.cache(ast.parse)
         answers = {}
         servers = open_servers([request["port"] for request in requests.values()])
         for name, request in requests.items():

@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from .parsed_sources import parse_ahead
+
 #: What differs between the ranks of one environment, or between tests; no import looks at these.
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST")
 
@@ -123,12 +125,16 @@ def _shared(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def import_all() -> None:
-    """What workers import of Megatron, now or in a run, as they do: on the CPU backend, which is left again."""
+    """What workers import of Megatron, now or in a run, as they do: on the CPU backend, which is left again.
+
+    And what the trainer's worker has parsed once.
+    """
     from sla_megatron.cpu.device import megatron_device
 
     with megatron_device(["--device", "cpu"]):
         for name in IMPORTED:
             importlib.import_module(name)
+        parse_ahead()
 
 
 def serve(answers: TextIO) -> dict[str, Any]:
