@@ -61,19 +61,28 @@ def page(files: dict[Path, Result], folder: Path) -> str:
     """The page, with links for a page in ``folder``; what has no file is not measured."""
     by_stem = {path.stem: result for path, result in files.items()}
     places = {path.stem: path for path in files}
-    ledger, parts = Ledger(), []
+    ledger, short, parts = Ledger(), [], []
     for title, question, answered in SECTIONS:
-        parts += [f"## {title}\n", question + "\n", answered(by_stem, ledger)]
-        picture = places.get(_PICTURES.get(title, "").removesuffix("-tokens"))
-        if picture is not None:
-            picture = picture.with_name(f"{_PICTURES[title]}.svg")
-        if picture is not None and picture.is_file():
-            parts.append(f"![{picture.stem}]({os.path.relpath(picture, folder)})\n")
+        answer = answered(by_stem, ledger)
+        # Its first sentence.
+        said = answer.split("\n\n")[0].split(". ")[0].strip().removesuffix(".")
+        short.append(f"* [{title}](#{title.lower().replace(' ', '-')}): {said}.")
+        parts += [f"## {title}\n", question + "\n", answer, *_picture(title, places, folder)]
     head = HEAD.format(sweep=os.path.relpath(ROOT / "docs" / "sweep.md", folder))
     rest = "## What does not hold\n\n" + not_holding(ledger.made)
     listed = [stem for stem in SOURCES if stem in places]
     sources = ["## Files\n", *(_source(places[stem], by_stem[stem], folder) for stem in listed)]
-    return "\n".join([head, METHOD.format(counted=_counted(ledger)), *parts, rest, QUOTED, *sources, ""])
+    method = METHOD.format(counted=_counted(ledger))
+    return "\n".join([head, *short, "", method, *parts, rest, QUOTED, *sources, ""])
+
+
+def _picture(title: str, places: dict[str, Path], folder: Path) -> list[str]:
+    """The section's, where it has been drawn."""
+    name = _PICTURES.get(title, "")
+    result = places.get(name.removesuffix("-tokens"))
+    if result is None or not result.with_name(f"{name}.svg").is_file():
+        return []
+    return [f"![{name}]({os.path.relpath(result.with_name(f'{name}.svg'), folder)})\n"]
 
 
 def _counted(ledger: Ledger) -> str:

@@ -175,8 +175,9 @@ def contexts(files: Files, ledger: Ledger) -> str:
             rows += [(one.label, each.where, str(one.context), *ledger.cells("contexts", each, at)) for each in one.all]
         for short, long in itertools.pairwise(same):
             growth = long.together.less(short.together, f"{long.label}, context {long.context} less {short.context}")
-            rows.append((long.label, BOTH, f"{long.context} less {short.context}", *ledger.cells("contexts", growth)))
             if growth:
+                apart = f"{long.context} less {short.context}"
+                rows.append((long.label, growth.where, apart, *ledger.cells("contexts", growth)))
                 at = f"the difference to dense at {long.context} less that at {short.context}"
                 answers.append(f"{long.label}, {at}: {says(growth.difference, '0')}")
     if not answers:
