@@ -93,7 +93,8 @@ def one_run(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of each step, in a clone of its own, which is gone afterwards.  Raises :class:`PathError`."""
     with tempfile.TemporaryDirectory(prefix="sla-newcomer-") as folder:
         clone, python = Path(folder, "sla-megatron"), Path(os.path.abspath(args.python))
-        found = {"clone": said(["git", "clone", "--no-hardlinks", str(ROOT), str(clone)], Path(folder))[-1].at}
+        cloning = ["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(clone)]
+        found = {"clone": said(cloning, Path(folder))[-1].at}
         if args.venv:
             found["environment"] = said(["make", "venv", f"PYTHON={python}"], clone)[-1].at
             python = clone / ".venv" / "bin" / "python"

@@ -13,7 +13,8 @@ import numpy
 import pytest
 
 from examples.quickstart import flags, launch, options, picture, progress, report, run, workdir
-from examples.quickstart.training_log import Records, Result, Step, Validation
+from examples.quickstart.build_dataset import Dataset
+from examples.quickstart.training_log import Records, Result, Step, Validation, read
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -235,3 +236,38 @@ def test_the_report_ends_with_the_sentence(tmp_path: Path) -> None:
     text = report.report(args, result(4.63), result(4.61), "exported", "picture      losses.svg")
     assert text.strip().splitlines()[-1].startswith("After 245,760 tokens the skip-layer model's")
     assert "  picture      losses.svg\n" in text and "tokens/s" not in text
+
+
+def test_a_quickstart_ends_with_picture_and_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it but training and export: what both logs say is in the picture and in the summary."""
+    pytest.importorskip("matplotlib")
+
+    def train(name: str, ranks: int, argv: list[str], log: Path) -> Records:
+        losses = {"dense": (8.0, 5.0, 4.75), "sla": (8.0, 4.9, 4.7)}[name]
+        line = " iteration {}/ 120 | elapsed time per iteration (ms): 50.0 | lm loss: {} |\n"
+        log.write_text(
+            "sla-megatron: parameters 10\n"
+            + line.format(3, losses[0])
+            + line.format(120, losses[1])
+            + f" validation loss at iteration 120 on validation set | lm loss value: {losses[2]} | lm loss PPL: 9 |\n"
+        )
+        return read(log)
+
+    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(run.build_dataset, "build", lambda *_, **__: Dataset(tmp_path / "data", 10, 1000, 512))
+    monkeypatch.setattr(run, "export", lambda checkpoints, folder, text: f"As a Hugging Face model: {text}")
+    out = tmp_path / "out"
+    assert run.main(["--out", str(out), "--device", "cpu"]) == 0
+    text = (out / "summary.txt").read_text()
+    assert capsys.readouterr().out.endswith(f"\n{text}\n")
+    assert "As a Hugging Face model: code\n" in text and f"  picture      {out / workdir.PICTURE}\n" in text
+    sentence = text.strip().splitlines()[-1]
+    begins = (
+        "After 245,760 tokens the skip-layer model's validation loss is 4.7000, 0.0500 below the dense model's 4.7500"
+    )
+    assert sentence.startswith(begins)
+    assert all(len(drawn(out / workdir.PICTURE, f"{model}-training")) == 2 for model in workdir.MODELS)
+    workdir.clear(out)
+    assert not (out / workdir.PICTURE).exists()

@@ -75,7 +75,7 @@ def quickstart(args: argparse.Namespace) -> None:
         records = {model: training_log.read(args.out / f"{model}.log") for model in workdir.MODELS}
         drawn = picture.draw(records, flags.TOKENS_PER_ITERATION, args.out / workdir.PICTURE)
         text = report(args, dense, sla, exported, drawn)
-        write_whole(args.out / "summary.txt", text.lstrip())
+        write_whole(args.out / "summary.txt", text.lstrip("\n"))
         print(text, flush=True)
 
 
