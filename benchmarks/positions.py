@@ -10,7 +10,7 @@ training: start it where sla-sweep was started.
 
 Before that each is evaluated on the very samples of its last evaluation in training, which Megatron's data set gives
 again: the loss must be the one that training printed, but for rounding (1e-4).  A run of which it is not ends the
-command with status 1, and there is no result.
+command with status 1, and there is no result; so does one whose vocabulary training pads, which exports leave out.
 """
 
 from __future__ import annotations
