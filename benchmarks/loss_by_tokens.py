@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from sla_megatron.commands.sweep.setting import Setting
 from sla_megatron.commands.sweep.summary import Group, groups
 
 from .comparisons import label_of
-from .record import save_figure
+from .record import draw_band, save_figure
 
 Row = dict[str, Any]
 #: Tokens -> loss, of one run.
@@ -73,6 +72,4 @@ def draw(axis: Any, losses: dict[int, Losses], label: str, style: dict[str, Any]
         return
     shared = sorted(set.intersection(*(set(of_seed) for of_seed in losses.values())))
     several = [[of_seed[tokens] for of_seed in losses.values()] for tokens in shared]
-    axis.plot(shared, [fmean(each) for each in several], marker="o", markersize=3, label=label, **style)
-    low, high = [min(each) for each in several], [max(each) for each in several]
-    axis.fill_between(shared, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    draw_band(axis, shared, several, label=label, **style)

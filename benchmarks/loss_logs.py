@@ -13,13 +13,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from examples.quickstart.training_log import Records, summarise
-from sla_megatron.common.files import read_json, write_json
+from sla_megatron.common.files import read_json
 
 from .loss import NAME, plot, tables
-from .record import add_output_args, check_output, command_line
+from .record import add_output_args, check_output, command_line, publish
 
 INDEX = "runs.json"
 _COMMON = ("model", "context", "global_batch_size", "seed", "flags", "data")
@@ -38,15 +36,7 @@ def main() -> None:
         result = read_runs(args.folder)
     except (OSError, ValueError) as error:
         parser.error(f"FOLDER {args.folder}: {error}: expected {INDEX} and the logs that it names")
-    write_json(args.out, result)
-    for table in tables(result):
-        print(table.as_text(), flush=True)
-    picture = args.out.with_suffix(".svg")
-    matplotlib.use("Agg")
-    # The same picture from the same figures, byte for byte.
-    with matplotlib.rc_context({"svg.hashsalt": NAME}):
-        plot(result, picture)
-    print("written:", args.out, picture)
+    publish(result, args.out, tables, plot)
 
 
 def read_runs(folder: Path) -> dict[str, Any]:

@@ -51,6 +51,11 @@ class Difference:
         """``2 of 3``."""
         return f"{self.below} of {self.n}"
 
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """Of a table: the mean with its interval, p, and how many are below 0."""
+        return self.shown(), self.shown_p, self.shown_below
+
 
 def difference(values: Sequence[float]) -> Difference:
     """Sum up ``values``, one a pair.  Raises :class:`ValueError` of none."""

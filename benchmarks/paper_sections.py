@@ -48,7 +48,7 @@ class Ledger:
         if values not in self._known:
             self._known.add(values)
             self.made.append(Entry(question, compared.what + at, compared.where, found, is_claim))
-        return found.shown(), found.shown_p, found.shown_below
+        return found.cells
 
 
 def says(found: Difference, other: str = "dense") -> str:

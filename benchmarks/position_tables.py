@@ -10,7 +10,7 @@ from typing import Any
 from sla_megatron.commands.sweep.setting import Setting
 
 from .paired import Difference, difference
-from .record import Table, save_figure
+from .record import Table, draw_band, save_figure
 
 Row = dict[str, Any]
 #: First and last position.
@@ -28,7 +28,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     header = ("text", "context", "distance", "variant", "position", "seeds", "loss", "dense")
     header = (*header, "less dense (95 % interval)", "p", "below")
     rows = [
-        (*cells, *shown(found))
+        (*cells, *found.cells)
         for (size, context, setting), runs in settings(result["rows"]).items()
         for cells, found in _lines(size, context, setting, runs, result["rows"])
     ]
@@ -48,11 +48,6 @@ def _lines(
         cells = (size, str(context), read, variant, f"{first}-{last}", str(len(pairs)), *means)
         lines.append((cells, difference([loss - dense for loss, dense in losses])))
     return lines
-
-
-def shown(found: Difference) -> tuple[str, str, str]:
-    """Three cells."""
-    return found.shown(), found.shown_p, found.shown_below
 
 
 def settings(rows: Sequence[Row]) -> dict[tuple[str, int, Setting], list[Row]]:
@@ -107,6 +102,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def _draw(axis: Any, by_bin: dict[Bin, list[float]], setting: Setting) -> None:
     middles = [(first * last) ** 0.5 for first, last in by_bin]
     label = f"distance {'+'.join(map(str, setting.distances))}" + (f", layers {setting.layers}" * bool(setting.layers))
-    (line,) = axis.plot(middles, [fmean(each) for each in by_bin.values()], marker="o", markersize=3, label=label)
-    low, high = [min(each) for each in by_bin.values()], [max(each) for each in by_bin.values()]
-    axis.fill_between(middles, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    draw_band(axis, middles, list(by_bin.values()), label=label)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sla_megatron.common.launchers import torchrun
+
 
 def answer_of_ranks(module: str, ranks: int, flags: Sequence[str], environment: dict[str, str], label: str) -> Any:
     """What rank 0 writes, as JSON, to the file that ``--rank-answer`` names; all say what they have to into logs.
@@ -24,8 +26,8 @@ def answer_of_ranks(module: str, ranks: int, flags: Sequence[str], environment: 
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["--log-dir", folder, "--redirects", "3", "-m", module, "--rank-answer", str(answer), *flags]
+        command = [*torchrun(ranks), "--log-dir", folder, "--redirects", "3"]
+        command += ["-m", module, "--rank-answer", str(answer), *flags]
         done = subprocess.run(command, env=environment | os.environ)
         if done.returncode or not answer.exists():
             for log in sorted(Path(folder).rglob("stderr.log")):

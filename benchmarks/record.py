@@ -61,7 +61,8 @@ def check_output(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     if os.path.lexists(args.out) and not args.overwrite:
         parser.error(f"--out {args.out} is there: expected another name, or --overwrite")
     # Pictures of a result that is replaced are replaced with it.
-    for picture in (args.out.with_suffix(".svg"), args.out.with_name(f"{args.out.stem}-heads.svg")):
+    for what in ("", "-heads", "-tokens"):
+        picture = args.out.with_name(f"{args.out.stem}{what}.svg")
         if os.path.lexists(picture) and not _is_result(args.out):
             parser.error(f"--out {args.out}: {picture} is there, and of no benchmark: expected another name")
     try:
@@ -109,10 +110,21 @@ def write_result(
         "settings": settings,
         "rows": list(rows),
     }
-    write_json(args.out, result)
+    publish(result, args.out, tables, plot)
+    return result
+
+
+def publish(
+    result: dict[str, Any],
+    path: Path,
+    tables: Callable[[dict[str, Any]], list[Table]],
+    plot: Callable[[dict[str, Any], Path], None] | None,
+) -> None:
+    """Write ``result`` to ``path`` and, with matplotlib, the plot beside it; print the tables."""
+    write_json(path, result)
     for each in tables(result):
         print(each.as_text(), flush=True)
-    written = [args.out]
+    written = [path]
     if plot is not None:
         try:
             import matplotlib
@@ -121,16 +133,22 @@ def write_result(
         else:
             matplotlib.use("Agg")
             # The same picture from the same figures, byte for byte.
-            matplotlib.rcParams["svg.hashsalt"] = name
-            written.append(args.out.with_suffix(".svg"))
+            matplotlib.rcParams["svg.hashsalt"] = result["benchmark"]
+            written.append(path.with_suffix(".svg"))
             plot(result, written[-1])
     print("written:", *written)
-    return result
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """``figure`` as ``path``, without a margin."""
     figures.save_figure(figure, path, bbox_inches="tight")
+
+
+def draw_band(axis: Any, x: Sequence[float], several: Sequence[Sequence[float]], **style: Any) -> None:
+    """A line of the means of ``several`` values at each ``x``, in a band from least to most."""
+    (line,) = axis.plot(x, [statistics.fmean(each) for each in several], marker="o", markersize=3, **style)
+    low, high = [min(each) for each in several], [max(each) for each in several]
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def command_line() -> str:

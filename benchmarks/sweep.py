@@ -79,8 +79,7 @@ def paired_cells(group: Group) -> tuple[str, str, str]:
     """Those of :data:`_PAIRED`: ``-0.0123 (-0.0200 to -0.0046)``, ``0.012``, ``3 of 3``; none without a dense run."""
     if not group.differences:
         return "", "", ""
-    found = difference(list(group.differences.values()))
-    return found.shown(), found.shown_p, found.shown_below
+    return difference(list(group.differences.values())).cells
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from sla_megatron.attention.sla_config import default_skip_distance
 from sla_megatron.common.errors import FlagError, one_line_errors
 from sla_megatron.common.flag_types import count
+from sla_megatron.common.launchers import torchrun
 from sla_megatron.cpu.device import add_device_arg, megatron_device
 
 from .pipeline_models import Shape
@@ -100,8 +101,7 @@ def start_ranks(ranks: int) -> NoReturn:
     threads = max(1, (os.cpu_count() or 1) // ranks)
     # The last: torch's profiler, which counts allocations on the CPU, says when it starts and stops.
     environment = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "KINETO_LOG_LEVEL": "99"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    os.execve(sys.executable, [*launcher, "-m", "benchmarks.transport", *sys.argv[1:]], environment | os.environ)
+    os.execve(sys.executable, [*torchrun(ranks), "-m", "benchmarks.transport", *sys.argv[1:]], environment | os.environ)
 
 
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> None:

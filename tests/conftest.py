@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,7 +67,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def sources_parsed_once() -> Iterator[None]:
     """For its flags' help Megatron parses its own source files, for every command line; here on one rank, once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", cache(inspect.getsource))
-        patch.setattr(ast, "parse", cache(ast.parse))
         patch.setenv("RANK", "0")
-        yield
+        with parsed_once():
+            yield

@@ -28,7 +28,7 @@ def page(theme: Theme, files: dict[Path, Result], folder: Path) -> str:
         own = of_benchmark(section.name, files)
         for path, result in own.items():
             parts += _measured(section, path, result, folder, pictures(path, files))
-        if not any(not is_on_gpu(result) for result in own.values()):
+        if all(map(is_on_gpu, own.values())):
             parts.append(f"On a CPU: not measured. `{section.command}`\n")
         if section.on_gpu and not any(map(is_on_gpu, own.values())):
             parts.append(f"On a GPU: not measured. `{section.on_gpu}`\n")

@@ -10,7 +10,7 @@ from ..record import Table, shown
 from .claims import BRINGS, COSTS, TOOLS, table
 from .detail import link, of_benchmark
 from .evidence import Result, device, is_on_gpu
-from .sections import ENCODER, NEWCOMER, OPERATIONS, PAPER, SWEEPS, THEMES, VISION, page_of
+from .sections import ENCODER, NEWCOMER, OPERATIONS, PAPER, SWEEPS, THEMES, VISION, page_of, sweep_command
 
 HEAD = """\
 # Results
@@ -41,9 +41,8 @@ Written by `python -m benchmarks.results_page` from the files in `benchmarks/res
 #: Of the benchmark of a newcomer's path.
 NEWCOMER_STEPS = {"first_loss": "the first loss", "export": "an export that was compared", "plan": "the first plan"}
 
-#: Loss against tokens: the file's name, and the command that measures what it shows.
+#: Loss against tokens.
 PICTURE = "sweep-cpu-longer-tokens.svg"
-PICTURE_COMMAND = "sla-sweep run examples/sweep/longer.yaml --out runs/longer --device cpu"
 
 PAPER_TEXT = f"""\
 The paper ([arXiv 2406.11274](https://arxiv.org/abs/2406.11274)) trains GPT-2 on OpenWebText. Its tables were not at
@@ -82,7 +81,7 @@ def page(files: dict[Path, Result], results: Path, folder: Path) -> str:
     parts.append(
         f"![loss against tokens, dense and SLA]({link(picture, folder)})\n"
         if picture.is_file()
-        else f"Not measured: `{PICTURE_COMMAND}`\n"
+        else f"Not measured: `{sweep_command('longer')}`\n"
     )
     paper = Table("", ("the paper", "here"), PAPER_CLAIMS, (0, 1))
     parts += ["## What the paper reports\n", PAPER_TEXT, paper.as_markdown()]
@@ -130,7 +129,7 @@ def _missing_sweeps(files: dict[Path, Result]) -> Iterator[str]:
     asked = (claim for claim in BRINGS if claim.files)
     missing = (each.files[0] for each in asked if each.files[0] not in there or not each.is_measured(files))
     for name in dict.fromkeys(missing):
-        yield f"sla-sweep run examples/sweep/{name}.yaml --out runs/{name} --device cpu"
+        yield sweep_command(name)
 
 
 def _repeated(command: str) -> str:

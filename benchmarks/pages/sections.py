@@ -121,6 +121,13 @@ NEWCOMER = Section(
     "benchmarks.newcomer",
     "From a fresh clone to the first loss, the first export and the first plan, by the README's own commands.",
 )
+
+
+def sweep_command(grid: str) -> str:
+    """What trains a grid of examples/sweep on a processor."""
+    return f"sla-sweep run examples/sweep/{grid}.yaml --out runs/{grid} --device cpu"
+
+
 SWEEPS = Section(
     "sweep",
     "Loss",
@@ -129,7 +136,7 @@ SWEEPS = Section(
     "follows from them for the paper's claims is a [page of its own](paper.md); other methods are in "
     "[variants](../variants.md).",
     "sla-sweep run examples/sweep/paper.yaml --out runs/paper",
-    "sla-sweep run examples/sweep/questions.yaml --out runs/questions --device cpu",
+    sweep_command("questions"),
 )
 LOSS = Section(
     "loss",

@@ -6,14 +6,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from examples.quickstart import training_log
 from examples.quickstart.progress import Progress
 from examples.quickstart.training_log import LAUNCH_MARK, Records, describe, stage
-from sla_megatron.common.launchers import stop
+from sla_megatron.common.launchers import stop, torchrun
 
 TAIL_LINES = 30
 # torchrun follows a failure with a traceback of its own, which says nothing about the cause.
@@ -26,8 +25,7 @@ class TrainingFailed(RuntimeError):
 
 def command(ranks: int, flags: list[str]) -> list[str]:
     """The torchrun command line that trains on `ranks` processes of this machine."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, "-m", "sla_megatron.pretrain_gpt", *flags]
+    return [*torchrun(ranks), "-m", "sla_megatron.pretrain_gpt", *flags]
 
 
 def environment(ranks: int) -> dict[str, str]:

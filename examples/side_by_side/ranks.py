@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sla_megatron.common.errors import FlagError
-from sla_megatron.common.launchers import end_with_parent, stop
+from sla_megatron.common.launchers import end_with_parent, stop, torchrun
 from sla_megatron.common.silence import without_announcements
 from sla_megatron.cpu.device import choose_device, megatron_device
 
@@ -43,10 +43,9 @@ def start_ranks(module: str, argv: Sequence[str], ranks: int, device: str) -> No
 
         if ranks > (gpus := torch.cuda.device_count()):
             raise FlagError("--tp", ranks, f"at most {gpus}, the number of GPUs, or --device cpu")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     # As torchrun would say, in several lines, that it sets.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    launcher = subprocess.Popen([*torchrun, "-m", module, *argv], env=environment, preexec_fn=end_with_parent)
+    launcher = subprocess.Popen([*torchrun(ranks), "-m", module, *argv], env=environment, preexec_fn=end_with_parent)
     try:
         status = launcher.wait()
     except BaseException:

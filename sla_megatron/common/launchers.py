@@ -1,4 +1,4 @@
-"""Ending what was started.  Only the standard library is imported."""
+"""Starting ranks on this machine, and ending what was started.  Only the standard library is imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import sys
 
 #: Linux's prctl: the signal that a process gets when the thread that started it ends.
 _PR_SET_PDEATHSIG = 1
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The words before ``-m MODULE`` that start it on ``ranks`` processes of this machine, with this Python."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def stop(launcher: subprocess.Popen) -> None:
