@@ -62,8 +62,9 @@ def parser_of(module: str) -> ArgumentParser:
         imported = importlib.import_module(module)
         if hasattr(imported, "__path__"):
             imported = importlib.import_module(f"{module}.__main__")
-    # Words, as some commands answer none before they parse.
-    with mock.patch.object(sys, "argv", [module, "word"]), mock.patch.object(ArgumentParser, "parse_known_args", found):
+    # Words, as some commands answer none before they parse; and what they set for themselves is not for who asks.
+    words, environment = mock.patch.object(sys, "argv", [module, "word"]), mock.patch.dict(os.environ)
+    with words, environment, mock.patch.object(ArgumentParser, "parse_known_args", found):
         try:
             imported.main()
         except _Found as carried:
