@@ -135,7 +135,7 @@ def _loss(title: str, text: str | None, *files: str) -> Claim:
 BRINGS = (
     _loss("loss minus dense's, nats a token: code", "code", "questions", "methods"),
     _loss("the same: prose", "prose", "questions"),
-    _loss("the same: a larger model, code", "code", "larger"),
+    _loss("the same: a larger model, code and prose", None, "larger"),
     _loss("the same: twice the tokens, a longer context too", None, "longer"),
     Claim("the same: a short run of one seed", LOSS, {"loss": figures.loss_of_run}, BELOW_DENSE),
     Claim(
