@@ -229,7 +229,7 @@ def sizes(files: Files, ledger: Ledger) -> str:
     """Whether the gain grows with the model."""
     rows, answers = [], []
     small = {_role(one): one for one in against_dense(files.get("sweep-cpu-questions")) if _role(one)}
-    for large in against_dense(files.get("sweep-cpu-larger")):
+    for large in sorted(against_dense(files.get("sweep-cpu-larger")), key=lambda one: not one.is_default):
         one = small.get(_role(large))
         if one is None:
             continue
