@@ -264,6 +264,8 @@ def forget_megatron(together: bool = True) -> None:
     random._CUDA_RNG_STATE_TRACKER = None
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     gc.collect()
+    # What a run has imported and kept is not looked through again after the next.
+    gc.freeze()
 
 
 if __name__ == "__main__":
