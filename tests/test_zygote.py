@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,19 +16,9 @@ import pytest
 from tests.support import launch
 from tests.support.launch import ROOT, kill_ranks, run_worker, start_ranks
 from tests.support.processes import alive
-from tests.support.zygote import OF_A_RANK, ForkedRank
+from tests.support.zygote import ForkedRank
 
 pytestmark = pytest.mark.skipif(launch._GPU.exists(), reason="nothing is forked where there is a GPU")
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it was at first: whatever earlier tests left behind would be another environment."""
-    for name in os.environ.keys() - launch._ENVIRONMENT.keys() - set(OF_A_RANK):
-        monkeypatch.delenv(name)
-    for name, value in launch._ENVIRONMENT.items():
-        if name in os.environ:
-            monkeypatch.setenv(name, value)
 
 
 def start(request: Any, folder: Path, world_size: int = 1) -> Sequence[launch.Rank]:
