@@ -14,12 +14,13 @@ from tests.support import cards
 from tests.support.parsed_sources import parsed_once
 from tests.support.slurm import Cluster, cluster
 
-_ENVIRONMENT: dict[str, str] = {}
+#: Before any test is imported.
+_ENVIRONMENT = dict(os.environ)
 
 
 def pytest_collection_finish() -> None:
-    """Note the environment that the first test finds."""
-    _ENVIRONMENT.update(os.environ)
+    """What imports of tests have set is not there for other tests."""
+    _restore_environment()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,10 +31,14 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """
     done = yield
     if nextitem is None or nextitem.path != item.path:
-        for name in os.environ.keys() - _ENVIRONMENT.keys():
-            del os.environ[name]
-        os.environ.update(_ENVIRONMENT)
+        _restore_environment()
     return done
+
+
+def _restore_environment() -> None:
+    for name in os.environ.keys() - _ENVIRONMENT.keys():
+        del os.environ[name]
+    os.environ.update(_ENVIRONMENT)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,9 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Said where a theme is imported, and of no use to those who read the site.
-os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")
-
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort, BuildError
@@ -38,6 +35,8 @@ def build_site(root: Path, out: Path, **settings: Any) -> list[str]:
 
     The site is whole where nothing was.
     """
+    # Said where the theme is imported, and of no use to those who read the site.
+    os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")
     kept, logger = _Kept(), logging.getLogger("mkdocs")
     logger.addHandler(kept)
     try:
