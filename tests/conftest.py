@@ -14,13 +14,12 @@ from tests.support import cards
 from tests.support.parsed_sources import parsed_once
 from tests.support.slurm import Cluster, cluster
 
-#: Before any test is imported.
-_ENVIRONMENT = dict(os.environ)
+_ENVIRONMENT: dict[str, str] = {}
 
 
 def pytest_collection_finish() -> None:
-    """What imports of tests have set is not there for other tests."""
-    _restore_environment()
+    """Note the environment that the first test finds."""
+    _ENVIRONMENT.update(os.environ)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -31,14 +30,10 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """
     done = yield
     if nextitem is None or nextitem.path != item.path:
-        _restore_environment()
+        for name in os.environ.keys() - _ENVIRONMENT.keys():
+            del os.environ[name]
+        os.environ.update(_ENVIRONMENT)
     return done
-
-
-def _restore_environment() -> None:
-    for name in os.environ.keys() - _ENVIRONMENT.keys():
-        del os.environ[name]
-    os.environ.update(_ENVIRONMENT)
 
 
 @pytest.fixture(scope="session", autouse=True)
