@@ -24,7 +24,7 @@ from sla_megatron.commands.data.cli import main
 from sla_megatron.commands.data.workers import begin_preloading
 from tests.support.tokenizers import hugging_face_folder
 
-KILLS = 15
+KILLS = 20
 #: About half of how often a run from nothing touches its files: two or three kills before it ends.
 TOUCHES = 1200
 SUFFIXES = (".bin", ".idx", ".faults")
