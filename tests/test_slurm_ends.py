@@ -17,7 +17,7 @@ from tests.support import containers
 from tests.support.chain_runs import Run
 from tests.support.launch import ROOT
 from tests.support.slurm import Cluster, missing
-from tests.support.slurm_jobs import FLAGS, TASK_FLAGS, Watch, log, shown, submit, wrapper
+from tests.support.slurm_jobs import FLAGS, TASK_FLAGS, Watch, crashes, log, shown, submit, wrapper
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(missing()), reason="Slurm is not installed")]
 
@@ -44,7 +44,7 @@ def test_a_step_that_resumed_from_a_damaged_checkpoint_is_ended(slurm: Cluster, 
 
 def test_a_crash_loop_stops(slurm: Cluster, tmp_path: Path) -> None:
     run = slurm.folder / "runs" / "crashing"
-    python = wrapper(tmp_path, "echo crashing; exit 7")
+    python = wrapper(tmp_path, crashes(tmp_path, 7))
     job = submit(slurm, run, *FLAGS, PYTHON=python, MAX_FAILURES="2")
     known = slurm.until(job, {"COMPLETED", "FAILED"})
     assert (known["JobState"], known["ExitCode"]) == ("FAILED", "7:0"), log(run)
@@ -59,12 +59,12 @@ def test_a_crash_loop_stops(slurm: Cluster, tmp_path: Path) -> None:
 
 def test_an_unhealthy_node_is_excluded(slurm: Cluster, tmp_path: Path) -> None:
     run = slurm.folder / "runs" / "unhealthy"
-    python = wrapper(tmp_path, "echo trained on $SLURMD_NODENAME; exit 7")
+    python = wrapper(tmp_path, crashes(tmp_path, 7))
     check = '[ "$SLURMD_NODENAME" != node1 ]'
     job = submit(slurm, run, *FLAGS, PYTHON=python, MAX_FAILURES="1", HEALTH_CHECK=check)
     slurm.until(job, {"FAILED"})
     assert "slurm.sbatch: excluding node1, and going on elsewhere" in log(run)
-    assert set(re.findall(r"trained on (\w+)", log(run))) == {"node2", "node3"}
+    assert set(re.findall(r"crashing on (\w+)", log(run))) == {"node2", "node3"}
     # Of an array, the task alone that was there; the last one has the array's own number.
     check = '[ "$SLURM_ARRAY_TASK_ID" = 0 ] || [ "$SLURMD_NODENAME" = node3 ]'
     words = [f"PYTHON={wrapper(tmp_path, 'sleep 30')}", "NPROC=1", f"HEALTH_CHECK={check}", f"SLA_ROOT={ROOT}"]

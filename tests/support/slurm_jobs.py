@@ -95,3 +95,15 @@ def wrapper(folder: Path, training: str) -> str:
     )
     path.chmod(0o755)
     return str(path)
+
+
+def crashes(folder: Path, status: int) -> str:
+    """Training, as a shell's line, that fails with ``status`` on each node of its step, whichever comes to it first.
+
+    Slurm ends the rest of a step once a task of it has failed: it would end some before they have said where they are,
+    and srun's status is the greatest, which SIGTERM's 143 is.  So they wait for each other in ``folder``, deaf to it.
+    """
+    met = f"{folder}/$SLURM_JOB_ID.$SLURM_STEP_ID"
+    says = f"echo crashing on $SLURMD_NODENAME; mkdir -p {met}/$SLURMD_NODENAME"
+    together = f'until [ "$(ls {met} | wc -l)" = "$SLURM_STEP_NUM_NODES" ]; do sleep 0.1; done'
+    return f"trap '' TERM; {says}; {together}; exit {status}"
