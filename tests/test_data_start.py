@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,33 @@ def test_a_tokenizer_that_no_worker_can_build(folder: Path, tmp_path: Path, caps
     )
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Control-C is heard by what a test starts, even where a shell started the tests in the background, deaf to it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("heard")
+def test_control_c_while_the_server_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the command once the server, which is started deaf to it, is there."""
+
+    def start() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        server = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"]
+        assert subprocess.run(server, capture_output=True).returncode == 0
+        started.append(True)
+
+    started: list[bool] = []
+    monkeypatch.setattr(workers.forkserver, "ensure_running", start)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with pytest.raises(KeyboardInterrupt):
+        workers.begin_preloading()
+    assert started == [True]
+
+
+@pytest.mark.usefixtures("heard")
 def test_control_c_while_workers_start(folder: Path) -> None:
     """It reaches all processes of the terminal; the command alone says something."""
     # On a busy machine workers may have begun by the time that the signal comes; they are not to have finished.
@@ -140,10 +169,9 @@ def test_control_c_while_workers_start(folder: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    said = [process.stderr.readline() for _ in range(2)]  # The server has begun to import.
-    os.killpg(process.pid, signal.SIGINT)
-    said += process.communicate(timeout=60)[1].splitlines(keepends=True)
-    assert process.returncode == 130 and said[-1] == "sla-data: interrupted\n"
     loading = "sla-data: loading the tokenizer, "
-    assert all(line.startswith(loading) for line in said[:2]), said
+    said = list(itertools.islice((line for line in process.stderr if line.startswith(loading)), 2))
+    os.killpg(process.pid, signal.SIGINT)  # The server has begun to import.
+    said += process.communicate(timeout=60)[1].splitlines(keepends=True)
+    assert process.returncode == 130 and said[-1] == "sla-data: interrupted\n", said
     assert all(line.startswith((loading, "tokenizing: ")) for line in said[2:-1]), said

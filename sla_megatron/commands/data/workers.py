@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -144,12 +144,15 @@ def begin_preloading(imports: Sequence[str] = ()) -> None:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     multiprocessing.get_context("forkserver").set_forkserver_preload([__package__ + ".tokenizing", *imports])
-    # Control-C is for this process: the server, while it imports, would say where it was.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Before the server, as its start lets Control-C through again.
+    resource_tracker.ensure_running()
+    # Control-C is for this process: the server, while it imports, would say where it was.  It inherits what is blocked;
+    # here, one that comes meanwhile is only late, where ignoring it would lose it.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @dataclass(frozen=True, slots=True)
