@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ def start(request: Any, folder: Path, world_size: int = 1) -> Sequence[launch.Ra
     folder.mkdir()
     (folder / "request.json").write_text(json.dumps(request))
     return start_ranks(["-m", "tests.support.state_worker", str(folder)], world_size, folder)
+
+
+@pytest.mark.parametrize("module", ["torch._refs", "megatron.training.training"])
+def test_what_is_imported_was_compiled_before(module: str) -> None:
+    """Where PYTHONDONTWRITEBYTECODE is set and pip has not done it, no process does it for the next: 30 s, not 10."""
+    assert Path(find_spec(module).cached).exists()
 
 
 def test_they_find_what_a_new_process_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
