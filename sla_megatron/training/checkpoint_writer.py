@@ -14,8 +14,6 @@ ends: ``pretrain_gpt.py``, which it imports, sees to that.
 
 from __future__ import annotations
 
-import multiprocessing.resource_tracker
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from queue import Queue
 from typing import Any
 
 from ..common.errors import first_line
+from ..common.launchers import starting_deaf
 from ..common.tokenizers import carry_files
 from ..upstream.seams import Reliance, Seam, Wrapping, wrap_once
 
@@ -60,14 +59,8 @@ def shield_checkpoint_writer(args: Namespace) -> None:
     RESULTS_QUEUE.require()
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
-    # Starting it unblocks signals; it would be started between the two lines below.
-    multiprocessing.resource_tracker.ensure_running()
-    # What is blocked here stays blocked in a process that is started meanwhile.
-    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {args.exit_signal})
-    try:
+    with starting_deaf(args.exit_signal):
         get_write_results_queue()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def _parameters_own_memory(original: Callable[..., Any]) -> Callable[..., Any]:

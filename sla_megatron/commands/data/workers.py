@@ -8,11 +8,12 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
+from ...common.launchers import starting_deaf
 from ...common.tokenizers import TokenizerError
 from .blocks import Block
 from .errors import DataError
@@ -144,15 +145,9 @@ def begin_preloading(imports: Sequence[str] = ()) -> None:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     multiprocessing.get_context("forkserver").set_forkserver_preload([__package__ + ".tokenizing", *imports])
-    # Before the server, as its start lets Control-C through again.
-    resource_tracker.ensure_running()
-    # Control-C is for this process: the server, while it imports, would say where it was.  It inherits what is blocked;
-    # here, one that comes meanwhile is only late, where ignoring it would lose it.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
+    # Control-C is for this process: the server, while it imports, would say where it was.
+    with starting_deaf(signal.SIGINT):
         forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @dataclass(frozen=True, slots=True)
